@@ -105,7 +105,9 @@ def encode(
         scale = torch.ones_like(norm) if effort == "fast" else nearest.search_scale(y)
         codes, centroids = nearest.assign(y if effort == "fast" else y * scale)
         stored = _stored_norm(y, centroids, norm, norm_dtype, name)
-        if effort == "best":  # the norm is settled: take the nearest centroids at exactly that norm, which can only help
+        if (
+            effort == "best"
+        ):  # the norm is settled: take the nearest centroids at exactly that norm, which can only help
             ratio = norm / stored.float()
             codes, centroids = nearest.assign(y * torch.where(ratio.isfinite(), ratio, 1.0))
         packed[block] = _pack_block(codes, fmt.bits).t()
@@ -121,7 +123,9 @@ def encode(
     )
 
 
-def squared_errors(weight: Tensor, group_size: int, bits: Iterable[int] = BITS, name: str = "weight") -> dict[int, float]:
+def squared_errors(
+    weight: Tensor, group_size: int, bits: Iterable[int] = BITS, name: str = "weight"
+) -> dict[int, float]:
     """Sum of squared errors of effort "fast" at each bit width, from one rotation of the weight [..., out, in]."""
     tables = {b: _nearest(Format(b, group_size).codebook, weight.device) for b in bits}
     totals = dict.fromkeys(tables, 0.0)
@@ -292,7 +296,9 @@ def _non_finite_message(x: Tensor, name: str) -> str:
     bad = x[~x.isfinite()]
     if len(bad):
         return f"{name}: holds {bad[0].item()}; a codebook needs finite weights. Repair the source, or keep this tensor at 16 bits"
-    return f"{name}: holds {x.abs().max().item():.3g}, too large for float32 sums of squares; keep this tensor at 16 bits"
+    return (
+        f"{name}: holds {x.abs().max().item():.3g}, too large for float32 sums of squares; keep this tensor at 16 bits"
+    )
 
 
 def _stored_norm(y: Tensor, centroids: Tensor, norm: Tensor, dtype: torch.dtype, name: str) -> Tensor:

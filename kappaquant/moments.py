@@ -1,0 +1,78 @@
+"""Sums over a weight from which its shape statistics follow: κ, spread, and whether it is finite."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+_BLOCK = 1 << 18  # elements; their temporaries stay in a core's cache
+
+
+@dataclass
+class Moments:
+    """Power sums of a weight in float64; sums of parts add up with ``+``.
+
+    Attributes:
+        count: number of elements.
+        s1, s2, s3, s4: sums of x, x^2, x^3, x^4.
+        absmax: largest |x|.
+    """
+
+    count: int = 0
+    s1: float = 0.0
+    s2: float = 0.0
+    s3: float = 0.0
+    s4: float = 0.0
+    absmax: float = 0.0
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Moments:
+        """Moments of all elements of a float tensor of any shape."""
+        total = cls()
+        flat = weight.reshape(-1)
+        for start in range(0, flat.numel(), _BLOCK):
+            x = flat[start : start + _BLOCK].double()
+            square = x * x
+            total += cls(
+                x.numel(),
+                x.sum().item(),
+                square.sum().item(),
+                (square * x).sum().item(),
+                square.mul_(square).sum().item(),
+                x.abs_().max().item(),
+            )
+        return total
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.count + other.count,
+            self.s1 + other.s1,
+            self.s2 + other.s2,
+            self.s3 + other.s3,
+            self.s4 + other.s4,
+            # max() drops a NaN on its right
+            math.nan if math.isnan(self.absmax) or math.isnan(other.absmax) else max(self.absmax, other.absmax),
+        )
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.absmax)
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation."""
+        return math.sqrt(max(self.s2 / self.count - (self.s1 / self.count) ** 2, 0.0)) if self.count else 0.0
+
+    @property
+    def kurtosis(self) -> float:
+        """Excess kurtosis κ = m4 / m2^2 - 3 of the central moments (a Gaussian has 0); 0 for a constant."""
+        if not self.count:
+            return 0.0
+        mean = self.s1 / self.count
+        e2, e3, e4 = (s / self.count for s in (self.s2, self.s3, self.s4))
+        m2 = e2 - mean**2
+        if m2 <= 1e-14 * e2 or m2 == 0.0:
+            return 0.0
+        return (e4 - 4 * mean * e3 + 6 * mean**2 * e2 - 3 * mean**4) / m2**2 - 3

@@ -1,0 +1,329 @@
+"""Stream a checkpoint through the encoder into a new one: bounded memory, several processes, resumable, atomic."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from kappaquant import manifest as documents
+from kappaquant.codec import EFFORTS, Effort
+from kappaquant.errors import KappaquantError, NonFiniteError, OutputError, PlanError
+from kappaquant.format import LEGACY_CONFIG_NAME, LEGACY_FORMAT, MANIFEST_NAME, QUANT_METHOD, legacy_codebook
+from kappaquant.journal import Partial, reserve
+from kappaquant.layout import ShardLayout, Target, check_target, shard_layout, stored_names
+from kappaquant.plan import Choice, Plan, check_legacy
+from kappaquant.safetensors_io import Stored
+from kappaquant.source import INDEX_NAME, Source
+from kappaquant.units import Sums, Unit, hash_stored, ranges, run_unit, start_worker
+
+Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
+R = TypeVar("R")
+
+_COMMIT_SECONDS = 2.0  # how much work a kill may cost; each commit is two fsyncs
+_SMALL = 256_000_000  # bytes of source below which starting workers (2 s each) costs more than it saves
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to quantize, apart from the plan.
+
+    Attributes:
+        effort: "best" searches each group's scale; "fast" does not.
+        target: output format, "kappaquant" (v1) or "tq3_native".
+        jobs: worker processes; None takes one per core (up to 8), or none for a small model. On CUDA always one.
+        device: where to encode; None takes CUDA if there is one.
+        allow_nonfinite: keep tensors with NaN or infinity as they are instead of raising.
+    """
+
+    effort: Effort = "best"
+    target: Target = "kappaquant"
+    jobs: int | None = None
+    device: str | None = None
+    allow_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.effort not in EFFORTS:
+            raise PlanError(f"effort {self.effort!r}: must be one of {', '.join(EFFORTS)}")
+        check_target(self.target)
+        if self.jobs is not None and self.jobs < 1:
+            raise PlanError(f"jobs = {self.jobs}: must be at least 1")
+
+
+def quantize(
+    source: Source,
+    output: str | Path,
+    plan: Plan,
+    options: Options | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Path:
+    """Write ``source`` quantized by ``plan`` to the new folder ``output``.
+
+    A run that is killed leaves ``<output>.partial``; the same call resumes it and ends with the same bytes. Everything
+    that can be checked is checked before the first byte is written.
+
+    Args:
+        progress: called with a stage ("encode", "hash"), the source bytes done and the bytes in all.
+
+    Raises:
+        PlanError, SourceError, NonFiniteError, OutputError: see each; the message says what to do.
+    """
+    options = options or Options()
+    output = Path(output).absolute()
+    plan.check(source.tensors, source.config)
+    if options.target == LEGACY_FORMAT:
+        check_legacy(plan)
+        for bits in {plan.bits(name) for name in source.tensors if plan.format_of(name)}:
+            legacy_codebook(bits, plan.group_size)
+    _check_output(source, output)
+    partial = Partial(output, _fingerprint(source, plan, options))
+    try:
+        if not partial.finished:
+            _Run(source, plan, options, partial, progress).run()
+        partial.finish()
+    except KappaquantError:
+        if not partial.has_work:
+            partial.discard()
+        raise
+    except OSError as problem:
+        if problem.errno == errno.ENOSPC:
+            raise OutputError(f"{output}: the disk is full; free space and run again to resume") from problem
+        raise
+    finally:
+        partial.close()
+    return output
+
+
+def _check_output(source: Source, output: Path) -> None:
+    folder = Path(source.label)
+    if source.revision is None and (
+        output.resolve() == folder.resolve() or folder.resolve() in output.resolve().parents
+    ):
+        raise OutputError(f"{output}: lies in the source folder {folder}; choose another output")
+    if not output.parent.is_dir():
+        raise OutputError(f"{output.parent}: no such folder; create it first")
+
+
+def _fingerprint(source: Source, plan: Plan, options: Options) -> str:
+    headers = {s: {n: (i.dtype, i.shape) for n, i in t.items()} for s, t in source.shards.items()}
+    stamps = {}
+    if source.revision is None:
+        for shard in source.shards:
+            status = source.fetch(shard).stat()
+            stamps[shard] = (status.st_size, status.st_mtime_ns)
+    parts = [source.label, source.revision, headers, stamps, plan.to_json(), options.effort, options.target]
+    return hashlib.sha256(json.dumps([documents.kappaquant.__version__, *parts]).encode()).hexdigest()
+
+
+class _Run:
+    """One pass over a source, with what it has learnt so far."""
+
+    def __init__(self, source: Source, plan: Plan, options: Options, partial: Partial, progress: Progress) -> None:
+        self.source, self.plan, self.options, self.partial, self.progress = source, plan, options, partial, progress
+        self.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.sums: dict[tuple[str, int], Sums] = {}
+        self.layouts: dict[str, ShardLayout] = {}
+        self.total = sum(info.nbytes for info in source.tensors.values())
+        self.done = 0
+
+    def run(self) -> None:
+        for record in self.partial.records:
+            if "kept" in record and self.plan.format_of(record["kept"]):
+                self.plan = _kept(self.plan, record["kept"], record["why"])
+        for shard in self.source.shards:
+            self._lay_out(shard)
+        with _pool(self._jobs()) as pool:
+            for shard in self.source.shards:
+                while not self._encode(shard, pool):
+                    self._lay_out(shard)
+            hashes = self._hash(pool)
+        self._write_documents(hashes)
+
+    def _jobs(self) -> int:
+        if self.device != "cpu":
+            return 1
+        if self.options.jobs is not None:
+            return self.options.jobs
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return 1 if self.total < _SMALL else min(8, cores)
+
+    def _lay_out(self, shard: str) -> None:
+        tensors = self.source.shards[shard]
+        formats = {name: self.plan.format_of(name) for name in tensors}
+        layout = self.layouts[shard] = shard_layout(tensors, formats, self.options.target)
+        if reserve(self.partial.folder / shard, layout.header, layout.size):
+            return
+        digest = hashlib.sha256(layout.header).hexdigest()[:16]
+        for record in self.partial.records:  # sums of a layout given up since have another digest
+            if record.get("layout") == digest and record["shard"] == shard:
+                self.sums[record["tensor"], record["start"]] = Sums.from_dict(record["sums"])
+
+    def _encode(self, shard: str, pool: ProcessPoolExecutor | None) -> bool:
+        """Encode what is missing of a shard; False if a tensor had to be kept and the shard must be laid out again."""
+        layout = self.layouts[shard]
+        wanted = [
+            (info, start, stop) for info in self.source.shards[shard].values() for start, stop in ranges(info.shape)
+        ]
+        missing = [w for w in wanted if (w[0].name, w[1]) not in self.sums]
+        if not missing:
+            self._advance(sum(info.nbytes for info in self.source.shards[shard].values()))
+            return True
+        path, stored = self.source.locate(shard)
+        target = self.partial.folder / shard
+        units = [
+            Unit(
+                start, stop, path, stored[info.name], target, self.options.target,
+                {n: layout.stored[n] for n in stored_names(info.name) if n in layout.stored},
+                self.plan.format_of(info.name), self.options.effort, self.device, self.options.allow_nonfinite,
+            )
+            for info, start, stop in missing
+        ]  # fmt: skip
+        before = self.done
+        self._advance(sum(i.nbytes for i in self.source.shards[shard].values()) - sum(u.nbytes for u in units))
+        digest = hashlib.sha256(layout.header).hexdigest()[:16]
+        commit = _Commit(self.partial, target, shard, digest)
+        try:
+            for unit, sums in _each(run_unit, units, pool):
+                self.sums[unit.name, unit.start] = sums
+                commit.add(unit, sums)
+                self._advance(unit.nbytes)
+        except _UnitError as failure:
+            commit.flush()
+            if not isinstance(failure.problem, NonFiniteError) or not self.options.allow_nonfinite:
+                raise failure.problem from failure
+            if failure.unit.fmt is None:
+                raise failure.problem from failure
+            self._keep(shard, failure.unit.name, str(failure.problem))
+            self.done = before
+            return False
+        commit.flush()
+        self.source.release(shard)
+        return True
+
+    def _keep(self, shard: str, name: str, why: str) -> None:
+        why = f"not finite: {why.split(';')[0]}"
+        self.plan = _kept(self.plan, name, why)
+        self.partial.append([{"kept": name, "why": why}])
+        for key in [k for k in self.sums if k[0] in self.source.shards[shard]]:
+            del self.sums[key]
+
+    def _advance(self, nbytes: int) -> None:
+        self.done += nbytes
+        self.progress("encode", self.done, self.total)
+
+    def _hash(self, pool: ProcessPoolExecutor | None) -> dict[str, str]:
+        tasks = [
+            (self.partial.folder / shard, s) for shard, layout in self.layouts.items() for s in layout.stored.values()
+        ]
+        total, done, hashes = sum(s.info.nbytes for _, s in tasks), 0, {}
+        for (_, stored), digest in _each(_hash_task, tasks, pool):
+            hashes[stored.info.name] = digest
+            done += stored.info.nbytes
+            self.progress("hash", done, total)
+        return hashes
+
+    def _write_documents(self, hashes: dict[str, str]) -> None:
+        source, folder, tensors = self.source, self.partial.folder, self.source.tensors
+        for name in source.side_files:
+            if name in (MANIFEST_NAME, LEGACY_CONFIG_NAME):
+                continue
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.fetch(name), folder / name)
+        model = source.label if source.revision else Path(source.label).resolve().name
+        config = dict(source.config)
+        if self.options.target == QUANT_METHOD:
+            config["quantization_config"] = documents.quantization_config(tensors, self.plan)
+            sums: dict[str, Sums] = {}
+            for name, info in tensors.items():
+                sums[name] = sum((self.sums[name, start] for start, _ in ranges(info.shape)), Sums())
+            manifest = documents.manifest(
+                {"model": model, "revision": source.revision},
+                tensors, self.plan, self.options.effort, sums, hashes, config["quantization_config"],
+            )  # fmt: skip
+            _write_json(folder / MANIFEST_NAME, manifest)
+        else:
+            _write_json(folder / LEGACY_CONFIG_NAME, documents.legacy_config(self.plan, tensors, model))
+        if len(self.layouts) > 1 or "model.safetensors" not in self.layouts:
+            _write_json(folder / INDEX_NAME, documents.index(self.layouts))
+        _write_json(folder / "config.json", config)
+
+
+def _kept(plan: Plan, name: str, why: str) -> Plan:
+    """The plan with one more tensor left as it is."""
+    return replace(plan, choices={**plan.choices, name: Choice(16, why)})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(documents.json_text(content), encoding="utf-8")
+
+
+class _Commit:
+    """Groups finished units: sync their data, then say so in the journal."""
+
+    def __init__(self, partial: Partial, target: Path, shard: str, layout: str) -> None:
+        self.partial, self.target, self.shard, self.layout = partial, target, shard, layout
+        self.pending: list[dict[str, Any]] = []
+        self.last = time.monotonic()
+
+    def add(self, unit: Unit, sums: Sums) -> None:
+        record = {"shard": self.shard, "layout": self.layout, "tensor": unit.name, "start": unit.start}
+        self.pending.append({**record, "sums": sums.to_dict()})
+        if time.monotonic() - self.last > _COMMIT_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.pending:
+            with self.target.open("rb+") as file:
+                os.fsync(file.fileno())
+            self.partial.append(self.pending)
+        self.pending, self.last = [], time.monotonic()
+
+
+class _UnitError(Exception):
+    """A unit's failure, with the unit."""
+
+    def __init__(self, unit: Any, problem: KappaquantError) -> None:
+        super().__init__(str(problem))
+        self.unit, self.problem = unit, problem
+
+
+def _pool(jobs: int) -> Any:
+    if jobs == 1:
+        return contextlib.nullcontext()
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=start_worker)
+
+
+def _each(task: Callable[[T], R], items: Iterable[T], pool: ProcessPoolExecutor | None) -> Iterator[tuple[T, R]]:
+    """(item, task(item)) as they finish; in this process without a pool."""
+    if pool is None:
+        for item in items:
+            try:
+                yield item, task(item)
+            except KappaquantError as problem:
+                raise _UnitError(item, problem) from problem
+        return
+    futures: dict[Future[R], T] = {pool.submit(task, item): item for item in items}
+    for future in as_completed(futures):
+        try:
+            yield futures[future], future.result()
+        except KappaquantError as problem:
+            for other in futures:
+                other.cancel()
+            raise _UnitError(futures[future], problem) from problem
+
+
+def _hash_task(task: tuple[Path, Stored]) -> str:
+    return hash_stored(*task)
