@@ -1,3 +1,82 @@
-"""kappaquant: mixed-precision codebook quantization of large language models, bits chosen by evidence."""
+"""kappaquant: mixed-precision codebook quantization of large language models, bits chosen by evidence.
+
+    source = kappaquant.open_source("path/or/owner/name")
+    profile = kappaquant.scan(source)
+    plan = kappaquant.make_plan(source.tensors, source.config, "kurtosis", profile=profile.kurtosis())
+    kappaquant.quantize(source, "output", plan)
+    model, tokenizer = kappaquant.load("output")
+
+Importing this package teaches ``transformers`` to load its checkpoints, and imports nothing heavy itself.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from kappaquant.errors import (
+    AlreadyQuantizedError,
+    FormatError,
+    KappaquantError,
+    NonFiniteError,
+    OutputError,
+    PlanError,
+    SourceError,
+    UnsupportedError,
+)
+from kappaquant.integrations import register_when_imported
+
+if TYPE_CHECKING:
+    from kappaquant.checkpoint import Checkpoint, open_checkpoint
+    from kappaquant.integrations.transformers import load
+    from kappaquant.plan import Plan, make_plan
+    from kappaquant.quantizer import Options, quantize
+    from kappaquant.scanner import Profile, scan
+    from kappaquant.source import open_source
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "Options": "quantizer",
+    "Plan": "plan",
+    "Profile": "scanner",
+    "load": "integrations.transformers",
+    "make_plan": "plan",
+    "open_checkpoint": "checkpoint",
+    "open_source": "source",
+    "quantize": "quantizer",
+    "scan": "scanner",
+}
+
+__all__ = [
+    "AlreadyQuantizedError",
+    "Checkpoint",
+    "FormatError",
+    "KappaquantError",
+    "NonFiniteError",
+    "Options",
+    "OutputError",
+    "Plan",
+    "PlanError",
+    "Profile",
+    "SourceError",
+    "UnsupportedError",
+    "__version__",
+    "load",
+    "make_plan",
+    "open_checkpoint",
+    "open_source",
+    "quantize",
+    "scan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported from their modules on first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+register_when_imported()

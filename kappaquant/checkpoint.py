@@ -119,8 +119,12 @@ class Checkpoint:
         entry = self.entry(name)
         if entry.fmt is not None:
             raise FormatError(f"{name}: is quantized to {entry.bits} bits; use dequantize(), or packed() and norms()")
-        path, stored = entry.parts[0]
-        return read_elements(path, stored, 0, stored.info.numel).view(stored.info.shape)
+        return self.elements(name, 0, entry.info.numel).view(entry.info.shape)
+
+    def elements(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a kept parameter, flat."""
+        path, stored = self.entry(name).parts[0]
+        return read_elements(path, stored, start, stop)
 
     def dequantize(self, name: str) -> Tensor:
         """The parameter as float32 in its logical shape; a kept one is converted."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,3 +58,12 @@ def shard_layout(
         piece for name, info in tensors.items() for piece in stored_tensors(info, formats[name], target)
     )
     return ShardLayout(header, stored, file_size(stored, header))
+
+
+def output_bytes(
+    shards: Mapping[str, Mapping[str, TensorInfo]],
+    format_of: Callable[[str], Format | None],
+    target: Target = "kappaquant",
+) -> int:
+    """Exact bytes of all output shards, headers included, from the source's headers and the plan alone."""
+    return sum(shard_layout(t, {name: format_of(name) for name in t}, target).size for t in shards.values())

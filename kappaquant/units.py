@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from kappaquant.source import TORCH_DTYPES, read_elements
 UNIT_ELEMENTS = (
     1 << 23
 )  # 16 MB of bf16: little memory, and still milliseconds of work for each message between processes
-_FLOATS = ("BF16", "F16", "F32", "F64")
+FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def run_unit(unit: Unit) -> Sums:
     """
     weight = read_elements(unit.source_path, unit.source, unit.start, unit.stop)
     info = unit.source.info
-    sums = Sums(Moments.of(weight)) if info.dtype in _FLOATS else Sums()
+    sums = Sums(Moments.of(weight)) if info.dtype in FLOATS else Sums()
     if not sums.moments.finite and not (unit.fmt is None and unit.allow_nonfinite):
         raise NonFiniteError(
             f"{unit.name}: holds NaN or infinity between elements {unit.start} and {unit.stop}; repair the source, or keep "
@@ -136,9 +134,13 @@ def _convert(weight: torch.Tensor, dtype: str, unit: Unit) -> torch.Tensor:
     return converted
 
 
+def tensor_bytes(values: torch.Tensor) -> memoryview:
+    """A tensor's bytes in row-major order."""
+    return values.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
 def _write(descriptor: int, stored: Stored, element: int, values: torch.Tensor) -> None:
-    data = values.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-    write_bytes(descriptor, data, stored.offset + element * DTYPE_BYTES[stored.info.dtype])
+    write_bytes(descriptor, tensor_bytes(values), stored.offset + element * DTYPE_BYTES[stored.info.dtype])
 
 
 def hash_stored(path: Path, stored: Stored) -> str:
@@ -148,16 +150,3 @@ def hash_stored(path: Path, stored: Stored) -> str:
     for offset in range(stored.offset, end, UNIT_ELEMENTS):
         digest.update(read_bytes(path, offset, min(UNIT_ELEMENTS, end - offset)))
     return digest.hexdigest()
-
-
-def start_worker() -> None:
-    """Prepare a worker process: one thread of its own, and an end with its parent, however that one ends."""
-    torch.set_num_threads(1)
-    parent = parent_process()
-    assert parent is not None
-
-    def leave_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()

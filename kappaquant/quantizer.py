@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -27,14 +25,12 @@ from kappaquant.layout import ShardLayout, Target, check_target, shard_layout, s
 from kappaquant.plan import Choice, Plan, check_legacy
 from kappaquant.safetensors_io import Stored
 from kappaquant.source import INDEX_NAME, Source
-from kappaquant.units import Sums, Unit, hash_stored, ranges, run_unit, start_worker
+from kappaquant.units import Sums, Unit, hash_stored, ranges, run_unit
+from kappaquant.workers import ItemError, default_jobs, each, pool
 
 Progress = Callable[[str, int, int], None]
-T = TypeVar("T")
-R = TypeVar("R")
 
 _COMMIT_SECONDS = 2.0  # how much work a kill may cost; each commit is two fsyncs
-_SMALL = 256_000_000  # bytes of source below which starting workers (2 s each) costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -145,20 +141,17 @@ class _Run:
                 self.plan = _kept(self.plan, record["kept"], record["why"])
         for shard in self.source.shards:
             self._lay_out(shard)
-        with _pool(self._jobs()) as pool:
+        with pool(self._jobs()) as workers:
             for shard in self.source.shards:
-                while not self._encode(shard, pool):
+                while not self._encode(shard, workers):
                     self._lay_out(shard)
-            hashes = self._hash(pool)
+            hashes = self._hash(workers)
         self._write_documents(hashes)
 
     def _jobs(self) -> int:
         if self.device != "cpu":
             return 1
-        if self.options.jobs is not None:
-            return self.options.jobs
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return 1 if self.total < _SMALL else min(8, cores)
+        return self.options.jobs or default_jobs(self.total)
 
     def _lay_out(self, shard: str) -> None:
         tensors = self.source.shards[shard]
@@ -171,7 +164,7 @@ class _Run:
             if record.get("layout") == digest and record["shard"] == shard:
                 self.sums[record["tensor"], record["start"]] = Sums.from_dict(record["sums"])
 
-    def _encode(self, shard: str, pool: ProcessPoolExecutor | None) -> bool:
+    def _encode(self, shard: str, workers: ProcessPoolExecutor | None) -> bool:
         """Encode what is missing of a shard; False if a tensor had to be kept and the shard must be laid out again."""
         layout = self.layouts[shard]
         wanted = [
@@ -196,17 +189,17 @@ class _Run:
         digest = hashlib.sha256(layout.header).hexdigest()[:16]
         commit = _Commit(self.partial, target, shard, digest)
         try:
-            for unit, sums in _each(run_unit, units, pool):
+            for unit, sums in each(run_unit, units, workers):
                 self.sums[unit.name, unit.start] = sums
                 commit.add(unit, sums)
                 self._advance(unit.nbytes)
-        except _UnitError as failure:
+        except ItemError as failure:
             commit.flush()
             if not isinstance(failure.problem, NonFiniteError) or not self.options.allow_nonfinite:
                 raise failure.problem from failure
-            if failure.unit.fmt is None:
+            if failure.item.fmt is None:
                 raise failure.problem from failure
-            self._keep(shard, failure.unit.name, str(failure.problem))
+            self._keep(shard, failure.item.name, str(failure.problem))
             self.done = before
             return False
         commit.flush()
@@ -224,12 +217,12 @@ class _Run:
         self.done += nbytes
         self.progress("encode", self.done, self.total)
 
-    def _hash(self, pool: ProcessPoolExecutor | None) -> dict[str, str]:
+    def _hash(self, workers: ProcessPoolExecutor | None) -> dict[str, str]:
         tasks = [
             (self.partial.folder / shard, s) for shard, layout in self.layouts.items() for s in layout.stored.values()
         ]
         total, done, hashes = sum(s.info.nbytes for _, s in tasks), 0, {}
-        for (_, stored), digest in _each(_hash_task, tasks, pool):
+        for (_, stored), digest in each(_hash_task, tasks, workers):
             hashes[stored.info.name] = digest
             done += stored.info.nbytes
             self.progress("hash", done, total)
@@ -290,39 +283,6 @@ class _Commit:
                 os.fsync(file.fileno())
             self.partial.append(self.pending)
         self.pending, self.last = [], time.monotonic()
-
-
-class _UnitError(Exception):
-    """A unit's failure, with the unit."""
-
-    def __init__(self, unit: Any, problem: KappaquantError) -> None:
-        super().__init__(str(problem))
-        self.unit, self.problem = unit, problem
-
-
-def _pool(jobs: int) -> Any:
-    if jobs == 1:
-        return contextlib.nullcontext()
-    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=start_worker)
-
-
-def _each(task: Callable[[T], R], items: Iterable[T], pool: ProcessPoolExecutor | None) -> Iterator[tuple[T, R]]:
-    """(item, task(item)) as they finish; in this process without a pool."""
-    if pool is None:
-        for item in items:
-            try:
-                yield item, task(item)
-            except KappaquantError as problem:
-                raise _UnitError(item, problem) from problem
-        return
-    futures: dict[Future[R], T] = {pool.submit(task, item): item for item in items}
-    for future in as_completed(futures):
-        try:
-            yield futures[future], future.result()
-        except KappaquantError as problem:
-            for other in futures:
-                other.cancel()
-            raise _UnitError(futures[future], problem) from problem
 
 
 def _hash_task(task: tuple[Path, Stored]) -> str:

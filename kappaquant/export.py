@@ -1,0 +1,110 @@
+"""Turn a quantized checkpoint back into plain safetensors that any tool loads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kappaquant.checkpoint import Checkpoint
+from kappaquant.errors import OutputError, PlanError
+from kappaquant.format import LEGACY_CONFIG_NAME, MANIFEST_NAME, TensorInfo
+from kappaquant.journal import Partial, reserve
+from kappaquant.layout import ShardLayout
+from kappaquant.manifest import index, json_text
+from kappaquant.safetensors_io import build_header, file_size, write_bytes
+from kappaquant.source import INDEX_NAME, SINGLE_NAME, TORCH_DTYPES
+from kappaquant.units import ranges, tensor_bytes
+
+SHARD_BYTES = 5_000_000_000
+DTYPES = ("BF16", "F16", "F32")
+
+
+def dequantize(
+    checkpoint: Checkpoint,
+    output: str | Path,
+    dtype: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Write every parameter of ``checkpoint`` unquantized to the new folder ``output``, with all its other files.
+
+    Args:
+        dtype: "BF16", "F16" or "F32" for the dequantized tensors; None takes the dtype they had in the source
+            (float16 for tq3_native, which does not tell). Kept tensors keep theirs.
+        progress: called with the output bytes written and in all.
+
+    Raises:
+        PlanError: another dtype.
+        OutputError: ``output`` is not empty, lies in the checkpoint, or does not fit the disk.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise PlanError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
+    output = Path(output).absolute()
+    if output.resolve() == checkpoint.path.resolve() or checkpoint.path.resolve() in output.resolve().parents:
+        raise OutputError(f"{output}: lies in the checkpoint {checkpoint.path}; choose another output")
+    infos = {}
+    for name in checkpoint.keys():
+        entry = checkpoint.entry(name)
+        infos[name] = TensorInfo(name, (dtype or entry.info.dtype) if entry.fmt else entry.info.dtype, entry.info.shape)
+    identity = [str(checkpoint.path.resolve()), {n: i.dtype for n, i in infos.items()}]
+    partial = Partial(output, hashlib.sha256(json.dumps(identity).encode()).hexdigest())
+    try:
+        if not partial.finished:
+            _write(checkpoint, infos, partial.folder, progress)
+        partial.finish()
+    finally:
+        partial.close()
+    return output
+
+
+def _write(
+    checkpoint: Checkpoint, infos: dict[str, TensorInfo], folder: Path, progress: Callable[[int, int], None]
+) -> None:
+    total, done = sum(info.nbytes for info in infos.values()), 0
+    layouts = _layouts(list(infos.values()))
+    for shard, layout in layouts.items():
+        path = folder / shard
+        reserve(path, layout.header, layout.size)
+        with path.open("rb+") as file:
+            for name, stored in layout.stored.items():
+                for start, stop in ranges(stored.info.shape):
+                    values = _elements(checkpoint, name, stored.info, start, stop)
+                    size = stored.info.nbytes // stored.info.numel
+                    write_bytes(file.fileno(), tensor_bytes(values), stored.offset + start * size)
+                    done += (stop - start) * size
+                    progress(done, total)
+    for path in checkpoint.path.rglob("*"):
+        relative = path.relative_to(checkpoint.path)
+        own = relative.name in (MANIFEST_NAME, LEGACY_CONFIG_NAME, INDEX_NAME, "config.json")
+        if path.is_file() and not own and path.suffix != ".safetensors":
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / relative)
+    config: dict[str, Any] = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    if len(layouts) > 1:
+        (folder / INDEX_NAME).write_text(json_text(index(layouts)), encoding="utf-8")
+    if config:
+        (folder / "config.json").write_text(json_text(config), encoding="utf-8")
+
+
+def _elements(checkpoint: Checkpoint, name: str, info: TensorInfo, start: int, stop: int) -> Any:
+    if checkpoint.format_of(name) is None:
+        return checkpoint.elements(name, start, stop)
+    width = info.shape[-1]
+    return checkpoint.dequantize_rows(name, start // width, stop // width).to(TORCH_DTYPES[info.dtype])
+
+
+def _layouts(infos: list[TensorInfo]) -> dict[str, ShardLayout]:
+    shards: list[list[TensorInfo]] = [[]]
+    for info in infos:
+        if shards[-1] and sum(i.nbytes for i in shards[-1]) + info.nbytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(info)
+    layouts = {}
+    for number, members in enumerate(shards, 1):
+        header, stored = build_header(members)
+        name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        layouts[name] = ShardLayout(header, stored, file_size(stored, header))
+    return layouts

@@ -1,0 +1,76 @@
+"""Work spread over processes: results as they come, failures with the item that failed, no orphans."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context, parent_process
+from typing import Any, TypeVar
+
+import torch
+
+from kappaquant.errors import KappaquantError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_SMALL = 256_000_000  # bytes below which starting workers (2 s each) costs more than it saves
+_MOST = 8  # more processes only queue for the disk
+
+
+class ItemError(Exception):
+    """What a task raised for one item."""
+
+    def __init__(self, item: Any, problem: KappaquantError) -> None:
+        super().__init__(str(problem))
+        self.item, self.problem = item, problem
+
+
+def default_jobs(nbytes: int) -> int:
+    """Processes for this much data: one per usable core up to 8, or just this one where little is to be done."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if nbytes < _SMALL else min(_MOST, cores)
+
+
+def pool(jobs: int) -> contextlib.AbstractContextManager[ProcessPoolExecutor | None]:
+    """A pool of processes with one torch thread each; None inside, meaning this process, for one job."""
+    if jobs == 1:
+        return contextlib.nullcontext()
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start)
+
+
+def each(task: Callable[[T], R], items: Iterable[T], workers: ProcessPoolExecutor | None) -> Iterator[tuple[T, R]]:
+    """(item, task(item)) as they finish. Raises ItemError for the first that fails, and starts no more."""
+    if workers is None:
+        for item in items:
+            try:
+                yield item, task(item)
+            except KappaquantError as problem:
+                raise ItemError(item, problem) from problem
+        return
+    futures: dict[Future[R], T] = {workers.submit(task, item): item for item in items}
+    try:
+        for future in as_completed(futures):
+            try:
+                yield futures[future], future.result()
+            except KappaquantError as problem:
+                raise ItemError(futures[future], problem) from problem
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _start() -> None:
+    """One thread of its own, and an end with the parent, however that one ends."""
+    torch.set_num_threads(1)
+    parent = parent_process()
+    assert parent is not None
+
+    def leave_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
