@@ -33,3 +33,7 @@ class OutputError(KappaquantError):
 
 class UnsupportedError(KappaquantError):
     """No kernel, architecture or option fits the request; the message lists every reason."""
+
+
+class WorkerError(KappaquantError):
+    """A worker process was ended from outside, most often for want of memory."""

@@ -7,12 +7,13 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
 import torch
 
-from kappaquant.errors import KappaquantError
+from kappaquant.errors import KappaquantError, WorkerError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -58,6 +59,10 @@ def each(task: Callable[[T], R], items: Iterable[T], workers: ProcessPoolExecuto
                 yield futures[future], future.result()
             except KappaquantError as problem:
                 raise ItemError(futures[future], problem) from problem
+            except BrokenProcessPool as problem:
+                raise WorkerError(
+                    "a worker process was killed, perhaps for want of memory; run again with fewer --jobs to resume"
+                ) from problem
     finally:
         for future in futures:
             future.cancel()

@@ -1,0 +1,119 @@
+"""The command line end to end on a tiny model: what it prints, writes and exits with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import save_tiny
+
+COMMANDS = ("scan", "plan", "quantize", "inspect", "verify", "dequantize", "generate", "chat")
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kappaquant.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("qwen3_moe", tmp_path_factory.mktemp("source") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def quantized(model: Path) -> Path:
+    output = model.parent / "quantized"
+    done = run("quantize", model, output, "--policy", "uniform", "--bits", 4)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_help_names_every_command_without_importing_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['kappaquant', '--help']\n"
+        "from kappaquant.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert all(command in done.stdout for command in COMMANDS)
+    assert done.stdout.strip().endswith("False")
+
+
+def test_scan_plan_quantize_by_files(model: Path, tmp_path: Path) -> None:
+    profile, plan, picture = tmp_path / "profile.json", tmp_path / "plan.json", tmp_path / "kappa.png"
+    scanned = run("scan", model, "-o", profile, "--plot", picture)
+    assert scanned.returncode == 0, scanned.stderr
+    assert "attention q/k/v/o" in scanned.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    planned = run("plan", model, "--policy", "kurtosis", "--profile", profile, "--set", "*.o_proj.weight=5", "-o", plan)
+    assert planned.returncode == 0, planned.stderr
+    promised = int(planned.stdout.split("weight files: ")[1].split(" bytes")[0].replace(",", ""))
+    done = run("quantize", model, tmp_path / "out", "--plan", plan)
+    assert done.returncode == 0, done.stderr
+    assert sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")) == promised
+    shown = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
+    assert shown["tensors"]["model.layers.0.self_attn.o_proj.weight"]["bits"] == 5
+
+
+def test_inspect_verify_and_dequantize(quantized: Path, tmp_path: Path) -> None:
+    assert "routed down_proj" in run("inspect", quantized).stdout
+    verified = run("verify", quantized)
+    assert verified.returncode == 0
+    assert "all hashes match" in verified.stdout
+    assert run("dequantize", quantized, tmp_path / "plain").returncode == 0
+    assert (tmp_path / "plain" / "config.json").exists()
+
+
+def test_verify_exits_1_and_names_the_tampered_tensor(quantized: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from kappaquant import open_checkpoint
+
+    copy = shutil.copytree(quantized, tmp_path / "copy")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    path, stored = open_checkpoint(copy).entry(name).parts[0]
+    with path.open("rb+") as file:
+        file.seek(stored.offset)
+        byte = file.read(1)
+        file.seek(stored.offset)
+        file.write(bytes([byte[0] ^ 1]))
+    done = run("verify", copy)
+    assert done.returncode == 1
+    assert f"{name}.tq_packed" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "{model}", "--policy", "uniform", "--bits", "9"), "bits = 9"),
+        (("plan", "{model}", "--group-size", "96"), "group size 96"),
+        (("plan", "{model}", "--set", "*.nothing=4"), "*.nothing"),
+        (("plan", "{model}", "--policy", "kurtosis"), "profile"),
+        (("plan", "{model}", "--thresholds", "4,x", "--policy", "kurtosis"), "--thresholds"),
+        (("quantize", "{model}", "{model}"), "source folder"),
+        (("quantize", "{model}", "{model}/out"), "source folder"),
+        (("quantize", "{model}", "{tmp}/out", "--effort", "most"), "fast, best"),
+        (("quantize", "{model}", "{tmp}/out", "--format", "gguf"), "kappaquant, tq3_native"),
+        (("quantize", "{model}", "{tmp}/out", "--jobs", "0"), "at least 1"),
+        (("scan", "{tmp}/absent"), "no such folder"),
+        (("inspect", "{model}"), "not quantized"),
+    ],
+)
+def test_bad_input_exits_2_with_one_line(
+    model: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    done = run(*(a.format(model=model, tmp=tmp_path) for a in arguments))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_generate_streams_text(quantized: Path) -> None:
+    done = run("generate", quantized, "hello", "--max-new-tokens", 4)
+    assert done.returncode == 2  # the tiny model has no tokenizer, and says so
+    assert "tokenizer" in done.stderr
