@@ -1,0 +1,204 @@
+"""The model a config.json describes, built without memory: its parameters, and which checkpoint tensor goes where.
+
+transformers renames tensors on loading and merges per-expert ones; its own conversion rules are followed here, so that
+names and shapes are those that transformers will use.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kappaquant.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+logger = logging.getLogger("kappaquant")
+
+Config = str | Path | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one checkpoint tensor goes.
+
+    Attributes:
+        target: parameter of the model that takes it.
+        shape: the shape it must have; None where transformers applies a conversion this package does not follow.
+        expert: index along the target's first axis, for one expert's matrix of a fused parameter.
+        row: first row of the target it fills.
+    """
+
+    target: str
+    shape: tuple[int, ...] | None
+    expert: int | None = None
+    row: int = 0
+
+
+@dataclass
+class Layout:
+    """How a set of checkpoint tensors meets a model.
+
+    Attributes:
+        places: checkpoint name -> place.
+        ignored: tensors the model class is known not to use (such as multi-token-prediction layers).
+        unexpected: tensors the model has no parameter for, or one that another tensor fills already.
+        missing: parameters of the model, or experts of one, that no tensor fills.
+    """
+
+    places: dict[str, Place] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def load_config(config: Config) -> PretrainedConfig:
+    """The transformers configuration of a folder, or of the content of its config.json.
+
+    Raises:
+        UnsupportedError: the installed transformers does not know the architecture.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not isinstance(config, Mapping):
+        return AutoConfig.from_pretrained(config)
+    model_type = str(config.get("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedError(
+            f"config.json: model_type {model_type!r} is unknown to the installed transformers; a newer one may know it"
+        )
+    return CONFIG_MAPPING[model_type].from_dict(dict(config))
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class named in ``architectures``, else the one transformers uses to generate text for this configuration."""
+    import transformers
+
+    for name in config.architectures or []:
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    for auto in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
+        found: Any = auto._model_mapping.get(type(config), None)
+        if found is not None:
+            return found
+    raise UnsupportedError(
+        f"config.json: architectures {config.architectures} of model_type {config.model_type!r} is no class of the "
+        "installed transformers; models that bring their own code are not supported"
+    )
+
+
+def meta_model(config: Config | PretrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: modules and shapes, no memory."""
+    loaded = load_config(config) if isinstance(config, str | Path | Mapping) else config
+    with torch.device("meta"):
+        return model_class(loaded)(loaded)
+
+
+def parameter_shapes(config: Config, names: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
+    """Logical shapes of checkpoint tensors, from the architecture alone.
+
+    Args:
+        config: folder of a config.json, or its content.
+        names: checkpoint names, in any layout transformers can load (experts fused or one by one, with or without a
+            multimodal prefix); default the model's own parameter names. Names without a known shape are left out.
+
+    Raises:
+        UnsupportedError: unknown architecture.
+    """
+    model = meta_model(config)
+    if names is None:
+        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = list(names)
+    extra = _mtp_stand_ins(names, model)
+    layout = place(model, [*names, *{s for found in extra.values() for s in found}])
+    shapes = {}
+    for name in names:
+        for candidate in (name, *extra.get(name, ())):
+            if candidate in layout.places and (shape := layout.places[candidate].shape) is not None:
+                shapes[name] = shape
+                break
+    width = model.config.get_text_config().hidden_size
+    return shapes | {name: (width, 2 * width) for name in names if name == "mtp.fc.weight"}
+
+
+def _mtp_stand_ins(names: list[str], model: PreTrainedModel) -> dict[str, list[str]]:
+    """For a tensor of a multi-token-prediction layer, which no model class holds: its twins in the decoder layers."""
+    layers = range(model.config.get_text_config().num_hidden_layers)
+    found = {name: re.match(r"mtp\.layers\.\d+\.(.+)", name) for name in names}
+    return {
+        name: [f"{prefix}layers.{i}.{match[1]}" for prefix in ("model.language_model.", "model.") for i in layers]
+        for name, match in found.items()
+        if match
+    }
+
+
+def place(model: PreTrainedModel, names: Iterable[str]) -> Layout:
+    """Follow transformers' conversion rules from checkpoint names to the parameters of ``model`` (unmodified, meta)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    parameters = model.state_dict()
+    ignorable = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    layout = Layout()
+    taken: set[Place] = set()
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        if target not in parameters and name in parameters:
+            target, pattern = name, None
+        if target not in parameters:
+            known = any(regex.search(target) for regex in ignorable)
+            (layout.ignored if known else layout.unexpected).append(name)
+            continue
+        shape = tuple(parameters[target].shape)
+        found = Place(target, shape)
+        if pattern is not None:
+            found = _converted(name, target, shape, pattern, by_pattern[pattern])
+        if found.shape is not None and found in taken:
+            layout.unexpected.append(name)
+            continue
+        taken.add(found)
+        layout.places[name] = found
+    layout.missing = _missing(model, parameters, layout.places.values())
+    return layout
+
+
+def _converted(name: str, target: str, shape: tuple[int, ...], pattern: str | None, rule: Any) -> Place:
+    """The place of a tensor that a conversion rule merges into a fused expert parameter."""
+    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in rule.operations]
+    merges = steps[:1] == [("MergeModulelist", 0)] and steps[1:] in ([], [("Concatenate", 1)])
+    if not merges or len(shape) != 3:
+        return Place(target, None)
+    rows = shape[1] // len(rule.source_patterns)
+    expert = int([part for part in name.split(".") if part.isdigit()][-1])
+    return Place(target, (rows, shape[2]), expert, rows * rule.source_patterns.index(pattern))
+
+
+def _missing(model: PreTrainedModel, parameters: Mapping[str, torch.Tensor], places: Iterable[Place]) -> list[str]:
+    filled: dict[str, int] = {}
+    for found in places:
+        size = parameters[found.target].numel() if found.shape is None else math.prod(found.shape)
+        filled[found.target] = filled.get(found.target, 0) + size
+    twins = dict(model.all_tied_weights_keys)
+    twins |= {source: target for target, source in twins.items()}
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = []
+    for name, parameter in parameters.items():
+        tied = name not in filled and twins.get(name) in filled
+        if filled.get(name, 0) < parameter.numel() and not tied and not any(p.search(name) for p in optional):
+            some = f" ({filled[name]} of {parameter.numel()} elements are there)" if name in filled else ""
+            missing.append(name + some)
+    return missing
