@@ -59,7 +59,7 @@ class RoleFacts:
 
     Attributes:
         family: the name reports group it under.
-        packable: the loader can hold it packed: it is the weight of an nn.Linear, or routed experts.
+        packable: it may be quantized at all: it is the weight of an nn.Linear, or routed experts.
         keep: why the policies leave it in 16 bits; empty when they choose its bits.
     """
 
@@ -331,8 +331,8 @@ def _refusal(info: TensorInfo, role: Role, part: Role, expert: int | None, packa
     if info.numel == 0:
         return f"shape {list(info.shape)} holds no elements"
     if not packable:
-        what = "of the vision tower that is no nn.Linear weight" if role is Role.VISION else f"with role {part}"
-        return f"a tensor {what}, which no loader can hold packed"
+        what = "part of the vision tower that is no nn.Linear weight" if role is Role.VISION else f"role {part}"
+        return f"{what}; only the weights of linear layers and of experts are quantized"
     stacked = part in STACKED and expert is None
     if ndim != (3 if stacked else 2):
         return f"{ndim}-D shape {list(info.shape)}: only linear weights (2-D) and stacked experts (3-D) are quantized"
