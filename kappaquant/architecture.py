@@ -88,9 +88,9 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         if found is not None:
             return found
     for auto in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
-        found: Any = auto._model_mapping.get(type(config), None)
-        if found is not None:
-            return found
+        mapped: Any = auto._model_mapping.get(type(config), None)
+        if mapped is not None:
+            return mapped
     raise UnsupportedError(
         f"config.json: architectures {config.architectures} of model_type {config.model_type!r} is no class of the "
         "installed transformers; models that bring their own code are not supported"

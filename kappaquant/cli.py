@@ -39,7 +39,10 @@ PolicyOpt = Annotated[str, typer.Option(help="uniform, recipe or kurtosis.")]
 BitsOpt = Annotated[int, typer.Option(help="Bits of the uniform policy, 2 to 8.")]
 RecipeOpt = Annotated[str, typer.Option(help="apex, apex2 or apex3.")]
 ProfileOpt = Annotated[Path | None, typer.Option(help="Profile written by scan; the kurtosis policy needs it.")]
-ThresholdsOpt = Annotated[str, typer.Option(help="κ at which 3, 4, 5 bits end, ascending.")]
+ThresholdsOpt = Annotated[
+    str, typer.Option(help="Kurtosis policy: κ at which each width of the ladder ends, ascending.")
+]
+LadderOpt = Annotated[str, typer.Option(help="Kurtosis policy: widths, one per threshold; 16 bits above the last.")]
 SetOpt = Annotated[
     list[str] | None, typer.Option("--set", help="PATTERN=BITS, e.g. '*.o_proj.weight=4'; last match wins.")
 ]
@@ -107,6 +110,7 @@ def plan(
     recipe: RecipeOpt = "apex2",
     profile: ProfileOpt = None,
     thresholds: ThresholdsOpt = "4,8,15",
+    ladder: LadderOpt = "3,4,5",
     group_size: GroupOpt = 128,
     overrides: SetOpt = None,
     fuse: FuseOpt = False,
@@ -120,7 +124,7 @@ def plan(
     from kappaquant.source import open_source
 
     opened = open_source(source, revision, stream=True)
-    made = _make_plan(opened, policy, bits, recipe, profile, thresholds, group_size, overrides, fuse)
+    made = _make_plan(opened, policy, bits, recipe, profile, thresholds, ladder, group_size, overrides, fuse)
     sizes = summary(made, opened.tensors, opened.config)
     files = output_bytes(opened.shards, made.format_of)
     if output:
@@ -140,6 +144,7 @@ def quantize(
     recipe: RecipeOpt = "apex2",
     profile: ProfileOpt = None,
     thresholds: ThresholdsOpt = "4,8,15",
+    ladder: LadderOpt = "3,4,5",
     group_size: GroupOpt = 128,
     overrides: SetOpt = None,
     fuse: FuseOpt = False,
@@ -170,7 +175,7 @@ def quantize(
             raise PlanError(f"--set does not change the plan file {plan_file}; give --set to the plan command")
         made = Plan.load(plan_file)
     else:
-        made = _make_plan(opened, policy, bits, recipe, profile, thresholds, group_size, overrides, fuse)
+        made = _make_plan(opened, policy, bits, recipe, profile, thresholds, ladder, group_size, overrides, fuse)
     with _progress("quantize") as report:
         path = run(opened, output, made, options, report)
     size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
@@ -272,6 +277,7 @@ def _make_plan(
     recipe: str,
     profile: Path | None,
     thresholds: str,
+    ladder: str,
     group_size: int,
     overrides: list[str] | None,
     fuse: bool,
@@ -282,7 +288,7 @@ def _make_plan(
     return make_plan(
         source.tensors, source.config, policy, bits=bits, recipe=recipe,
         profile=Profile.load(profile).kurtosis() if profile else None,
-        thresholds=_numbers(thresholds, float, "--thresholds"), group_size=group_size,
+        thresholds=_numbers(thresholds, float, "--thresholds"), ladder=_numbers(ladder, int, "--ladder"), group_size=group_size,
         overrides=[parse_override(text) for text in overrides or []], fuse=fuse,
     )  # fmt: skip
 

@@ -14,6 +14,8 @@ from kappaquant.errors import UnsupportedError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+UNFINISHED = "\ufffd"  # what tokenizers decode the first bytes of a character to
+
 
 def stream(
     model: PreTrainedModel,
@@ -92,16 +94,40 @@ def _run(
     top_p: float,
     seed: int | None,
 ) -> Iterator[str]:
-    from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+    from transformers import StoppingCriteria, StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
 
     # what the thread hands over: a piece of text, the error that ended it, or None at the end
     pieces: Queue[str | BaseException | None] = Queue()
     stopped = Event()
 
-    class Pieces(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if text:
-                pieces.put(text)
+    class Pieces(BaseStreamer):
+        """Decodes all tokens so far and hands over what is new, but no unfinished UTF-8 character."""
+
+        def __init__(self) -> None:
+            self.tokens: list[int] | None = None  # the prompt comes first, and is not repeated
+            self.said = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            if self.tokens is None:
+                self.tokens = []
+                return
+            self.tokens += value.flatten().tolist()
+            text = self.decode(self.tokens)
+            if not text.endswith(UNFINISHED):
+                self.say(text)
+
+        def end(self) -> None:
+            self.say(self.decode(self.tokens or []))
+            pieces.put(None)
+
+        def decode(self, tokens: list[int]) -> str:
+            return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+        def say(self, text: str) -> None:
+            if len(text) > self.said:
+                pieces.put(text[self.said :])
+                self.said = len(text)
 
     class Stopped(StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
@@ -118,11 +144,10 @@ def _run(
             model.generate(
                 **{name: tensor.to(model.device) for name, tensor in inputs.items()},
                 max_new_tokens=max_new_tokens,
-                streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True),
+                streamer=Pieces(),
                 stopping_criteria=StoppingCriteriaList([Stopped()]),
                 **options,
             )
-            pieces.put(None)
         except BaseException as error:  # raised again in the caller's thread
             pieces.put(error)
 

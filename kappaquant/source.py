@@ -196,8 +196,8 @@ class _hub_errors:  # noqa: N801 - a context manager, used like a function
         pass
 
     def __exit__(self, kind: object, problem: BaseException | None, trace: object) -> None:
-        from httpx import HTTPError
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, SafetensorsParsingError
+        # HTTPError is that of whichever HTTP client this huggingface_hub was built on
+        from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, SafetensorsParsingError
 
         if isinstance(problem, (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, SafetensorsParsingError)):
             first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]

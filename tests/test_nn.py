@@ -36,7 +36,7 @@ def _packed(weight: torch.Tensor, fmt: Format) -> tuple[PackedWeight, torch.Tens
 
 def _close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
     assert actual.shape == expected.shape
-    assert float((actual - expected).abs().max() / expected.abs().max()) < tolerance
+    assert float((actual - expected).detach().abs().max() / expected.detach().abs().max()) < tolerance
 
 
 @pytest.fixture

@@ -36,7 +36,24 @@ def test_linear_is_the_product_with_the_decoded_weight(fmt: Format, m: int, n: i
     y = ops.linear(rotated, encoded.packed, encoded.norms, codebook, fmt.bits, fmt.group_size)
     assert y.shape == (m, n)
     scale = x.norm(dim=1, keepdim=True) * decoded.norm(dim=1)  # what the product could be at most
-    assert float(((y - x @ decoded.T).abs() / scale).max()) < 1e-6
+    assert float(((y - x @ decoded.T).abs() / scale).max()) < 3e-6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.id)
+def test_the_torch_kernel_on_cuda(fmt: Format) -> None:
+    encoded, codebook, decoded = _quantized(fmt, 6, 37, fmt.group_size + 3)
+    stored = [t.cuda() for t in (encoded.packed, encoded.norms, codebook)]
+    x = torch.randn(5, fmt.group_size + 3)
+    rotated = ops.rotate(x.cuda(), fmt.group_size)
+    rows, experts = torch.tensor([0, 3, 3, 1]), torch.tensor([5, 0, 2, 5])
+    y = ops.grouped_linear(
+        rotated, rows.cuda(), experts.cuda(), *stored, fmt.bits, fmt.group_size, kernel=torch_reference.NAME
+    )
+    assert _relative(y.cpu(), torch.einsum("snk,sk->sn", decoded[experts], x[rows])) < 1e-5
+    packed, norms, book = stored
+    y = ops.linear(rotated, packed[1], norms[1], book, fmt.bits, fmt.group_size, kernel=torch_reference.NAME)
+    assert _relative(y.cpu(), x @ decoded[1].T) < 1e-5
 
 
 def test_linear_keeps_leading_axes_and_takes_no_rows() -> None:

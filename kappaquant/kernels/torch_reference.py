@@ -28,13 +28,14 @@ def supports(fmt: Format, m: int, n: int, k: int, dtype: torch.dtype, device: to
 def linear(x: Tensor, packed: Tensor, norms: Tensor, codebook: Tensor, fmt: Format) -> Tensor:
     """x [m, K] (rotated, float32) times the weight packed [n, bytes], norms [n, G] -> float32 [m, n]."""
     n, k = packed.shape[0], x.shape[1]
-    out = x.new_empty(x.shape[0], n)
+    # transposed: each tile fills whole rows, for a product into strided columns takes 20 times as long
+    out = x.new_empty(n, x.shape[0])
     table = _lookup_table(codebook, fmt.bits)
     rows = max(1, _TILE_BYTES.get(x.device.type, 1 << 22) // (4 * k))
     for start in range(0, n, rows):
         tile = _decode(packed[start : start + rows], norms[start : start + rows], table, fmt)
-        torch.mm(x, tile.t(), out=out[:, start : start + rows])
-    return out
+        torch.mm(tile, x.t(), out=out[start : start + rows])
+    return out.t().contiguous()
 
 
 def grouped_linear(
@@ -79,10 +80,10 @@ def _lookup_table(codebook: Tensor, bits: int) -> Tensor:
     codes = _CODES_PER_LOOKUP[bits]
     if codes == 1:
         return codebook[:, None]
-    return codebook[_code_grid(bits, codes, codebook.device)]
+    return codebook.index_select(0, _code_grid(bits, codes, codebook.device)).view(-1, codes)
 
 
 @cache
 def _code_grid(bits: int, codes: int, device: torch.device) -> Tensor:
     index = torch.arange(2 ** (bits * codes), device=device)
-    return torch.stack([index >> (bits * i) & (2**bits - 1) for i in range(codes)], dim=1)
+    return torch.stack([index >> (bits * i) & (2**bits - 1) for i in range(codes)], dim=1).view(-1)
