@@ -150,7 +150,7 @@ def decode(
         codes = _unpack_block(rows[block].t(), fmt.bits)
         y = torch.index_select(book, 0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
         out[block] = (_unrotate_block(y) * scales[block]).t()
-    return out.view(*lead, -1)[..., :in_features]
+    return out.view(*lead, -1)[..., :in_features].contiguous()
 
 
 def pack(codes: Tensor, fmt: Format) -> Tensor:

@@ -119,7 +119,7 @@ def _shapes(folder: Path, source: str | Path | None, config: dict[str, Any], nam
         )
     from kappaquant.architecture import parameter_shapes
 
-    return parameter_shapes(config)
+    return parameter_shapes(config, names)
 
 
 def _entry(name: str, located: dict[str, Located], marker: dict[str, Any], group_size: int, shapes: Shapes) -> Entry:

@@ -158,7 +158,7 @@ class Assembler:
         dtype = getattr(module, parameter).dtype
         new: nn.Module
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-            new = QuantLinear(weight, module.bias, SharedRotation())
+            new = QuantLinear(weight, module.bias, self.rotation)
         elif isinstance(module, nn.Embedding):
             known = type(module).forward is nn.Embedding.forward or hasattr(module, "scalar_embed_scale")
             if not known or module.max_norm is not None:

@@ -101,7 +101,7 @@ _FAMILIES: list[tuple[str, tuple[Role, ...], bool, str]] = [
     ("shared_expert_gate", (Role.SHARED_EXPERT_GATE,), True, "one row that scales the whole shared expert"),
     ("norms", (Role.NORM, Role.GDN_NORM), False, "norm gain: one-dimensional"),
     ("biases", (Role.BIAS,), False, "bias: one-dimensional"),
-    ("embeddings", (Role.EMBEDDING,), False, "embedding: a token reads one row of it, so packing saves no time"),
+    ("embeddings", (Role.EMBEDDING,), True, "embedding: a token reads one row of it, so packing saves no time"),
     ("lm_head", (Role.LM_HEAD,), True, "lm_head: its error goes straight into the logits"),
     ("vision", (Role.VISION,), True, "vision tower: idle while text is decoded, and its κ reaches the hundreds"),
     ("mtp", (Role.MTP,), True, "multi-token-prediction head: only speculative decoding reads it"),
