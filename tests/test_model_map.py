@@ -144,9 +144,10 @@ def test_no_tensor_is_unknown(arch, tmp_path):
 
 
 @pytest.mark.parametrize("arch", MODELS)
-def test_what_may_be_quantized_is_exactly_linear_weights_and_experts(arch):
+def test_what_may_be_quantized_is_exactly_linear_weights_embeddings_and_experts(arch):
     model, config = tiny(arch)
     expected = {f"{name}.weight" for name, module in model.named_modules() if type(module) is nn.Linear}
+    expected |= {name for name, _ in model.named_parameters() if name.endswith("embed_tokens.weight")}
     expected |= {name for name, tensor in model.named_parameters() if ".experts." in name and tensor.ndim == 3}
     if tied_embeddings(config):
         expected.discard("lm_head.weight")

@@ -127,7 +127,7 @@ def test_kurtosis_without_a_number_names_the_tensor(kappa):
         ({"overrides": [("*q_proj*", 12)]}, r"'\*q_proj\*': bits = 12"),
         ({"overrides": [("*nothing*", 4)]}, "matches no tensor"),
         ({"overrides": [("*layernorm*", 4)]}, r"input_layernorm\.weight: override .* role norm"),
-        ({"overrides": [("*embed_tokens*", 4)]}, r"embed_tokens\.weight: override .* role embedding"),
+        ({"overrides": [("*mlp.gate.weight", 4)]}, r"mlp\.gate\.weight: override .* role router"),
         ({"overrides": [("*mlp.gate.weight", 4)]}, "role router"),
         ({"overrides": [("*patch_embed*", 4)]}, "no nn.Linear"),
         ({"overrides": [("*", 4)]}, "more"),

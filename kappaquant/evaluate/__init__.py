@@ -1,0 +1,25 @@
+"""Compare a quantized variant with the model it was made from: KL divergence, perplexity, exact match."""
+
+from kappaquant.evaluate.batches import windows
+from kappaquant.evaluate.divergence import Divergence, Perplexity, divergence, perplexity
+from kappaquant.evaluate.intervals import sign_test, wilson
+from kappaquant.evaluate.report import Variant, report
+from kappaquant.evaluate.tasks import ExactMatch, Paired, Question, complete, exact_match, paired
+
+__all__ = [
+    "Divergence",
+    "ExactMatch",
+    "Paired",
+    "Perplexity",
+    "Question",
+    "Variant",
+    "complete",
+    "divergence",
+    "exact_match",
+    "paired",
+    "perplexity",
+    "report",
+    "sign_test",
+    "wilson",
+    "windows",
+]
