@@ -35,7 +35,7 @@ class Partial:
         self.records: list[dict[str, Any]] = []
         resumed = self.root.exists()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(exist_ok=True)
             self._file = (self.root / "journal.jsonl").open("a+b")
         except OSError as problem:
             raise OutputError(f"{self.root}: cannot be created: {problem.strerror}") from problem
@@ -56,6 +56,8 @@ class Partial:
                 self.discard()
             raise OutputError(f"{output}: exists and is not empty; choose another output or remove it")
         self.finished = finished and not self.folder.exists()
+        if not self.finished:
+            self.folder.mkdir(exist_ok=True)
         if not self.records:
             self.append([{"fingerprint": fingerprint}])
 

@@ -103,9 +103,7 @@ def test_verify_exits_1_and_names_the_tampered_tensor(quantized: Path, tmp_path:
         (("inspect", "{model}"), "not quantized"),
     ],
 )
-def test_bad_input_exits_2_with_one_line(
-    model: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
-) -> None:
+def test_bad_input_exits_2_with_one_line(model: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     done = run(*(a.format(model=model, tmp=tmp_path) for a in arguments))
     assert done.returncode == 2
     assert message in done.stderr

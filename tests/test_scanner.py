@@ -1,0 +1,112 @@
+"""Scan against direct computation, across cuts, and what it says of odd tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import EXPERTS, Q, tensors, write_source
+
+import kappaquant
+from kappaquant import codec, scanner, units
+from kappaquant.format import Format
+from kappaquant.moments import Moments
+
+
+def heavy(seed: int, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator) * torch.exp(0.5 * torch.randn(*shape, generator=generator))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_source(
+        tmp_path / "source", {**tensors(), Q: heavy(0, 300, 512).bfloat16(), EXPERTS: heavy(1, 2, 100, 256)}
+    )
+
+
+@pytest.mark.parametrize("unit", [1 << 23, 20_000])
+@pytest.mark.parametrize("name", [Q, EXPERTS])
+def test_statistics(source: Path, name: str, unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_ELEMENTS", unit)
+    opened = kappaquant.open_source(source)
+    stats = kappaquant.scan(opened).tensors[name]
+    weight = opened.read(name).double().numpy()
+    centred = weight - weight.mean()
+    assert stats.kurtosis == pytest.approx((centred**4).mean() / (centred**2).mean() ** 2 - 3, rel=1e-9)
+    assert stats.absmax_over_sigma == pytest.approx(np.abs(weight).max() / weight.std(), rel=1e-9)
+    energies = np.sort(weight**2)[::-1]
+    count = 0.001 * len(energies)
+    top = energies[: int(count)].sum() + (count - int(count)) * energies[int(count)]
+    assert stats.top_energy == pytest.approx(top / energies.sum(), rel=1e-9 if name == Q else 5e-3)
+    matrix = opened.read(name).view(opened.tensors[name].shape)
+    for bits in (2, 3, 8):
+        expected = codec.encode(matrix, Format(bits, 128), "fast").relative_mse
+        assert stats.relative_mse[bits] == pytest.approx(expected, rel=1e-5)
+
+
+def test_profile_round_trip_and_families(source: Path, tmp_path: Path) -> None:
+    profile = kappaquant.scan(kappaquant.open_source(source), bits=[3])
+    (tmp_path / "profile.json").write_text(profile.to_json())
+    assert kappaquant.Profile.load(tmp_path / "profile.json") == profile
+    family = profile.families()["routed gate_proj / up_proj"]
+    members = [s.kurtosis for s in profile.tensors.values() if s.family == "routed gate_proj / up_proj"]
+    assert family.tensors == len(members) == 3
+    assert family.mean_kurtosis == pytest.approx(np.mean(members))
+    assert family.max_kurtosis == max(members)
+
+
+def test_a_plan_follows_the_profile(source: Path) -> None:
+    opened = kappaquant.open_source(source)
+    profile = kappaquant.scan(opened, bits=[])
+    plan = kappaquant.make_plan(
+        opened.tensors, opened.config, "kurtosis", profile=profile.kurtosis(), thresholds=[1, 4, 100]
+    )
+    kappa = profile.tensors[Q].kurtosis
+    assert kappa is not None
+    assert 4 < kappa < 100
+    assert plan.bits(Q) == 5
+    assert plan.bits("model.layers.0.self_attn.o_proj.weight") == 3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_tensor_that_is_not_finite_is_reported(bad: float, tmp_path: Path) -> None:
+    content = tensors()
+    content[Q][3, 3] = bad
+    stats = kappaquant.scan(kappaquant.open_source(write_source(tmp_path / "source", content))).tensors
+    assert not stats[Q].finite
+    assert stats[Q].kurtosis is None
+    assert all(s.finite for name, s in stats.items() if name != Q)
+
+
+def test_odd_tensors(source: Path) -> None:
+    stats = kappaquant.scan(kappaquant.open_source(source)).tensors
+    assert "model.steps" not in stats
+    assert stats["model.layers.3.self_attn.q_proj.weight"].kurtosis is None
+    assert stats["model.norm.weight"].relative_mse == {}
+    assert stats["model.scalar"].kurtosis == 0.0
+
+
+def test_plot(source: Path, tmp_path: Path) -> None:
+    scanner.plot(kappaquant.scan(kappaquant.open_source(source), bits=[]), tmp_path / "kappa.png", {"4 bits": 4.0})
+    assert (tmp_path / "kappa.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_profile_of_another_kind_is_refused(tmp_path: Path) -> None:
+    for text, message in (("{}", "profile_version None"), ("[]", "list"), ('{"profile_version": 1}', "not a profile")):
+        (tmp_path / "p.json").write_text(text)
+        with pytest.raises(kappaquant.PlanError, match=message):
+            kappaquant.Profile.load(tmp_path / "p.json")
+
+
+def test_moments_of_parts_add_up() -> None:
+    weight = heavy(2, 5000) + 0.3
+    whole = Moments.of(weight)
+    parts = Moments.of(weight[:1234]) + Moments.of(weight[1234:])
+    assert parts.kurtosis == pytest.approx(whole.kurtosis, rel=1e-10)
+    assert parts.std == pytest.approx(float(weight.double().std(correction=0)), rel=1e-10)
+    assert parts.absmax == float(weight.abs().max())
+    assert not (parts + Moments.of(torch.tensor([float("nan")]))).finite
+    assert Moments.of(torch.full((100,), 0.1)).kurtosis == 0.0
