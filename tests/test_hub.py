@@ -1,0 +1,178 @@
+"""Sources on the Hub, against a stub of its endpoints on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import digests, quantize, tensors, write_source
+from huggingface_hub import constants, hf_api
+
+import kappaquant
+
+REPO, COMMIT = "owner/tiny", "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves one repository at one commit, and remembers what was asked of it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.sent: dict[str, int] = {}
+        self.revisions: set[str] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *arguments: object) -> None:
+        """Quiet."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        parts = self.path.split("?")[0].strip("/").split("/")
+        if parts[:4] == ["api", "models", *REPO.split("/")]:
+            revision = parts[5] if len(parts) > 5 else "main"
+            if revision not in ("main", COMMIT):
+                return self._fail("RevisionNotFound")
+            if parts[4:5] == ["tree"]:
+                return self._json([{"type": "file", "oid": "0", "size": (self.server.folder / f).stat().st_size, "path": f}
+                                   for f in self._files()])  # fmt: skip
+            siblings = [{"rfilename": f, "size": (self.server.folder / f).stat().st_size} for f in self._files()]
+            return self._json({"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings, "tags": []})
+        if "/".join(parts[:2]) == REPO and parts[2:3] == ["resolve"]:
+            self.server.revisions.add(parts[3])
+            return self._file("/".join(parts[4:]))
+        return self._fail("RepoNotFound")
+
+    def _files(self) -> list[str]:
+        return sorted(str(p.relative_to(self.server.folder)) for p in self.server.folder.rglob("*") if p.is_file())
+
+    def _fail(self, code: str) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _json(self, content: Any) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def _file(self, name: str) -> None:
+        path = self.server.folder / name
+        if not path.is_file():
+            return self._fail("EntryNotFound")
+        data, status = path.read_bytes(), 200
+        size = len(data)
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if "Range" in self.headers:
+            first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+            data, status = data[int(first) : int(last) + 1 if last else None], 206
+            headers["Content-Range"] = f"bytes {first}-{int(first) + len(data) - 1}/{size}"
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.server.sent[name] = self.server.sent.get(name, 0) + len(data)
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    large = {"model.layers.5.self_attn.q_proj.weight": torch.ones(1024, 512, dtype=torch.bfloat16)}
+    server = Hub(write_source(tmp_path / "tiny", tensors() | large, shards=3))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_plan_fetches_headers_only(hub: Hub) -> None:
+    source = kappaquant.open_source(REPO, stream=True)
+    local = kappaquant.open_source(hub.folder)
+    assert source.tensors == local.tensors
+    assert source.revision == COMMIT
+    assert kappaquant.make_plan(source.tensors, source.config).bits("lm_head.weight") == 16
+    assert max((hub.folder / shard).stat().st_size for shard in source.shards) > 1_000_000
+    for shard in source.shards:  # the client asks for 100 kB to find a header; the rest is never sent
+        assert hub.sent[shard] <= 100_001
+    assert hub.revisions == {COMMIT}
+
+
+def test_stream_keeps_one_shard_on_disk(hub: Hub, tmp_path: Path) -> None:
+    source = kappaquant.open_source(REPO, stream=True)
+    plan = kappaquant.make_plan(source.tensors, source.config)
+    most = 0
+
+    def watch(stage: str, done: int, total: int) -> None:
+        nonlocal most
+        most = max(most, len(list(Path(source.scratch.name).glob("*.safetensors"))))  # type: ignore[attr-defined]
+
+    out = kappaquant.quantize(source, tmp_path / "out", plan, progress=watch)
+    assert most == 1
+    assert not list(Path(source.scratch.name).glob("*.safetensors"))  # type: ignore[attr-defined]
+    streamed, local = digests(out), digests(quantize(hub.folder, tmp_path / "local").path)
+    manifests = [json.loads((tmp_path / d / "kappaquant.json").read_text()) for d in ("out", "local")]
+    assert manifests[0].pop("source") == {"model": REPO, "revision": COMMIT}
+    assert manifests[1].pop("source") == {"model": "tiny", "revision": None}
+    assert manifests[0] == manifests[1]
+    del streamed["kappaquant.json"], local["kappaquant.json"]
+    assert streamed == local
+
+
+def test_without_stream_the_snapshot_is_used(hub: Hub, tmp_path: Path) -> None:
+    (hub.folder / "pytorch_model.bin").write_bytes(b"never fetched")
+    source = kappaquant.open_source(REPO, "main")
+    assert source.revision == COMMIT
+    out = kappaquant.quantize(source, tmp_path / "out", kappaquant.make_plan(source.tensors, source.config))
+    assert list(kappaquant.open_checkpoint(out).verify()) == []
+    assert "pytorch_model.bin" not in hub.sent
+    assert (out / "extra" / "LICENSE").exists()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_is_not_there(hub: Hub, stream: bool) -> None:
+    with pytest.raises(kappaquant.SourceError, match="owner/absent: no such folder here, and from the Hub"):
+        kappaquant.open_source("owner/absent", stream=stream)
+    with pytest.raises(kappaquant.SourceError, match=f"{REPO}: .*Hub"):
+        kappaquant.open_source(REPO, "no-such-branch", stream=stream)
+
+
+def test_a_missing_shard_is_found_before_any_download(hub: Hub) -> None:
+    (hub.folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(kappaquant.SourceError, match=r"owner/tiny/model-00002-of-00003\.safetensors: named by"):
+        kappaquant.open_source(REPO, stream=True)
+
+
+@pytest.mark.parametrize("location", ["no/such/folder", "absent", "a/../b", "owner/name/"])
+def test_neither_folder_nor_hub_id(location: str) -> None:
+    with pytest.raises(kappaquant.SourceError, match="no such folder, and not a Hub id"):
+        kappaquant.open_source(location)
