@@ -1,0 +1,1 @@
+"""A small trained mixture-of-experts model, the text it learnt from and the scripts that made it."""
