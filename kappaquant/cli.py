@@ -95,7 +95,7 @@ def scan(
             progress=lambda done, total: report("scan", done, total),
         )  # fmt: skip
     if output:
-        _write(output, profile.to_json())
+        profile.save(output)
     if plot:
         scanner.plot(profile, plot)
     _show(profile.to_json() if as_json else profile_table(profile), as_json)
@@ -238,10 +238,9 @@ def generate(
     device: DeviceOpt = None,
 ) -> None:
     """Continue a prompt, token by token as they come."""
-    from kappaquant import load
     from kappaquant.generate import stream
 
-    model, tokenizer = load(checkpoint, device=device)
+    model, tokenizer = _load(checkpoint, device)
     _emit(stream(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature))
 
 
@@ -253,10 +252,9 @@ def chat(
     device: DeviceOpt = None,
 ) -> None:
     """Talk to the model; an empty line or end of input leaves."""
-    from kappaquant import load
     from kappaquant.generate import chat as reply
 
-    model, tokenizer = load(checkpoint, device=device)
+    model, tokenizer = _load(checkpoint, device)
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -293,17 +291,20 @@ def _make_plan(
     )  # fmt: skip
 
 
+def _load(checkpoint: Path, device: str | None) -> tuple[Any, Any]:
+    from transformers.utils import logging as transformers_logging
+
+    from kappaquant import load
+
+    transformers_logging.set_verbosity_error()  # hints at faster kernels would stand in the middle of the answer
+    return load(checkpoint, device=device)
+
+
 def _numbers(text: str, kind: type, option: str) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise PlanError(f"{option} {text!r}: must be numbers separated by commas") from None
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _show(content: Any, as_json: bool) -> None:
@@ -324,16 +325,15 @@ def _emit(pieces: Any) -> str:
     return "".join(whole)
 
 
-def _console() -> Any:
+def _console(stderr: bool = False) -> Any:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 140)  # in a pipe or file nothing needs to be squeezed
+    narrow = stderr or sys.stdout.isatty()  # in a pipe or file nothing needs to be squeezed
+    return Console(stderr=stderr, width=None if narrow else 140)
 
 
 def _errors() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)
+    return _console(stderr=True)
 
 
 def _progress(title: str) -> Any:

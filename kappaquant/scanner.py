@@ -98,6 +98,12 @@ class Profile:
         body = {"group_size": self.group_size, "families": {k: asdict(v) for k, v in self.families().items()}}
         return json.dumps({**head, **body, "tensors": {k: asdict(v) for k, v in self.tensors.items()}}, indent=1) + "\n"
 
+    def save(self, path: str | Path) -> None:
+        """Write the JSON to ``path``, whole or not at all."""
+        partial = Path(f"{path}.partial")
+        partial.write_text(self.to_json(), encoding="utf-8")
+        partial.replace(path)
+
     @classmethod
     def load(cls, path: str | Path) -> Profile:
         """Read a profile's JSON. Raises PlanError."""

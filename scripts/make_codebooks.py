@@ -13,6 +13,7 @@ The plain fixed-point iteration creeps at 8 bits, so the equations are solved by
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -29,7 +30,7 @@ def interval_mean(lo: float, hi: float) -> tuple[float, float]:
 
 
 def residual(half: list[float]) -> list[float]:
-    edges = [0.0] + [(a + b) / 2 for a, b in zip(half, half[1:], strict=False)] + [math.inf]
+    edges = [0.0] + [(a + b) / 2 for a, b in itertools.pairwise(half)] + [math.inf]
     return [c - interval_mean(edges[i], edges[i + 1])[0] for i, c in enumerate(half)]
 
 
@@ -38,7 +39,7 @@ def lloyd_max(bits: int, tolerance: float = 1e-14) -> list[float]:
     n = 2 ** (bits - 1)
     half = [math.sqrt(3) * NORMAL.inv_cdf(0.5 + (i + 0.5) / (2 * n)) for i in range(n)]
     for _ in range(200):
-        edges = [0.0] + [(a + b) / 2 for a, b in zip(half, half[1:], strict=False)] + [math.inf]
+        edges = [0.0] + [(a + b) / 2 for a, b in itertools.pairwise(half)] + [math.inf]
         lower, diagonal, upper, right = [], [], [], []
         for i, c in enumerate(half):
             lo, hi = edges[i], edges[i + 1]
@@ -60,7 +61,7 @@ def lloyd_max(bits: int, tolerance: float = 1e-14) -> list[float]:
         damping = 1.0
         while True:
             trial = [c - damping * s for c, s in zip(half, step, strict=True)]
-            if trial[0] > 0 and all(a < b for a, b in zip(trial, trial[1:], strict=False)):
+            if trial[0] > 0 and all(a < b for a, b in itertools.pairwise(trial)):
                 break
             damping /= 2
         half = trial
