@@ -1,20 +1,23 @@
 # Every target sets up what it needs: a virtual environment in .venv, with the versions of constraints.txt.
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: setup demo test lint benchmark clean
 
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation -e '.[dev]'
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python -m scripts.demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -25,8 +28,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 benchmark: $(READY)
-	$(BIN)/python benchmarks/codec_error.py
-	$(BIN)/python benchmarks/quantize_cost.py
+	$(BIN)/python -m benchmarks.codec_error
+	$(BIN)/python -m benchmarks.plan_sizes
+	$(BIN)/python -m benchmarks.quantize_cost
+	$(BIN)/python -m scripts.demo --results
 
 clean:
 	rm -rf $(VENV) demo

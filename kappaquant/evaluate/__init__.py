@@ -1,9 +1,9 @@
 """Compare a quantized variant with the model it was made from: KL divergence, perplexity, exact match."""
 
 from kappaquant.evaluate.batches import windows
-from kappaquant.evaluate.divergence import Divergence, Perplexity, divergence, perplexity
+from kappaquant.evaluate.divergence import Divergence, Perplexity, kl_divergence, perplexity
 from kappaquant.evaluate.intervals import sign_test, wilson
-from kappaquant.evaluate.report import Variant, report
+from kappaquant.evaluate.report import Variant, json_report
 from kappaquant.evaluate.tasks import ExactMatch, Paired, Question, complete, exact_match, paired
 
 __all__ = [
@@ -14,11 +14,11 @@ __all__ = [
     "Question",
     "Variant",
     "complete",
-    "divergence",
     "exact_match",
+    "json_report",
+    "kl_divergence",
     "paired",
     "perplexity",
-    "report",
     "sign_test",
     "wilson",
     "windows",

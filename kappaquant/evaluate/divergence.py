@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from kappaquant.errors import UnsupportedError
 from kappaquant.evaluate.batches import by_length, pad
 from kappaquant.evaluate.intervals import clustered_mean
 
+_LOGITS_BYTES = 1 << 29
 _CHUNK = 1 << 24  # logits brought to float32 at a time: 64 MB
 
 
@@ -54,96 +56,84 @@ class Divergence:
     perplexity: Perplexity
     original_perplexity: Perplexity
 
-    @property
-    def tokens(self) -> int:
-        return self.perplexity.tokens
 
-
-def perplexity(model: Any, sequences: Sequence[Sequence[int]], *, batch_tokens: int = 4096) -> Perplexity:
-    """Perplexity of a causal language model over token sequences (see ``batches.windows``).
+def perplexity(model: Any, sequences: Sequence[Sequence[int]], *, max_logits_bytes: int = _LOGITS_BYTES) -> Perplexity:
+    """Perplexity of a causal language model over token sequences (see ``windows``).
 
     Args:
-        batch_tokens: tokens of one forward pass, padding included; with the vocabulary it bounds the memory for logits.
+        max_logits_bytes: logits of one forward pass; a sequence that needs more alone gets it.
 
     Raises:
-        UnsupportedError: no sequence has two tokens.
+        UnsupportedError: no sequences, or one of a single token.
     """
-    _check(sequences)
-    losses: list[Tensor] = [torch.empty(0)] * len(sequences)
-    for batch in by_length(sequences, batch_tokens):
-        ids, mask = pad([sequences[i] for i in batch], "right")
-        logits = _logits(model, ids, mask)
-        found = torch.empty(len(logits))
-        targets = _predicted(ids[:, 1:], mask)
-        for part in _parts(logits):
-            found[part] = _losses(torch.log_softmax(logits[part].float(), -1), targets[part])
-        _share_out(losses, batch, found, sequences)
+    losses: dict[int, Tensor] = {}
+    for index, predicted, (logits,) in _scored([model], sequences, max_logits_bytes):
+        parts = [_losses(torch.log_softmax(logits[part].float(), -1), predicted[part]) for part in _parts(logits)]
+        losses[index] = torch.cat(parts)
     return _perplexity(losses)
 
 
-def divergence(
-    variant: Any, original: Any, sequences: Sequence[Sequence[int]], *, batch_tokens: int = 4096
+def kl_divergence(
+    variant: Any, original: Any, sequences: Sequence[Sequence[int]], *, max_logits_bytes: int = _LOGITS_BYTES
 ) -> Divergence:
     """Compare a model with the original it was made from, token by token, over token sequences.
 
-    Both run on the same padded batches, in their own dtype and on their own device; log-softmax and divergence are float32.
+    Both run on the same batches, in their own dtype and on their own device; log-softmax and divergence are float32.
 
     Args:
-        batch_tokens: tokens of one forward pass, padding included; with the vocabulary it bounds the memory for logits.
+        max_logits_bytes: logits of one forward pass of one model; a sequence that needs more alone gets it.
 
     Raises:
-        UnsupportedError: the vocabularies differ, or no sequence has two tokens.
+        UnsupportedError: the vocabularies differ, no sequences, or one of a single token.
     """
-    _check(sequences)
-    empty = torch.empty(0)
-    klds, losses, original_losses = ([empty] * len(sequences) for _ in range(3))
+    klds: dict[int, Tensor] = {}
+    losses: dict[int, Tensor] = {}
+    original_losses: dict[int, Tensor] = {}
     agreed = 0
-    for batch in by_length(sequences, batch_tokens):
-        ids, mask = pad([sequences[i] for i in batch], "right")
-        there, here = _logits(original, ids, mask), _logits(variant, ids, mask)
+    for index, predicted, (there, here) in _scored([original, variant], sequences, max_logits_bytes):
         if there.shape != here.shape:
             raise UnsupportedError(
                 f"the variant's vocabulary has {here.shape[-1]} entries, the original's {there.shape[-1]}; "
                 "compare a model with the one it was made from"
             )
-        targets = _predicted(ids[:, 1:], mask)
-        kld, loss, original_loss = torch.empty(3, len(here)).unbind()
-        for part in _parts(here):
+        klds[index], losses[index], original_losses[index] = torch.empty(3, len(there)).unbind()
+        for part in _parts(there):
             p = torch.log_softmax(there[part].float(), -1)
             q = torch.log_softmax(here[part].to(p.device).float(), -1)
-            kld[part] = (p.exp() * (p - q)).sum(-1).cpu()
-            loss[part], original_loss[part] = _losses(q, targets[part]), _losses(p, targets[part])
+            klds[index][part] = (p.exp() * (p - q)).sum(-1).cpu()
+            losses[index][part] = _losses(q, predicted[part])
+            original_losses[index][part] = _losses(p, predicted[part])
             agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
-        for values, found in ((klds, kld), (losses, loss), (original_losses, original_loss)):
-            _share_out(values, batch, found, sequences)
-    every = torch.cat(klds).double()
-    mean, error = clustered_mean([k.double().sum().item() for k in klds], [len(k) for k in klds])
-    median, p99 = torch.quantile(every, torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
+    mean, error = _mean(klds)
+    every = torch.cat(list(klds.values())).double().numpy()
+    median, p99 = np.quantile(every, [0.5, 0.99]).tolist()
     return Divergence(
-        mean, error, median, p99, every.max().item(), agreed / len(every),
+        mean, error, median, p99, float(every.max()), agreed / len(every),
         _perplexity(losses), _perplexity(original_losses),
     )  # fmt: skip
 
 
-def _check(sequences: Sequence[Sequence[int]]) -> None:
+@torch.no_grad()
+def _scored(
+    models: Sequence[Any], sequences: Sequence[Sequence[int]], max_logits_bytes: int
+) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
+    """(index, its tokens but the first [n - 1], each model's logits for them [n - 1, vocabulary]) of every sequence.
+
+    Batches are padded on the right, where a causal model never looks: positions are as without padding.
+    """
     short = [i for i, sequence in enumerate(sequences) if len(sequence) < 2]
     if short or not sequences:
-        what = f"sequence {short[0]} has {len(sequences[short[0]])}" if short else "there is none"
-        raise UnsupportedError(f"every sequence needs at least 2 tokens to predict one; {what}")
-
-
-@torch.no_grad()
-def _logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits of the predicted tokens of a batch padded on the right, [tokens, vocabulary], in the model's dtype.
-
-    On the right, since a causal model never looks there: positions are as without padding.
-    """
-    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-    return logits[:, :-1][(mask[:, 1:] == 1).to(logits.device)]
-
-
-def _predicted(values: Tensor, mask: Tensor) -> Tensor:
-    return values[mask[:, 1:] == 1]
+        what = f"sequence {short[0]} has {len(sequences[short[0]])}" if short else "there is no sequence"
+        raise UnsupportedError(f"{what}: every sequence needs at least 2 tokens, one to predict the next")
+    row = max(m.config.get_text_config().vocab_size * m.dtype.itemsize for m in models)
+    for batch in by_length(sequences, max_logits_bytes // row):
+        ids, mask = pad([sequences[i] for i in batch], "right")
+        logits = [
+            m(input_ids=ids.to(m.device), attention_mask=mask.to(m.device), use_cache=False).logits for m in models
+        ]
+        for place, index in enumerate(batch):
+            n = len(sequences[index])
+            yield index, ids[place, 1:n], [each[place, : n - 1] for each in logits]
 
 
 def _parts(logits: Tensor) -> list[slice]:
@@ -151,17 +141,15 @@ def _parts(logits: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
-def _losses(log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    return -log_probabilities.gather(-1, targets.to(log_probabilities.device)[:, None])[:, 0].cpu()
+def _losses(log_probabilities: Tensor, predicted: Tensor) -> Tensor:
+    return -log_probabilities.gather(-1, predicted.to(log_probabilities.device)[:, None])[:, 0].cpu()
 
 
-def _share_out(values: list[Tensor], batch: Sequence[int], found: Tensor, sequences: Sequence[Sequence[int]]) -> None:
-    """Give each sequence of a batch the values of its own predicted tokens."""
-    for index, piece in zip(batch, found.split([len(sequences[i]) - 1 for i in batch]), strict=True):
-        values[index] = piece
+def _mean(values: dict[int, Tensor]) -> tuple[float, float | None]:
+    """Mean over tokens and its standard error over sequences."""
+    return clustered_mean([v.double().sum().item() for v in values.values()], [len(v) for v in values.values()])
 
 
-def _perplexity(losses: Sequence[Tensor]) -> Perplexity:
-    counts = [len(loss) for loss in losses]
-    nll, error = clustered_mean([loss.double().sum().item() for loss in losses], counts)
-    return Perplexity(math.exp(nll), nll, error, sum(counts), len(counts))
+def _perplexity(losses: dict[int, Tensor]) -> Perplexity:
+    nll, error = _mean(losses)
+    return Perplexity(math.exp(nll), nll, error, sum(map(len, losses.values())), len(losses))

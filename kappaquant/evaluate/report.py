@@ -27,7 +27,7 @@ class Variant:
     divergence: Divergence | None = None
 
 
-def report(variants: Sequence[Variant], about: Mapping[str, Any]) -> dict[str, Any]:
+def json_report(variants: Sequence[Variant], about: Mapping[str, Any]) -> dict[str, Any]:
     """JSON values: ``about`` (what was measured, on what), every variant, and every pair on the same questions."""
     asked = [(v.name, v.exact_match) for v in variants if v.exact_match]
     pairs = [

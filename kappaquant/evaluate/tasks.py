@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.evaluate.batches import by_length, pad
+from kappaquant.evaluate.batches import pad
 from kappaquant.evaluate.intervals import sign_test, wilson
 
 Answer = TypeVar("Answer")
@@ -96,8 +96,8 @@ def complete(
         raise UnsupportedError(f"prompt {[len(s) for s in sequences].index(0)} has no tokens")
     filler = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     out = [""] * len(prompts)
-    longest = max(map(len, sequences), default=0)
-    for batch in by_length(sequences, batch_size * longest):
+    order = sorted(range(len(prompts)), key=lambda i: len(sequences[i]))
+    for batch in (order[start : start + batch_size] for start in range(0, len(order), batch_size)):
         ids, mask = pad([sequences[i] for i in batch], "left", filler)  # on the left, so that all go on from the last
         made = model.generate(
             input_ids=ids.to(model.device),
