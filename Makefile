@@ -32,6 +32,7 @@ benchmark: $(READY)
 	$(BIN)/python -m benchmarks.plan_sizes
 	$(BIN)/python -m benchmarks.quantize_cost
 	$(BIN)/python -m scripts.demo --results
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf $(VENV) demo

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,8 @@ from kappaquant.format import (
     format_by_id,
 )
 from kappaquant.manifest import config_digest
-from kappaquant.safetensors_io import Stored, read_header
-from kappaquant.source import INDEX_NAME, SINGLE_NAME, read_elements, read_json
+from kappaquant.safetensors_io import Stored, read_header, shape_makes_sense
+from kappaquant.source import INDEX_NAME, SINGLE_NAME, check_config, read_elements, read_json, shard_names
 from kappaquant.units import hash_stored
 
 Located = tuple[Path, Stored]
@@ -209,16 +211,18 @@ def _open_v1(folder: Path, config: dict[str, Any], quantization: dict[str, Any])
     manifest = read_json(folder / MANIFEST_NAME, FormatError)
     if manifest.get("quantization_config_sha256") != config_digest(quantization):
         raise FormatError(f"{folder}/config.json: its quantization_config is not the one {MANIFEST_NAME} vouches for")
+    check_config(config, str(folder), FormatError)
     described, hashes = manifest.get("tensors"), manifest.get("sha256")
     if not isinstance(described, dict) or not isinstance(hashes, dict):
         raise FormatError(f"{folder}/{MANIFEST_NAME}: lacks its 'tensors' or 'sha256' table")
     located = locate_tensors(folder, indexed_shards(folder))
     entries = {}
     for name, storage in quantization["tensors"].items():
-        shape = described.get(name, {}).get("shape")
-        if shape is None:
-            raise FormatError(f"{name}: in config.json but not in {MANIFEST_NAME}")
-        entries[name] = _entry(name, storage, tuple(shape), described[name]["dtype"], quantization, located)
+        match described.get(name):
+            case {"shape": [*shape], "dtype": str(dtype)} if dtype in DTYPE_BYTES and shape_makes_sense(shape):
+                entries[name] = _entry(name, storage, tuple(shape), dtype, quantization, located)
+            case entry:
+                raise FormatError(f"{name}: {MANIFEST_NAME} needs its shape and dtype, and has {entry!r}")
     if located:
         extra = next(iter(located))
         raise FormatError(
@@ -244,6 +248,8 @@ def _entry(
         part = _take(located, name, storage, shape)
         return Entry(TensorInfo(name, storage, shape), None, 16, (), (part,))
     fmt = format_by_id(storage, name)
+    if len(shape) < 2:
+        raise FormatError(f"{name}: shape {list(shape)}; only matrices are stored as {storage}")
     parts = (
         _take(located, name + PACKED_SUFFIX, "U8", fmt.packed_shape(shape)),
         _take(located, name + NORMS_SUFFIX, "F16", fmt.norms_shape(shape)),
@@ -276,27 +282,30 @@ def check_quantization_config(quantization: Mapping[str, Any], label: str) -> No
     if not isinstance(tensors, dict) or not isinstance(codebooks, dict):
         raise FormatError(f"{label}: quantization_config lacks its 'tensors' or 'codebooks' table")
     for name, storage in tensors.items():
+        if not isinstance(storage, str):
+            raise FormatError(f"{name}: stored as {storage!r}; expected a format id or a dtype")
         if storage in DTYPE_BYTES:
             continue
         fmt = format_by_id(storage, name)
         book = codebooks.get(storage)
-        if not isinstance(book, list) or len(book) != 2**fmt.bits or book != sorted(book):
+        if not isinstance(book, list) or len(book) != 2**fmt.bits or not _ascending(book):
             raise FormatError(
                 f"{name}: quantization_config has no codebook of {2**fmt.bits} ascending values for {storage}"
             )
 
 
+def _ascending(book: list[Any]) -> bool:
+    numbers = all(type(c) in (int, float) and math.isfinite(c) for c in book)
+    return numbers and all(low < high for low, high in pairwise(book))
+
+
 def indexed_shards(folder: Path) -> list[str]:
     """Shards of a v1 folder: those of the index, else the single file."""
-    from kappaquant.source import shard_names
-
     files = [p.name for p in folder.iterdir()]
     index = read_json(folder / INDEX_NAME, FormatError) if INDEX_NAME in files else None
-    return shard_names(str(folder), files, index) if index or SINGLE_NAME in files else _no_shards(folder)
-
-
-def _no_shards(folder: Path) -> list[str]:
-    raise FormatError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME}; the checkpoint is incomplete")
+    if index is None and SINGLE_NAME not in files:
+        raise FormatError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME}; the checkpoint is incomplete")
+    return shard_names(str(folder), files, index, FormatError)
 
 
 def locate_tensors(folder: Path, shards: list[str]) -> dict[str, Located]:

@@ -210,7 +210,8 @@ class _Nearest:
         """
         best = y.new_full(y.shape[1:], -1.0)
         scale = torch.ones_like(best)
-        magnitude, centroids, product = y.abs(), torch.empty_like(y), torch.empty_like(y)
+        # groups whose squares all but vanish in float32 are no unit vectors
+        magnitude, centroids, product = y.abs().clamp_(max=1.0), torch.empty_like(y), torch.empty_like(y)
         cell = torch.empty(y.shape, dtype=torch.int32, device=y.device)
         for candidate in _SCALES:  # in buffers made once: allocating them anew would double the time
             cell.copy_(torch.mul(magnitude, candidate * self.fineness, out=product))

@@ -37,7 +37,7 @@ def dequantize(
         progress: called with the output bytes written and in all.
 
     Raises:
-        PlanError: another dtype.
+        PlanError: another dtype, or one that can not hold the weights.
         OutputError: ``output`` is not empty, lies in the checkpoint, or does not fit the disk.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -50,13 +50,10 @@ def dequantize(
         entry = checkpoint.entry(name)
         infos[name] = TensorInfo(name, (dtype or entry.info.dtype) if entry.fmt else entry.info.dtype, entry.info.shape)
     identity = [str(checkpoint.path.resolve()), {n: i.dtype for n, i in infos.items()}]
-    partial = Partial(output, hashlib.sha256(json.dumps(identity).encode()).hexdigest())
-    try:
+    with Partial(output, hashlib.sha256(json.dumps(identity).encode()).hexdigest()) as partial:
         if not partial.finished:
             _write(checkpoint, infos, partial.folder, progress)
         partial.finish()
-    finally:
-        partial.close()
     return output
 
 
@@ -93,7 +90,12 @@ def _elements(checkpoint: Checkpoint, name: str, info: TensorInfo, start: int, s
     if checkpoint.format_of(name) is None:
         return checkpoint.elements(name, start, stop)
     width = info.shape[-1]
-    return checkpoint.dequantize_rows(name, start // width, stop // width).to(TORCH_DTYPES[info.dtype])
+    values = checkpoint.dequantize_rows(name, start // width, stop // width).to(TORCH_DTYPES[info.dtype])
+    if not bool(values.isfinite().all()):
+        raise PlanError(
+            f"{name}: its weights are not finite or too large for {info.dtype}; choose BF16 or F32, or verify it"
+        )
+    return values
 
 
 def _layouts(infos: list[TensorInfo]) -> dict[str, ShardLayout]:

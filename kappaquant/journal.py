@@ -6,39 +6,57 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from kappaquant.errors import OutputError
+from kappaquant.errors import KappaquantError, OutputError
 
 
 class Partial:
-    """The unfinished state of one output folder, locked while this object is open.
+    """The unfinished state of one output folder, locked while this object is open; a context manager.
+
+    Leaving the context with a user's error or a full disk removes everything, unless there is work worth resuming.
 
     Args:
         output: the folder to be made; it must not exist, or be empty.
         fingerprint: identifies everything that decides the output's bytes; a journal of another one is refused.
 
     Raises:
-        OutputError: output not empty, another run at work, or left-overs of a different run.
+        OutputError: output not empty or a mount point, another run at work, or left-overs of a different run.
     """
 
     def __init__(self, output: Path, fingerprint: str) -> None:
-        self.output = output
+        self.output = output = output.resolve()
         self.root = output.parent / f"{output.name}.partial"
         self.folder = self.root / "checkpoint"
+        self.journal = self.root / "journal.jsonl"
         self.records: list[dict[str, Any]] = []
+        if output.is_mount():
+            raise OutputError(f"{output}: is a mount point, which no rename can fill; choose a folder inside it")
+        if not self.journal.exists() and _occupied(self.root):
+            raise OutputError(
+                f"{self.root}: is in the way, and no unfinished run left it; move it or choose another output"
+            )
         resumed = self.root.exists()
         try:
             self.root.mkdir(exist_ok=True)
-            self._file = (self.root / "journal.jsonl").open("a+b")
+            self._file = self.journal.open("a+b", buffering=0)
         except OSError as problem:
             raise OutputError(f"{self.root}: cannot be created: {problem.strerror}") from problem
+        try:
+            self._claim(fingerprint, resumed)
+        except BaseException:
+            self.close()
+            raise
+
+    def _claim(self, fingerprint: str, resumed: bool) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -50,16 +68,32 @@ class Partial:
             raise OutputError(
                 f"{self.root}: left by a run with another source, plan or options; delete it, or repeat that run to resume"
             )
-        finished = bool(self.records) and self.records[-1] == {"finished": True}
-        if output.exists() and (not output.is_dir() or any(output.iterdir())) and not finished:
+        renamed = bool(self.records) and self.records[-1] == {"finished": True} and not self.folder.exists()
+        self.finished = renamed and _occupied(self.output)
+        if _occupied(self.output) and not self.finished:
             if not resumed:
                 self.discard()
-            raise OutputError(f"{output}: exists and is not empty; choose another output or remove it")
-        self.finished = finished and not self.folder.exists()
+            raise OutputError(f"{self.output}: exists and is not empty; choose another output or remove it")
+        if renamed and not self.finished:  # the finished output was removed since
+            self._file.truncate(0)
+            self.records = []
         if not self.finished:
             self.folder.mkdir(exist_ok=True)
         if not self.records:
             self.append([{"fingerprint": fingerprint}])
+
+    def __enter__(self) -> Partial:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        full = isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT)
+        if (full or isinstance(problem, KappaquantError)) and not self.has_work:
+            self.discard()
+        self.close()
+        if full:
+            raise OutputError(f"{self.output}: the disk is full; free space and run again to resume") from problem
 
     def _load(self) -> None:
         self._file.seek(0)
@@ -67,19 +101,23 @@ class Partial:
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):  # the line that was being written when the run was killed
             self._file.truncate(len(whole))
-        self.records = [json.loads(line) for line in whole.splitlines()]
+        try:
+            self.records = [json.loads(line) for line in whole.splitlines()]
+        except ValueError as problem:
+            raise OutputError(f"{self.journal}: corrupted ({problem}); delete {self.root} and start again") from None
 
     @property
     def has_work(self) -> bool:
-        """Whether anything but the fingerprint was recorded."""
-        return len(self.records) > 1
+        """Whether a finished piece of a tensor was recorded."""
+        return any("tensor" in record for record in self.records)
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Add records durably. The data they vouch for must have been synced before."""
         records = list(records)
         lines = [json.dumps(record, separators=(",", ":")) + "\n" for record in records]
-        self._file.write("".join(lines).encode())
-        self._file.flush()
+        data = memoryview("".join(lines).encode())
+        while data:  # unbuffered, so that closing has nothing to write to a full disk
+            data = data[self._file.write(data) :]
         os.fsync(self._file.fileno())
         self.records += records
 
@@ -97,8 +135,12 @@ class Partial:
         self.discard()
 
     def discard(self) -> None:
-        """Remove everything unfinished."""
-        shutil.rmtree(self.root)
+        """Remove everything unfinished, the journal last: what is left of a killed removal is still recognized."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.journal.unlink(missing_ok=True)
+        if not any(self.root.iterdir()):
+            self.root.rmdir()
         self.close()
 
     def close(self) -> None:
@@ -106,19 +148,28 @@ class Partial:
         self._file.close()
 
 
-def reserve(path: Path, header: bytes, size: int) -> bool:
-    """Make ``path`` a file of ``size`` bytes that begins with ``header``; False if it already is.
+def _occupied(path: Path) -> bool:
+    """Whether something is there that is not an empty folder."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def is_reserved(path: Path, header: bytes, size: int) -> bool:
+    """Whether ``path`` is what ``reserve`` makes."""
+    if not path.exists() or path.stat().st_size != size:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
+def reserve(path: Path, header: bytes, size: int) -> None:
+    """Make ``path`` a file of ``size`` bytes that begins with ``header``; the rest is void.
 
     The disk space is claimed at once, so that a full disk shows before the first weight is encoded.
 
     Raises:
         OutputError: the disk is full.
     """
-    path.touch()
-    with path.open("rb+") as file:
-        if os.fstat(file.fileno()).st_size == size and file.read(len(header)) == header:
-            return False
-        file.truncate(0)
+    with path.open("wb") as file:
         try:
             allocate(file.fileno(), size)
             os.pwrite(file.fileno(), header, 0)
@@ -127,7 +178,6 @@ def reserve(path: Path, header: bytes, size: int) -> bool:
             raise OutputError(
                 f"{path}: {size / 1e9:.3f} GB do not fit: {problem.strerror}; free space and run again"
             ) from problem
-    return True
 
 
 def allocate(descriptor: int, size: int) -> None:

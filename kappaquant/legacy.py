@@ -21,7 +21,7 @@ from kappaquant.format import (
     TensorInfo,
     legacy_codebook,
 )
-from kappaquant.source import INDEX_NAME, SINGLE_NAME, open_source, read_json
+from kappaquant.source import INDEX_NAME, SINGLE_NAME, check_config, open_source, read_json
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -35,6 +35,7 @@ def open_legacy(folder: Path, source: str | Path | None, shapes: Shapes | None) 
     _compare_index(folder, located, notices)
     has_config = (folder / "config.json").exists()
     config = read_json(folder / "config.json", FormatError) if has_config else {}
+    check_config(config, str(folder), FormatError)
     packed = [name.removesuffix(PACKED_SUFFIX) for name in located if name.endswith(PACKED_SUFFIX)]
     if shapes is None:
         shapes = _shapes(folder, source, config, packed)
@@ -69,6 +70,9 @@ def _check_marker(marker: dict[str, Any], folder: Path) -> int:
         )
     if marker.get("group_size") not in GROUP_SIZES:
         raise FormatError(f"{where}: group_size {marker.get('group_size')!r}; must be one of {GROUP_SIZES}")
+    for key, kind in (("bits", int), ("sensitive_bits", int), ("sensitive_patterns", list)):
+        if not isinstance(marker.get(key), kind | None):
+            raise FormatError(f"{where}: {key} {marker[key]!r}; must be a JSON {kind.__name__}")
     return int(marker["group_size"])
 
 
@@ -76,10 +80,9 @@ def _shards(folder: Path, notices: list[str]) -> list[str]:
     """The shards that are there; an index that names others beside a single file is stale."""
     files = sorted(p.name for p in folder.glob("*.safetensors"))
     if (folder / INDEX_NAME).exists():
-        weight_map = read_json(folder / INDEX_NAME, FormatError).get("weight_map", {})
-        named = sorted({str(v) for v in weight_map.values()})
+        named = sorted({str(v) for v in _weight_map(folder).values()})
         for name in named:
-            if name != Path(name).name:
+            if name != Path(name).name or "\\" in name:
                 raise FormatError(f"{folder}/{INDEX_NAME}: shard name {name!r} leaves the folder")
         missing = [name for name in named if name not in files]
         if not missing:
@@ -93,10 +96,17 @@ def _shards(folder: Path, notices: list[str]) -> list[str]:
     return files
 
 
+def _weight_map(folder: Path) -> dict[str, Any]:
+    weight_map = read_json(folder / INDEX_NAME, FormatError).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise FormatError(f"{folder}/{INDEX_NAME}: has no weight_map of tensor names to file names")
+    return weight_map
+
+
 def _compare_index(folder: Path, located: Mapping[str, Located], notices: list[str]) -> None:
     if not (folder / INDEX_NAME).exists() or notices:
         return
-    weight_map = read_json(folder / INDEX_NAME, FormatError).get("weight_map", {})
+    weight_map = _weight_map(folder)
     absent = sorted(set(weight_map) - set(located))
     unlisted = sorted(set(located) - set(weight_map))
     for names, what in (
@@ -164,4 +174,4 @@ def _claimed_bits(name: str, marker: dict[str, Any]) -> int:
     patterns = marker.get("sensitive_patterns") or []
     if marker.get("sensitive_bits") and any(str(p).lower() in name.lower() for p in patterns):
         return int(marker["sensitive_bits"])
-    return int(marker.get("bits", 0))
+    return int(marker.get("bits") or 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,8 +94,8 @@ def manifest(
 
 def _tensor_entry(info: TensorInfo, plan: Plan, sums: Sums) -> dict[str, Any]:
     entry: dict[str, Any] = {"shape": list(info.shape), "dtype": info.dtype, "bits": plan.bits(info.name)}
-    if sums.moments.count and sums.moments.finite:
-        entry["kurtosis"] = _rounded(sums.moments.kurtosis)
+    if sums.moments.count and sums.moments.finite and math.isfinite(kappa := sums.moments.kurtosis):
+        entry["kurtosis"] = _rounded(kappa)
     if plan.format_of(info.name):
         entry["relative_mse"] = _rounded(sums.squared_error / sums.energy if sums.energy else 0.0)
     return entry

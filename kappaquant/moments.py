@@ -63,16 +63,22 @@ class Moments:
     @property
     def std(self) -> float:
         """Population standard deviation."""
-        return math.sqrt(max(self.s2 / self.count - (self.s1 / self.count) ** 2, 0.0)) if self.count else 0.0
+        mean = self.s1 / self.count if self.count else 0.0
+        return math.sqrt(max(self.s2 / self.count - mean * mean, 0.0)) if self.count else 0.0
 
     @property
     def kurtosis(self) -> float:
-        """Excess kurtosis κ = m4 / m2^2 - 3 of the central moments (a Gaussian has 0); 0 for a constant."""
+        """Excess kurtosis κ = m4 / m2^2 - 3 of the central moments (a Gaussian has 0); 0 for a constant.
+
+        NaN where the powers leave float64, which takes weights beyond 1e75 or below 1e-75.
+        """
         if not self.count:
             return 0.0
         mean = self.s1 / self.count
         e2, e3, e4 = (s / self.count for s in (self.s2, self.s3, self.s4))
         m2 = e2 - mean**2
-        if m2 <= 1e-14 * e2 or m2 == 0.0:
+        if not math.isfinite(e4) or 0.0 < e2 < 1e-150:
+            return math.nan
+        if m2 <= 1e-14 * e2:
             return 0.0
         return (e4 - 4 * mean * e3 + 6 * mean**2 * e2 - 3 * mean**4) / m2**2 - 3

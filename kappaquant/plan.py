@@ -205,6 +205,8 @@ def check_legacy(plan: Plan) -> None:
     for name, choice in plan.choices.items():
         if choice.bits != KEPT:
             used.setdefault(choice.bits, name)
+    if not used:
+        raise PlanError("the plan keeps every tensor; tq3_native needs at least one that is quantized")
     if len(used) > 1 and max(used) > 4:
         examples = ", ".join(f"{bits} bits ({used[bits]})" for bits in sorted(used))
         raise PlanError(

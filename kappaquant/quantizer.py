@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -14,22 +13,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kappaquant import manifest as documents
 from kappaquant.codec import EFFORTS, Effort
-from kappaquant.errors import KappaquantError, NonFiniteError, OutputError, PlanError
+from kappaquant.errors import NonFiniteError, OutputError, PlanError
 from kappaquant.format import LEGACY_CONFIG_NAME, LEGACY_FORMAT, MANIFEST_NAME, QUANT_METHOD, legacy_codebook
-from kappaquant.journal import Partial, reserve
+from kappaquant.journal import Partial, is_reserved, reserve
 from kappaquant.layout import ShardLayout, Target, check_target, shard_layout, stored_names
 from kappaquant.plan import Choice, Plan, check_legacy
 from kappaquant.safetensors_io import Stored
 from kappaquant.source import INDEX_NAME, Source
 from kappaquant.units import Sums, Unit, hash_stored, ranges, run_unit
-from kappaquant.workers import ItemError, default_jobs, each, pool
+from kappaquant.workers import ItemError, choose_device, choose_jobs, each, pool
 
 Progress = Callable[[str, int, int], None]
 
+_NOT_FINITE = "holds NaN, infinity or values beyond the format's norms"
 _COMMIT_SECONDS = 2.0  # how much work a kill may cost; each commit is two fsyncs
 
 
@@ -55,8 +53,8 @@ class Options:
         if self.effort not in EFFORTS:
             raise PlanError(f"effort {self.effort!r}: must be one of {', '.join(EFFORTS)}")
         check_target(self.target)
-        if self.jobs is not None and self.jobs < 1:
-            raise PlanError(f"jobs = {self.jobs}: must be at least 1")
+        choose_jobs(self.jobs, 0)
+        choose_device(self.device)
 
 
 def quantize(
@@ -78,36 +76,23 @@ def quantize(
         PlanError, SourceError, NonFiniteError, OutputError: see each; the message says what to do.
     """
     options = options or Options()
-    output = Path(output).absolute()
     plan.check(source.tensors, source.config)
     if options.target == LEGACY_FORMAT:
         check_legacy(plan)
         for bits in {plan.bits(name) for name in source.tensors if plan.format_of(name)}:
             legacy_codebook(bits, plan.group_size)
+    output = Path(output).absolute()
     _check_output(source, output)
-    partial = Partial(output, _fingerprint(source, plan, options))
-    try:
+    with Partial(output, _fingerprint(source, plan, options)) as partial:
         if not partial.finished:
             _Run(source, plan, options, partial, progress).run()
         partial.finish()
-    except KappaquantError:
-        if not partial.has_work:
-            partial.discard()
-        raise
-    except OSError as problem:
-        if problem.errno == errno.ENOSPC:
-            raise OutputError(f"{output}: the disk is full; free space and run again to resume") from problem
-        raise
-    finally:
-        partial.close()
     return output
 
 
 def _check_output(source: Source, output: Path) -> None:
-    folder = Path(source.label)
-    if source.revision is None and (
-        output.resolve() == folder.resolve() or folder.resolve() in output.resolve().parents
-    ):
+    folder = Path(source.label).resolve()
+    if source.revision is None and folder in (output.resolve(), *output.resolve().parents):
         raise OutputError(f"{output}: lies in the source folder {folder}; choose another output")
     if not output.parent.is_dir():
         raise OutputError(f"{output.parent}: no such folder; create it first")
@@ -115,12 +100,13 @@ def _check_output(source: Source, output: Path) -> None:
 
 def _fingerprint(source: Source, plan: Plan, options: Options) -> str:
     headers = {s: {n: (i.dtype, i.shape) for n, i in t.items()} for s, t in source.shards.items()}
-    stamps = {}
+    label, stamps = source.label, {}
     if source.revision is None:
+        label = str(Path(label).resolve())
         for shard in source.shards:
             status = source.fetch(shard).stat()
             stamps[shard] = (status.st_size, status.st_mtime_ns)
-    parts = [source.label, source.revision, headers, stamps, plan.to_json(), options.effort, options.target]
+    parts = [label, source.revision, headers, stamps, plan.to_json(), options.effort, options.target]
     return hashlib.sha256(json.dumps([documents.kappaquant.__version__, *parts]).encode()).hexdigest()
 
 
@@ -129,7 +115,7 @@ class _Run:
 
     def __init__(self, source: Source, plan: Plan, options: Options, partial: Partial, progress: Progress) -> None:
         self.source, self.plan, self.options, self.partial, self.progress = source, plan, options, partial, progress
-        self.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = choose_device(options.device)
         self.sums: dict[tuple[str, int], Sums] = {}
         self.layouts: dict[str, ShardLayout] = {}
         self.total = sum(info.nbytes for info in source.tensors.values())
@@ -137,8 +123,12 @@ class _Run:
 
     def run(self) -> None:
         for record in self.partial.records:
-            if "kept" in record and self.plan.format_of(record["kept"]):
-                self.plan = _kept(self.plan, record["kept"], record["why"])
+            if "kept" in record:
+                if not self.options.allow_nonfinite:
+                    raise NonFiniteError(
+                        f"{record['kept']}: {_NOT_FINITE}; repair the source, or use --allow-nonfinite"
+                    )
+                self.plan = _kept(self.plan, record["kept"])
         for shard in self.source.shards:
             self._lay_out(shard)
         with pool(self._jobs()) as workers:
@@ -151,18 +141,26 @@ class _Run:
     def _jobs(self) -> int:
         if self.device != "cpu":
             return 1
-        return self.options.jobs or default_jobs(self.total)
+        return choose_jobs(self.options.jobs, self.total)
 
     def _lay_out(self, shard: str) -> None:
         tensors = self.source.shards[shard]
         formats = {name: self.plan.format_of(name) for name in tensors}
         layout = self.layouts[shard] = shard_layout(tensors, formats, self.options.target)
-        if reserve(self.partial.folder / shard, layout.header, layout.size):
+        self.sums = {key: sums for key, sums in self.sums.items() if key[0] not in tensors}
+        path = self.partial.folder / shard
+        if not is_reserved(path, layout.header, layout.size):
+            self.partial.append([{"reserved": shard}])  # voids what the journal says of this shard so far
+            reserve(path, layout.header, layout.size)
             return
-        digest = hashlib.sha256(layout.header).hexdigest()[:16]
-        for record in self.partial.records:  # sums of a layout given up since have another digest
-            if record.get("layout") == digest and record["shard"] == shard:
-                self.sums[record["tensor"], record["start"]] = Sums.from_dict(record["sums"])
+        done: dict[tuple[str, int], Sums] = {}
+        for record in self.partial.records:
+            if record.get("reserved") == shard:
+                done = {}
+            elif record.get("shard") == shard:
+                done[record["tensor"], record["start"]] = Sums.from_dict(record["sums"])
+        # without --allow-nonfinite, what an earlier run let pass is met again
+        self.sums |= {key: s for key, s in done.items() if s.moments.finite or self.options.allow_nonfinite}
 
     def _encode(self, shard: str, workers: ProcessPoolExecutor | None) -> bool:
         """Encode what is missing of a shard; False if a tensor had to be kept and the shard must be laid out again."""
@@ -186,8 +184,7 @@ class _Run:
         ]  # fmt: skip
         before = self.done
         self._advance(sum(i.nbytes for i in self.source.shards[shard].values()) - sum(u.nbytes for u in units))
-        digest = hashlib.sha256(layout.header).hexdigest()[:16]
-        commit = _Commit(self.partial, target, shard, digest)
+        commit = _Commit(self.partial, target, shard)
         try:
             for unit, sums in each(run_unit, units, workers):
                 self.sums[unit.name, unit.start] = sums
@@ -199,19 +196,13 @@ class _Run:
                 raise failure.problem from failure
             if failure.item.fmt is None:
                 raise failure.problem from failure
-            self._keep(shard, failure.item.name, str(failure.problem))
+            self.plan = _kept(self.plan, failure.item.name)
+            self.partial.append([{"kept": failure.item.name}])
             self.done = before
             return False
         commit.flush()
         self.source.release(shard)
         return True
-
-    def _keep(self, shard: str, name: str, why: str) -> None:
-        why = f"not finite: {why.split(';')[0]}"
-        self.plan = _kept(self.plan, name, why)
-        self.partial.append([{"kept": name, "why": why}])
-        for key in [k for k in self.sums if k[0] in self.source.shards[shard]]:
-            del self.sums[key]
 
     def _advance(self, nbytes: int) -> None:
         self.done += nbytes
@@ -254,9 +245,9 @@ class _Run:
         _write_json(folder / "config.json", config)
 
 
-def _kept(plan: Plan, name: str, why: str) -> Plan:
-    """The plan with one more tensor left as it is."""
-    return replace(plan, choices={**plan.choices, name: Choice(16, why)})
+def _kept(plan: Plan, name: str) -> Plan:
+    """The plan with one more tensor left as it is; the reason must not tell which of its parts was met first."""
+    return replace(plan, choices={**plan.choices, name: Choice(16, _NOT_FINITE)})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -266,13 +257,13 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 class _Commit:
     """Groups finished units: sync their data, then say so in the journal."""
 
-    def __init__(self, partial: Partial, target: Path, shard: str, layout: str) -> None:
-        self.partial, self.target, self.shard, self.layout = partial, target, shard, layout
+    def __init__(self, partial: Partial, target: Path, shard: str) -> None:
+        self.partial, self.target, self.shard = partial, target, shard
         self.pending: list[dict[str, Any]] = []
         self.last = time.monotonic()
 
     def add(self, unit: Unit, sums: Sums) -> None:
-        record = {"shard": self.shard, "layout": self.layout, "tensor": unit.name, "start": unit.start}
+        record = {"shard": self.shard, "tensor": unit.name, "start": unit.start}
         self.pending.append({**record, "sums": sums.to_dict()})
         if time.monotonic() - self.last > _COMMIT_SECONDS:
             self.flush()

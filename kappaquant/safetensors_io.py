@@ -30,8 +30,12 @@ class Stored:
 
 def read_header(path: Path, error: type[KappaquantError] = SourceError) -> dict[str, Stored]:
     """Tensors of a local safetensors file in the order of their bytes; ``error`` is raised on any defect."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror})") from None
+    with file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if len(prefix) < 8:
             raise error(f"{path}: {size} bytes, too short for a safetensors file; fetch it again")
@@ -47,7 +51,7 @@ def parse_header(header: bytes, file_size: int, label: str, error: type[Kappaqua
     """The checked content of a header that is followed by ``file_size - 8 - len(header)`` bytes of data."""
     try:
         entries = json.loads(header, object_pairs_hook=lambda pairs: _unique(pairs, label, error))
-    except (UnicodeDecodeError, json.JSONDecodeError) as problem:
+    except (ValueError, RecursionError) as problem:
         raise error(f"{label}: the header is not JSON ({problem}); the file is corrupted, fetch it again") from None
     if not isinstance(entries, dict):
         raise error(f"{label}: the header is a JSON {type(entries).__name__}, not an object")
@@ -79,6 +83,8 @@ def _unique(pairs: list[tuple[str, Any]], label: str, error: type[KappaquantErro
 
 def _check_entry(name: str, entry: Any, label: str, error: type[KappaquantError]) -> tuple[int, int]:
     """(begin, end) of one header entry, if it makes sense on its own."""
+    if not name.isprintable():
+        raise error(f"{label}: tensor name {name!r} holds control characters or broken Unicode")
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
             pass
@@ -86,12 +92,17 @@ def _check_entry(name: str, entry: Any, label: str, error: type[KappaquantError]
             raise error(f"{label}: {name}: a header entry needs dtype, shape and data_offsets, got {entry!r}")
     if dtype not in DTYPE_BYTES:
         raise error(f"{label}: {name}: unknown dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}")
-    if not all(type(n) is int and n >= 0 for n in shape):
+    if not shape_makes_sense(shape):
         raise error(f"{label}: {name}: shape {shape} is not a list of sizes")
     nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if not 0 <= begin <= end or end - begin != nbytes:
         raise error(f"{label}: {name}: offsets {begin}..{end} do not fit {dtype} {shape}, which takes {nbytes} bytes")
     return begin, end
+
+
+def shape_makes_sense(shape: Iterable[Any]) -> bool:
+    """Whether these JSON values are sizes of axes."""
+    return all(type(n) is int and n >= 0 for n in shape)
 
 
 def build_header(tensors: Iterable[TensorInfo]) -> tuple[bytes, dict[str, Stored]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from kappaquant.moments import Moments
 from kappaquant.safetensors_io import Stored
 from kappaquant.source import Source, read_elements, read_json
 from kappaquant.units import FLOATS, ranges
-from kappaquant.workers import ItemError, default_jobs, each, pool
+from kappaquant.workers import ItemError, choose_device, choose_jobs, each, pool
 
 PROFILE_VERSION = 1
 TOP_SHARE = 0.001
@@ -30,11 +33,12 @@ class TensorStats:
     """Statistics of one float tensor.
 
     Attributes:
-        kurtosis: excess kurtosis κ (a Gaussian has 0); None if the tensor is empty or not finite.
+        kurtosis: excess kurtosis κ (a Gaussian has 0); None if the tensor is empty, not finite, or of a magnitude
+            whose fourth power float64 does not hold.
         absmax_over_sigma: largest magnitude in standard deviations; None likewise.
         top_energy: share of the sum of squares in the 0.1 % of weights with the largest magnitudes; None likewise.
         relative_mse: bits -> sum of squared errors of effort "fast" over the sum of squares, after rotation;
-            empty for tensors of one dimension.
+            empty for tensors of one dimension, and where a norm is beyond float16.
         finite: False if it holds NaN or infinity.
     """
 
@@ -115,12 +119,14 @@ class Profile:
         try:
             tensors = {name: _stats_from_json(entry) for name, entry in data["tensors"].items()}
             return cls(data["model"], data["revision"], data["group_size"], tensors)
-        except (KeyError, TypeError, AttributeError) as problem:
+        except (KeyError, TypeError, AttributeError, ValueError) as problem:
             raise PlanError(f"{path}: not a profile as scan writes it ({problem!r})") from problem
 
 
 def _stats_from_json(entry: dict[str, Any]) -> TensorStats:
     mse = {int(bits): value for bits, value in entry["relative_mse"].items()}
+    if not isinstance(entry["kurtosis"], float | int | None):
+        raise TypeError(f"kurtosis {entry['kurtosis']!r}")
     return TensorStats(**{**entry, "shape": tuple(entry["shape"]), "relative_mse": mse})
 
 
@@ -166,10 +172,11 @@ def scan(
     widths = tuple(bits)
     for b in widths:
         check_bits(b)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     total, done = sum(info.nbytes for info in source.tensors.values()), 0
     parts: dict[str, dict[int, _Part]] = {name: {} for name, i in source.tensors.items() if i.dtype in FLOATS}
-    with pool((jobs or default_jobs(total)) if device == "cpu" else 1) as workers:
+    jobs = choose_jobs(jobs, total)
+    with pool(jobs if device == "cpu" else 1) as workers:
         for shard, tensors in source.shards.items():
             path, stored = source.locate(shard)
             tasks = [
@@ -190,9 +197,8 @@ def scan(
     stats = {}
     for name, pieces in parts.items():
         info = source.tensors[name]
-        part = _Part(Moments(), {}, Magnitudes())
-        for start in sorted(pieces):
-            part = part + pieces[start]
+        ordered = [pieces[start] for start in sorted(pieces)] or [_Part(Moments(), {}, Magnitudes())]
+        part = reduce(operator.add, ordered)
         stats[name] = _finish(part, info.shape, info.dtype, family_of(name, info, config), layer_of(name))
     label = source.label if source.revision else Path(source.label).resolve().name
     return Profile(label, source.revision, group_size, stats)
@@ -258,7 +264,8 @@ class _Part:
     magnitudes: Magnitudes
 
     def __add__(self, other: _Part) -> _Part:
-        errors = {b: self.squared_errors.get(b, 0.0) + e for b, e in other.squared_errors.items()}
+        # a width that one part has no error for has none in the sum
+        errors = {b: e + other.squared_errors[b] for b, e in self.squared_errors.items() if b in other.squared_errors}
         return _Part(self.moments + other.moments, errors, self.magnitudes + other.magnitudes)
 
 
@@ -280,7 +287,7 @@ def _measure(task: _Task) -> _Part:
 
 def _finish(part: _Part, shape: tuple[int, ...], dtype: str, family: str, layer: int | None) -> TensorStats:
     moments, sigma = part.moments, part.moments.std
-    if not moments.count or not moments.finite:
+    if not moments.count or not moments.finite or not math.isfinite(moments.kurtosis):
         return TensorStats(shape, dtype, family, layer, None, None, None, {}, moments.finite)
     mse = {b: e / moments.s2 if moments.s2 else 0.0 for b, e in part.squared_errors.items()}
     return TensorStats(

@@ -65,6 +65,7 @@ class Source(ABC):
         if twice:
             holders = [shard for shard, tensors in self.shards.items() if twice[0] in tensors]
             raise SourceError(f"{self.label}: tensor {twice[0]} is in both {holders[0]} and {holders[1]}; remove one")
+        check_config(self.config, self.label, SourceError)
         self.tensors = {name: info for shard in self.shards.values() for name, info in shard.items()}
         self.shard_of = {name: shard for shard, tensors in self.shards.items() for name in tensors}
         refuse_quantized(self.label, self.config, self.tensors)
@@ -173,6 +174,9 @@ def _open_hub(repo: str, revision: str | None, stream: bool) -> Source:
             folder = Path(snapshot_download(repo, revision=commit, ignore_patterns=ignored))
             return _open_folder(folder, repo, commit)
         files = sorted(s.rfilename for s in info.siblings or [])
+        for name in files:
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise SourceError(f"{repo}: file name {name!r} leaves the folder")
         scratch = tempfile.TemporaryDirectory(prefix="kappaquant-")
         fetched = {f: _download(repo, f, commit, scratch.name) for f in ("config.json", INDEX_NAME) if f in files}
         config = read_json(Path(scratch.name) / "config.json", SourceError)
@@ -197,9 +201,17 @@ class _hub_errors:  # noqa: N801 - a context manager, used like a function
 
     def __exit__(self, kind: object, problem: BaseException | None, trace: object) -> None:
         # HTTPError is that of whichever HTTP client this huggingface_hub was built on
-        from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, SafetensorsParsingError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            HTTPError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+            SafetensorsParsingError,
+        )
 
-        if isinstance(problem, (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, SafetensorsParsingError)):
+        kinds = (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, SafetensorsParsingError)
+        if isinstance(problem, (*kinds, HFValidationError, OfflineModeIsEnabled)):
             first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
             raise SourceError(f"{self.repo}: no such folder here, and from the Hub: {first}") from problem
 
@@ -211,21 +223,33 @@ def _download(repo: str, file_name: str, revision: str | None, folder: str) -> P
         return Path(hf_hub_download(repo, file_name, revision=revision, local_dir=folder))
 
 
-def shard_names(label: str, files: list[str], index: dict[str, Any] | None) -> list[str]:
-    """The shard files of a checkpoint, each a plain name that exists."""
+def check_config(config: dict[str, Any], label: str, error: type[KappaquantError]) -> None:
+    """Raise ``error`` unless the parts of a config.json that are read here have their JSON types."""
+    for key, kind in (("text_config", dict), ("model_type", str), ("architectures", list)):
+        value = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise error(f"{label}/config.json: {key!r} is {value!r}; it must be a JSON {kind.__name__}")
+    if not all(isinstance(name, str) for name in config.get("architectures") or ()):
+        raise error(f"{label}/config.json: 'architectures' {config['architectures']!r} are not all names")
+
+
+def shard_names(
+    label: str, files: list[str], index: dict[str, Any] | None, error: type[KappaquantError] = SourceError
+) -> list[str]:
+    """The shard files of a checkpoint, each a plain name that exists; else ``error``."""
     if index is not None:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise SourceError(f"{label}/{INDEX_NAME}: has no weight_map of tensor names to file names")
+            raise error(f"{label}/{INDEX_NAME}: has no weight_map of tensor names to file names")
         names = sorted(set(weight_map.values()))
         for name in names:
             if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
-                raise SourceError(
+                raise error(
                     f"{label}/{INDEX_NAME}: shard name {name!r} is not a plain *.safetensors name; it may not leave the folder"
                 )
             if name not in files:
                 stale = f"; {SINGLE_NAME} is there: if it is complete, delete the stale index" * (SINGLE_NAME in files)
-                raise SourceError(f"{label}/{name}: named by {INDEX_NAME} but missing; fetch it again{stale}")
+                raise error(f"{label}/{name}: named by {INDEX_NAME} but missing; fetch it again{stale}")
         return names
     if SINGLE_NAME in files:
         return [SINGLE_NAME]
@@ -233,16 +257,14 @@ def shard_names(label: str, files: list[str], index: dict[str, Any] | None) -> l
     if len(names) == 1:
         return names
     if names:
-        raise SourceError(
-            f"{label}: {len(names)} safetensors files but no {INDEX_NAME} to say how they belong together"
-        )
+        raise error(f"{label}: {len(names)} safetensors files but no {INDEX_NAME} to say how they belong together")
     pickles = [f for f in files if f.endswith(PICKLES)]
     if pickles:
-        raise SourceError(
+        raise error(
             f"{label}: weights only as pickle ({pickles[0]}), which can run code and is never opened; "
             "convert them to safetensors"
         )
-    raise SourceError(f"{label}: no safetensors files")
+    raise error(f"{label}: no safetensors files")
 
 
 def check_index(label: str, headers: dict[str, dict[str, TensorInfo]], index: dict[str, Any] | None) -> None:
@@ -296,7 +318,9 @@ def read_json(path: Path, error: type[KappaquantError]) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path}: missing; a checkpoint folder needs it") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as problem:
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror})") from None
+    except (ValueError, RecursionError) as problem:
         raise error(f"{path}: not JSON ({problem})") from None
     if not isinstance(content, dict):
         raise error(f"{path}: a JSON {type(content).__name__} where an object belongs")

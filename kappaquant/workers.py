@@ -7,14 +7,14 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
 import torch
 
-from kappaquant.errors import KappaquantError, WorkerError
+from kappaquant.errors import KappaquantError, PlanError, UnsupportedError, WorkerError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,8 +32,29 @@ class ItemError(Exception):
         self.item, self.problem = item, problem
 
 
-def default_jobs(nbytes: int) -> int:
-    """Processes for this much data: one per usable core up to 8, or just this one where little is to be done."""
+def choose_device(device: str | None) -> str:
+    """The device to compute on, CUDA if there is one and none is named. Raises UnsupportedError if it can not be used."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise UnsupportedError(
+            f"device {device!r}: can not be used here ({reason}); give cpu, cuda or cuda:N"
+        ) from problem
+    return device
+
+
+def choose_jobs(jobs: int | None, nbytes: int) -> int:
+    """Processes for this much data: by default one per usable core up to 8, or just this one where little is to be done.
+
+    Raises PlanError for fewer than one.
+    """
+    if jobs is not None and jobs < 1:
+        raise PlanError(f"jobs = {jobs}: must be at least 1")
+    if jobs is not None:
+        return jobs
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 if nbytes < _SMALL else min(_MOST, cores)
 
@@ -46,7 +67,7 @@ def pool(jobs: int) -> contextlib.AbstractContextManager[ProcessPoolExecutor | N
 
 
 def each(task: Callable[[T], R], items: Iterable[T], workers: ProcessPoolExecutor | None) -> Iterator[tuple[T, R]]:
-    """(item, task(item)) as they finish. Raises ItemError for the first that fails, and starts no more."""
+    """(item, task(item)) as they finish. Raises ItemError for the first that fails, when no task runs any more."""
     if workers is None:
         for item in items:
             try:
@@ -66,8 +87,8 @@ def each(task: Callable[[T], R], items: Iterable[T], workers: ProcessPoolExecuto
                     "a worker process was killed, perhaps for want of memory; run again with fewer --jobs to resume"
                 ) from problem
     finally:
-        for future in futures:
-            future.cancel()
+        # a task that already runs may still write: nobody may touch its file before it has ended
+        wait([future for future in futures if not future.cancel()])
 
 
 def _start() -> None:

@@ -278,7 +278,8 @@ def test_check_refuses_bits_on_what_cannot_have_them():
 def test_check_legacy():
     check_legacy(plan(overrides=[(Q, 2), (OUT, 4)]))
     check_legacy(plan(bits=7))
-    check_legacy(plan(bits=16))
+    with pytest.raises(PlanError, match="keeps every tensor"):
+        check_legacy(plan(bits=16))
     with pytest.raises(PlanError, match=r"q_proj\.weight: 5 bits beside other widths"):
         check_legacy(plan(overrides=[(Q, 5)]))
     with pytest.raises(PlanError, match="6 bits beside"):
