@@ -69,14 +69,11 @@ class Partial:
                 f"{self.root}: left by a run with another source, plan or options; delete it, or repeat that run to resume"
             )
         renamed = bool(self.records) and self.records[-1] == {"finished": True} and not self.folder.exists()
-        self.finished = renamed and _occupied(self.output)
+        self.finished = renamed and _occupied(self.output)  # else it was removed since, and is made again
         if _occupied(self.output) and not self.finished:
             if not resumed:
                 self.discard()
             raise OutputError(f"{self.output}: exists and is not empty; choose another output or remove it")
-        if renamed and not self.finished:  # the finished output was removed since
-            self._file.truncate(0)
-            self.records = []
         if not self.finished:
             self.folder.mkdir(exist_ok=True)
         if not self.records:

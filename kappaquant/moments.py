@@ -76,9 +76,9 @@ class Moments:
             return 0.0
         mean = self.s1 / self.count
         e2, e3, e4 = (s / self.count for s in (self.s2, self.s3, self.s4))
-        m2 = e2 - mean**2
-        if not math.isfinite(e4) or 0.0 < e2 < 1e-150:
+        if not math.isfinite(e4) or (e2 < 1e-150 and self.absmax > 0):
             return math.nan
+        m2 = e2 - mean**2
         if m2 <= 1e-14 * e2:
             return 0.0
         return (e4 - 4 * mean * e3 + 6 * mean**2 * e2 - 3 * mean**4) / m2**2 - 3

@@ -31,7 +31,8 @@ def test_codec_error_keeps_its_bounds() -> None:
     assert [entry["bound"] for entry in entries] == [None, 0.032, 0.008, 0.002, None, None, None]
 
 
-def test_cost_keeps_its_bounds() -> None:
+def test_cost_keeps_its_bound_on_memory() -> None:
+    """Seconds are measured on whatever machine ran; the benchmark itself exits with 1 above their bounds."""
     for entry in result("quantize_cost")["results"]:
         assert entry["peak_gib"] <= entry["bound_gib"] <= 1.5
-        assert entry["seconds_per_gb"] <= entry["bound_seconds_per_gb"] <= {"fast": 4, "best": 20}[entry["effort"]]
+        assert entry["bound_seconds_per_gb"] == {"fast": 4, "best": 20}[entry["effort"]]

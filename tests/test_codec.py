@@ -197,3 +197,20 @@ def test_codebooks_satisfy_both_conditions_of_lloyd_and_max(fmt: Format) -> None
     density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
     mass = torch.special.ndtr(edges[1:]) - torch.special.ndtr(edges[:-1])
     torch.testing.assert_close(book, (density[:-1] - density[1:]) / mass, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("effort", codec.EFFORTS)
+@pytest.mark.parametrize("size", [1e-45, 2.6e-23, 2.7e-23, 3.7e-23, 1e-22, 1e-20])
+def test_weights_whose_squares_vanish_in_float32(size: float, effort: codec.Effort) -> None:
+    # aligned with the signs, so that one coordinate takes all of the rotated group
+    weight = torch.tensor(signs(128)[0], dtype=torch.float32) * size
+    weight[0] *= 1.05
+    encoded = codec.encode(weight[None], Format(3, 128), effort)
+    assert (codec.decode(encoded.packed, encoded.norms, Format(3, 128), 128) == 0).all()
+    encoded = codec.encode(weight[None], Format(3, 128), effort, norm_dtype=torch.float32)
+    decoded = codec.decode(encoded.packed, encoded.norms, Format(3, 128), 128)
+    if size >= 1e-20:
+        assert (
+            float((decoded - weight).double().square().sum() / weight.double().square().sum()) < 0.7
+        )  # one coordinate holds it all
+    assert float(decoded.abs().max()) <= 20 * size

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from builders import CONFIG, Q, quantize, write_source
+from builders import CONFIG, Q, digests, quantize, tensors, write_source
 from safetensors.torch import load_file
 
 import kappaquant
-from kappaquant import export
+from kappaquant import export, journal
 
 
 @pytest.fixture
@@ -59,3 +61,47 @@ def test_bad_outputs(checkpoint: kappaquant.Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(kappaquant.OutputError, match="not empty"):
         export.dequantize(checkpoint, tmp_path / "source")
     assert not (tmp_path / "source.partial").exists()
+
+
+def test_weights_that_the_dtype_cannot_hold(tmp_path: Path) -> None:
+    content = {**tensors(), Q: torch.randn(96, 256) * 1e6}
+    opened = kappaquant.open_source(write_source(tmp_path / "source", content))
+    plan = kappaquant.make_plan(opened.tensors, opened.config)
+    out = kappaquant.quantize(opened, tmp_path / "out", plan, kappaquant.Options(target="tq3_native"))
+    checkpoint = kappaquant.open_checkpoint(out, source=tmp_path / "source")
+    with pytest.raises(kappaquant.PlanError, match=rf"{Q}: .*too large for F16; choose BF16 or F32"):
+        export.dequantize(checkpoint, tmp_path / "plain")
+    assert sorted(os.listdir(tmp_path)) == ["out", "source"]
+    export.dequantize(checkpoint, tmp_path / "plain", "F32")
+    assert torch.equal(read(tmp_path / "plain")[Q], checkpoint.dequantize(Q))
+
+
+@pytest.mark.parametrize("moment", ["allocate", "pwrite"])
+def test_full_disk(
+    checkpoint: kappaquant.Checkpoint, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((journal, "allocate", full) if moment == "allocate" else (os, "pwrite", full)))
+        with pytest.raises(kappaquant.OutputError, match="free space and run again"):
+            export.dequantize(checkpoint, tmp_path / "plain")
+    assert sorted(os.listdir(tmp_path)) == ["out", "source"]
+    export.dequantize(checkpoint, tmp_path / "plain")
+
+
+def test_killed_and_started_again(
+    checkpoint: kappaquant.Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = digests(export.dequantize(checkpoint, tmp_path / "expected"))
+
+    def killed(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export.dequantize(checkpoint, tmp_path / "plain", None, killed)
+    assert not (tmp_path / "plain").exists()
+    assert digests(export.dequantize(checkpoint, tmp_path / "plain")) == expected
+    assert not (tmp_path / "plain.partial").exists()

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from builders import digests, tensors, write_source
+from builders import Q, digests, tensors, write_source
 
 import kappaquant
 from kappaquant import quantizer, units
@@ -165,3 +165,62 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
         Partial(tmp_path / "out", "f")
     first.discard()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def spoilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> kappaquant.Source:
+    """A source with NaN in several units of two tensors, one of which every plan keeps."""
+    monkeypatch.setattr(units, "UNIT_ELEMENTS", 4096)
+    monkeypatch.setattr(quantizer, "_COMMIT_SECONDS", 0.0)
+    content = tensors()
+    for element in (70, 5000, 20_000):
+        content[Q].view(-1)[element] = float("nan")
+    content["model.embed_tokens.weight"].view(-1)[9000] = float("inf")
+    return kappaquant.open_source(write_source(tmp_path / "source", content, shards=2))
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_lets_nan_pass_resumes_to_the_same_bytes(
+    jobs: int, spoilt: kappaquant.Source, tmp_path: Path
+) -> None:
+    plan = kappaquant.make_plan(spoilt.tensors, spoilt.config)
+    options = kappaquant.Options(jobs=jobs, allow_nonfinite=True)
+    expected = digests(
+        kappaquant.quantize(spoilt, tmp_path / "whole", plan, kappaquant.Options(jobs=1, allow_nonfinite=True))
+    )
+    refused = pytest.raises(kappaquant.NonFiniteError)
+    with refused:
+        kappaquant.quantize(spoilt, tmp_path / "out", plan, kappaquant.Options(jobs=jobs))
+
+    def stop(stage: str, count: int, total: int) -> None:
+        if stage == "hash":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kappaquant.quantize(spoilt, tmp_path / "out", plan, options, stop)
+    with refused:  # what one run let pass, a stricter one may not
+        kappaquant.quantize(spoilt, tmp_path / "out", plan, kappaquant.Options(jobs=jobs))
+    assert not (tmp_path / "out").exists()
+    out = kappaquant.quantize(spoilt, tmp_path / "out", plan, options)
+    assert digests(out) == expected
+    checkpoint = kappaquant.open_checkpoint(out)
+    assert checkpoint.bits(Q) == 16
+    assert list(checkpoint.verify()) == []
+
+
+def test_a_kept_tensor_with_nan_is_met_again_by_a_stricter_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = tensors()
+    content["model.norm.weight"][3] = float("nan")
+    source = kappaquant.open_source(write_source(tmp_path / "source", content))
+    plan = kappaquant.make_plan(source.tensors, source.config)
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizer, "hash_stored", killed)
+        with pytest.raises(KeyboardInterrupt):
+            kappaquant.quantize(source, tmp_path / "out", plan, kappaquant.Options(allow_nonfinite=True))
+    with pytest.raises(kappaquant.NonFiniteError, match=r"model\.norm\.weight"):
+        kappaquant.quantize(source, tmp_path / "out", plan)
+    kappaquant.quantize(source, tmp_path / "out", plan, kappaquant.Options(allow_nonfinite=True))

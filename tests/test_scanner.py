@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from builders import EXPERTS, Q, tensors, write_source
+from builders import EXPERTS, Q, quantize, tensors, write_source
 
 import kappaquant
 from kappaquant import codec, scanner, units
@@ -110,3 +111,36 @@ def test_moments_of_parts_add_up() -> None:
     assert parts.absmax == float(weight.abs().max())
     assert not (parts + Moments.of(torch.tensor([float("nan")]))).finite
     assert Moments.of(torch.full((100,), 0.1)).kurtosis == 0.0
+
+
+def test_an_error_is_measured_over_all_parts_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_ELEMENTS", 256)
+    for row in (0, 1, 2):  # a norm beyond float16 in the first, a middle, and the last part
+        weight = heavy(0, 3, 256)
+        weight[row] *= 1e6
+        folder = write_source(tmp_path / f"source{row}", {Q: weight})
+        stats = kappaquant.scan(kappaquant.open_source(folder), bits=[3]).tensors[Q]
+        assert stats.finite
+        assert stats.relative_mse == {}
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-100, 1e100, 1e300])
+def test_magnitudes_that_float64_cannot_raise_to_the_fourth(size: float, tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "source", {**tensors(), "model.x": torch.randn(10).double() * size})
+    stats = kappaquant.scan(kappaquant.open_source(folder), bits=[]).tensors["model.x"]
+    assert (stats.kurtosis, stats.finite) == (None, True)
+    checkpoint = quantize(folder, tmp_path / "out")
+    strict = json.loads(
+        (checkpoint.path / "kappaquant.json").read_text(), parse_constant=lambda name: pytest.fail(name)
+    )
+    assert "kurtosis" not in strict["tensors"]["model.x"]
+
+
+def test_jobs_and_devices_that_are_not_possible(source: Path) -> None:
+    opened = kappaquant.open_source(source)
+    with pytest.raises(kappaquant.PlanError, match="jobs = 0"):
+        kappaquant.scan(opened, jobs=0)
+    with pytest.raises(kappaquant.UnsupportedError, match="cuda:99"):
+        kappaquant.scan(opened, device="cuda:99")
+    with pytest.raises(kappaquant.UnsupportedError, match="cuda:99"):
+        kappaquant.Options(device="cuda:99")
