@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,22 @@ def test_a_corrupted_journal(tmp_path: Path) -> None:
         file.write(b"\0\0\0\n")
     with pytest.raises(OutputError, match=r"journal\.jsonl: corrupted.*delete"):
         Partial(tmp_path / "out", "f")
+
+
+def test_a_line_that_did_not_fit_is_forgotten(tmp_path: Path) -> None:
+    partial = Partial(tmp_path / "out", "f")
+    partial.append([{"tensor": "whole"}])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (partial.journal.stat().st_size + 5, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            partial.append([{"tensor": "torn"}])
+        partial.close()  # has nothing left to write, so it hides no error
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    again = Partial(tmp_path / "out", "f")
+    assert again.records == [{"fingerprint": "f"}, {"tensor": "whole"}]
+    again.discard()
 
 
 def test_a_refusal_lets_go_of_the_lock(tmp_path: Path) -> None:

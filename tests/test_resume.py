@@ -208,9 +208,15 @@ def test_a_run_that_lets_nan_pass_resumes_to_the_same_bytes(
     assert list(checkpoint.verify()) == []
 
 
-def test_a_kept_tensor_with_nan_is_met_again_by_a_stricter_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["model.norm.weight", Q])
+def test_what_one_run_let_pass_a_stricter_one_meets_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = tensors()
-    content["model.norm.weight"][3] = float("nan")
+    if name == Q:
+        content[Q] *= 1e7  # finite, but beyond the norms of float16
+    else:
+        content[name][3] = float("nan")
     source = kappaquant.open_source(write_source(tmp_path / "source", content))
     plan = kappaquant.make_plan(source.tensors, source.config)
 
@@ -221,6 +227,6 @@ def test_a_kept_tensor_with_nan_is_met_again_by_a_stricter_run(tmp_path: Path, m
         patch.setattr(quantizer, "hash_stored", killed)
         with pytest.raises(KeyboardInterrupt):
             kappaquant.quantize(source, tmp_path / "out", plan, kappaquant.Options(allow_nonfinite=True))
-    with pytest.raises(kappaquant.NonFiniteError, match=r"model\.norm\.weight"):
+    with pytest.raises(kappaquant.NonFiniteError, match=name):
         kappaquant.quantize(source, tmp_path / "out", plan)
     kappaquant.quantize(source, tmp_path / "out", plan, kappaquant.Options(allow_nonfinite=True))
