@@ -60,7 +60,7 @@ def test_no_machine_paths_and_nothing_left_for_later() -> None:
 def test_machine_paths_are_recognized() -> None:
     assert MACHINE.search("see /home" + "/someone/model")
     assert MACHINE.search('"/tmp' + '/venv/bin/python"')
-    assert not MACHINE.search("docs/work/plan.md and https://example.org/data/x")
+    assert not MACHINE.search("docs/home/plan.md and https://example.org/data/x")
 
 
 def test_no_large_files() -> None:
