@@ -58,14 +58,14 @@ def cost() -> str:
     peak = max(run["peak_gib"] for run in runs.values())
     gigabytes = result("plan_sizes")["source_bytes"] / 1e9
     fast, best = (runs[effort]["seconds_per_gb"] for effort in ("fast", "best"))
-    size = result("quantize_cost")["bytes"] / 1e9
+    measured = result("quantize_cost")
+    size, load = measured["bytes"] / 1e9, measured["environment"]["load_before"]
     seconds = [f"{s / size:.2f}" for s in runs["fast"]["all_seconds"]]
     return (
         f"* **Memory** while quantizing: {peak:.2f} GiB with two processes, torch and all, fused experts of 1 GB included.\n"
         f"* **Time** on two cores: {fast:.1f} s per GB of bf16 with `--effort fast`, {best:.1f} s with the default `best`: "
         f"{gigabytes * fast / 60:.0f} and {gigabytes * best / 60:.0f} minutes for this model, plus its download. "
-        f"These are the fastest of {len(seconds)} runs on an otherwise idle machine (fast: {', '.join(seconds)}); other work "
-        "on the same cores has doubled them."
+        f"These are the fastest of {len(seconds)} runs (fast: {', '.join(seconds)}), begun at a load of {load}."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 from abc import ABC, abstractmethod
@@ -17,6 +18,8 @@ from torch import Tensor
 from kappaquant.errors import AlreadyQuantizedError, KappaquantError, SourceError
 from kappaquant.format import DTYPE_BYTES, PACKED_SUFFIX, TensorInfo
 from kappaquant.safetensors_io import Stored, read_bytes, read_header
+
+logger = logging.getLogger("kappaquant")
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -160,6 +163,7 @@ def _open_folder(folder: Path, label: str, revision: str | None) -> LocalSource:
     names = shard_names(label, files, index)
     headers = {name: {n: s.info for n, s in read_header(folder / name).items()} for name in names}
     check_index(label, headers, index)
+    _warn_of_others(label, files, names)
     return LocalSource(label, revision, config, headers, _side_files(files), folder)
 
 
@@ -182,7 +186,9 @@ def _open_hub(repo: str, revision: str | None, stream: bool) -> Source:
         config = read_json(Path(scratch.name) / "config.json", SourceError)
         index = read_json(fetched[INDEX_NAME], SourceError) if INDEX_NAME in fetched else None
         headers = {}
-        for name in shard_names(repo, files, index):
+        names = shard_names(repo, files, index)
+        _warn_of_others(repo, files, names)
+        for name in names:
             entries = HfApi().parse_safetensors_file_metadata(repo, name, revision=commit).tensors
             headers[name] = {n: TensorInfo(n, str(t.dtype), tuple(t.shape)) for n, t in entries.items()}
         check_index(repo, headers, index)
@@ -304,6 +310,12 @@ def refuse_quantized(label: str, config: dict[str, Any], tensors: dict[str, Tens
             raise AlreadyQuantizedError(
                 f"{label}: already quantized by {foreign}: tensor {name}; start from the original bf16 checkpoint"
             )
+
+
+def _warn_of_others(label: str, files: list[str], shards: list[str]) -> None:
+    others = [f for f in files if f.endswith(".safetensors") and f not in shards]
+    if others:
+        logger.warning("%s: not part of the model by its index, and left behind: %s", label, ", ".join(others))
 
 
 def _side_files(files: list[str]) -> list[str]:

@@ -194,6 +194,15 @@ def test_pickles_beside_safetensors_are_left_behind(source: Path) -> None:
     assert (checkpoint.path / "extra" / "LICENSE").read_text() == "as you like"
 
 
+def test_safetensors_that_the_index_does_not_name_are_left_behind_aloud(
+    source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_file({"other": torch.ones(1)}, source / "adapter.safetensors")
+    checkpoint = quantize(source, source.parent / "out")
+    assert "left behind: adapter.safetensors" in caplog.text
+    assert not (checkpoint.path / "adapter.safetensors").exists()
+
+
 W = "model.layers.0.self_attn.q_proj"
 
 
