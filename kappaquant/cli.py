@@ -163,6 +163,10 @@ def quantize(
     """Write the quantized checkpoint; run the same command again to resume a run that was cut off."""
     from rich.filesize import decimal
 
+    from kappaquant.workers import warm_up
+
+    if jobs != 1:
+        warm_up()
     from kappaquant.plan import Plan
     from kappaquant.quantizer import Options
     from kappaquant.quantizer import quantize as run

@@ -9,18 +9,18 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import forkserver, get_all_start_methods, get_context, parent_process
 from typing import Any, TypeVar
-
-import torch
 
 from kappaquant.errors import KappaquantError, PlanError, UnsupportedError, WorkerError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-_SMALL = 256_000_000  # bytes below which starting workers (2 s each) costs more than it saves
+_SMALL = 256_000_000  # bytes below which starting workers (2 s) costs more than it saves
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+# one import of torch for all workers, in a process that has no threads and no CUDA context to be forked with
+_METHOD = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
 _MOST = 8  # more processes only queue for the disk
 
 
@@ -34,6 +34,8 @@ class ItemError(Exception):
 
 def choose_device(device: str | None) -> str:
     """The device to compute on, CUDA if there is one and none is named. Raises UnsupportedError if it can not be used."""
+    import torch
+
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -59,11 +61,22 @@ def choose_jobs(jobs: int | None, nbytes: int) -> int:
     return 1 if nbytes < _SMALL else min(_MOST, cores)
 
 
+def warm_up() -> None:
+    """Let the process that workers are forked from import torch (1.5 s) while this one does.
+
+    Worth a call before the imports of a command that may start workers; ``pool`` does without it.
+    """
+    if _METHOD == "forkserver":
+        forkserver.set_forkserver_preload(["kappaquant.units", "kappaquant.scanner"])
+        forkserver.ensure_running()
+
+
 def pool(jobs: int) -> contextlib.AbstractContextManager[ProcessPoolExecutor | None]:
     """A pool of processes with one torch thread each; None inside, meaning this process, for one job."""
     if jobs == 1:
         return contextlib.nullcontext()
-    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start)
+    warm_up()
+    return ProcessPoolExecutor(jobs, mp_context=get_context(_METHOD), initializer=_start)
 
 
 def each(task: Callable[[T], R], items: Iterable[T], workers: ProcessPoolExecutor | None) -> Iterator[tuple[T, R]]:
@@ -93,6 +106,8 @@ def each(task: Callable[[T], R], items: Iterable[T], workers: ProcessPoolExecuto
 
 def _start() -> None:
     """One thread of its own, memory that stays mapped, and an end with the parent, however that one ends."""
+    import torch
+
     torch.set_num_threads(1)
     # glibc hands freed blocks back and faults them in again: 10 % of the time at effort fast
     libc = ctypes.CDLL(None)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kappaquant import codec
+from kappaquant.blocks import Assignment, nearest
 from kappaquant.errors import NonFiniteError, PlanError
 from kappaquant.format import BITS, FORMATS, GROUP_SIZES, Format, signs
 
@@ -104,9 +105,11 @@ def test_nearest_centroid_is_exact_also_on_thresholds(bits: int, group: int) -> 
         [middles, book, -middles, torch.nextafter(middles, torch.tensor(9.0)), torch.nextafter(middles, torch.tensor(-9.0)),
          torch.tensor([0.0, -0.0, 1.0, -1.0, 1.4, -1.4, 1e-30, -1e-30]), weights(4096) / math.sqrt(group)]
     )  # fmt: skip
-    codes, centroids = codec._nearest(fmt.codebook, probes.device).assign(probes[None])
-    assert torch.equal(codes[0].long(), brute_force(probes, book))
-    assert torch.equal(centroids[0], book[codes[0].long()])
+    assignment = Assignment(1, len(probes), probes.device)
+    assignment.assign(probes[None], nearest(fmt.codebook, probes.device))
+    codes = assignment.codes[0].long()
+    assert torch.equal(codes, brute_force(probes, book))
+    assert torch.equal(assignment.centroids[0], book[codes])
 
 
 @pytest.mark.parametrize("bits", BITS)
