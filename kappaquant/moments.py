@@ -33,7 +33,9 @@ class Moments:
         total = cls()
         flat = weight.reshape(-1)
         for start in range(0, flat.numel(), _BLOCK):
-            x = flat[start : start + _BLOCK].double()
+            part = flat[start : start + _BLOCK]
+            low, high = (extreme.item() for extreme in part.aminmax())
+            x = part.double()
             square = x * x
             total += cls(
                 x.numel(),
@@ -41,7 +43,7 @@ class Moments:
                 square.sum().item(),
                 (square * x).sum().item(),
                 square.mul_(square).sum().item(),
-                x.abs_().max().item(),
+                max(-low, high),  # both are NaN if one element is
             )
         return total
 
