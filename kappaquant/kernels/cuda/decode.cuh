@@ -1,0 +1,159 @@
+// Codes of the tiled layout (tiles.py) to the operands of tensor-core products.
+//
+// A thread holds, of one row, 32 codes c = 4 * q + j in `BITS` words, plane after plane. decode<BITS>(...) gives them
+// as eight words of four int8 (q) or sixteen words of two float16 (2 * q + j / 2).
+// Tables are byte permutes: a selector nibble picks one of eight bytes, so one instruction looks up four codes.
+
+#include "numbers.cuh"
+
+struct Table {
+    u32 bytes[8];       // int8: entries, four a word. float16: low bytes of eight entries, then their high bytes; twice for 16
+    const u32* half;    // float16 entries: one a word for 7 and 8 bits; for 6, every pair of entries
+    float scale;        // entry * scale = centroid
+};
+
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
+    u32 out;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
+    return out;
+}
+
+// 0xff in byte i where the sign bit of nibble i (of the low, or the high four) of a word is set
+__device__ __forceinline__ u32 nibble_signs(u32 word, u32 shifted, bool high) {
+    return permute(word, shifted, high ? 0xbfaeu : 0x9d8cu);
+}
+
+// Selectors: nibble i of part 0 (1) is code i of q, q + 1 (q + 2, q + 3), in a word of two-bit codes.
+__device__ __forceinline__ u32 pairs(u32 word, int part) { return (part ? word >> 2 : word) & 0x33333333u; }
+
+// The third bit of those codes, from the one word that serves both words of two-bit codes.
+__device__ __forceinline__ u32 third(u32 word, int which, int part) {
+    u32 moved = which == 0 ? (part ? word << 1 : word) : (part ? word << 2 : word >> 1);
+    return moved & 0x44444444u;
+}
+
+// Of a four-bit index with tables for its lower and its upper half: bytes of `low` or `high` by bit 3 of each nibble.
+__device__ __forceinline__ u32 choose(u32 low, u32 high, u32 bit3, bool upper) {
+    u32 selector = (bit3 >> 1) | 0x32103210u;
+    return permute(low, high, upper ? selector >> 16 : selector);
+}
+
+// Four bytes of the table for each of two halves of eight selectors
+__device__ __forceinline__ u32 look_up(u32 low, u32 high, u32 selectors, bool upper) {
+    return permute(low, high, upper ? selectors >> 16 : selectors);
+}
+
+template <int BITS>
+__device__ __forceinline__ void decode_int8(const u32* words, const Table& table, u32* out) {
+    const u32* t = table.bytes;
+    if constexpr (BITS == 2 || BITS == 3) {
+#pragma unroll
+        for (int w = 0; w < 2; w++)
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+                u32 selectors = pairs(words[w], part);
+                if constexpr (BITS == 3) selectors |= third(words[2], w, part);
+#pragma unroll
+                for (int up = 0; up < 2; up++) out[4 * w + 2 * part + up] = look_up(t[0], t[1], selectors, up);
+            }
+    } else if constexpr (BITS == 4) {
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+            u32 selectors = words[w] & 0x77777777u, shifted = words[w] << 4;
+#pragma unroll
+            for (int up = 0; up < 2; up++)
+                out[2 * w + up] = look_up(t[0], t[1], selectors, up) ^ nibble_signs(words[w], shifted, up);
+        }
+    } else {
+        static_assert(BITS == 5, "int8 tables are for 2 to 5 bits");
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+            u32 selectors = words[w] & 0x77777777u, bit3 = words[w] & 0x88888888u;
+#pragma unroll
+            for (int up = 0; up < 2; up++) {
+                int q = 2 * w + up;
+                u32 magnitude = choose(look_up(t[0], t[1], selectors, up), look_up(t[2], t[3], selectors, up), bit3, up);
+                out[q] = magnitude ^ permute(words[4] << q, 0, 0xba98u);
+            }
+        }
+    }
+}
+
+// low and high bytes of four float16 to two words of two
+__device__ __forceinline__ void interleave(u32 low, u32 high, u32* out) {
+    out[0] = permute(low, high, 0x5140u);
+    out[1] = permute(low, high, 0x7362u);
+}
+
+template <int BITS>
+__device__ __forceinline__ void decode_half(const u32* words, const Table& table, const u32* shared, u32* out) {
+    const u32* t = table.bytes;
+    if constexpr (BITS == 2 || BITS == 3) {
+#pragma unroll
+        for (int w = 0; w < 2; w++)
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+                u32 selectors = pairs(words[w], part);
+                if constexpr (BITS == 3) selectors |= third(words[2], w, part);
+#pragma unroll
+                for (int up = 0; up < 2; up++)
+                    interleave(look_up(t[0], t[1], selectors, up), look_up(t[2], t[3], selectors, up),
+                               out + 2 * (4 * w + 2 * part + up));
+            }
+    } else if constexpr (BITS == 4) {
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+            u32 selectors = words[w] & 0x77777777u, shifted = words[w] << 4;
+#pragma unroll
+            for (int up = 0; up < 2; up++) {
+                u32 sign = nibble_signs(words[w], shifted, up) & 0x80808080u;
+                interleave(look_up(t[0], t[1], selectors, up), look_up(t[2], t[3], selectors, up) ^ sign,
+                           out + 2 * (2 * w + up));
+            }
+        }
+    } else if constexpr (BITS == 5) {
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+            u32 selectors = words[w] & 0x77777777u, bit3 = words[w] & 0x88888888u;
+#pragma unroll
+            for (int up = 0; up < 2; up++) {
+                int q = 2 * w + up;
+                u32 low = choose(look_up(t[0], t[1], selectors, up), look_up(t[4], t[5], selectors, up), bit3, up);
+                u32 high = choose(look_up(t[2], t[3], selectors, up), look_up(t[6], t[7], selectors, up), bit3, up);
+                interleave(low, high ^ ((words[4] << q) & 0x80808080u), out + 2 * q);
+            }
+        }
+    } else if constexpr (BITS == 6) {
+        // two codes a look-up: the byte of their low bits, then the nibble of their high bits
+#pragma unroll
+        for (int pair = 0; pair < 16; pair++) {
+            int low = 8 * (pair % 4) - 2, high = 4 * (pair % 8) - 10;
+            u32 offset = (low < 0 ? words[pair / 4] << (-low & 31) : words[pair / 4] >> (low & 31)) & 0x3fcu;
+            offset |= (high < 0 ? words[4 + pair / 8] << (-high & 31) : words[4 + pair / 8] >> (high & 31)) & 0x3c00u;
+            out[pair] = *reinterpret_cast<const u32*>(reinterpret_cast<const char*>(shared) + offset);
+        }
+    } else {
+        // a copy of the table for each lane, in a bank of its own: entry code of this lane is at word code * 32 + lane
+        const char* mine = reinterpret_cast<const char*>(shared + (threadIdx.x & 31));
+#pragma unroll
+        for (int pair = 0; pair < 16; pair++) {
+            u32 found[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int c = 2 * pair + i, q = c / 4, j = c % 4, nibble = q % 2 * 4 + j;
+                u32 offset;
+                if constexpr (BITS == 8) {
+                    offset = (j ? words[q] >> (8 * j - 7 & 31) : words[q] << 7) & 0x7f80u;
+                } else {
+                    int low = 4 * nibble - 7, part = q % 4 / 2, middle = 4 * nibble + 2 * part - 11;
+                    offset = (low < 0 ? words[q / 2] << (-low & 31) : words[q / 2] >> (low & 31)) & 0x780u;
+                    offset |= (middle < 0 ? words[4 + q / 4] << (-middle & 31) : words[4 + q / 4] >> (middle & 31)) & 0x1800u;
+                    int top = 4 * nibble + (q < 4 ? 2 - part : 3 - 3 * part) - 13;
+                    offset |= (top < 0 ? words[6] << (-top & 31) : words[6] >> (top & 31)) & 0x2000u;
+                }
+                found[i] = *reinterpret_cast<const u32*>(mine + offset);
+            }
+            out[pair] = permute(found[0], found[1], 0x5410u);
+        }
+    }
+}

@@ -1,0 +1,105 @@
+"""CUDA C++ compiled when first used: no compiler on the user's machine but NVRTC, which comes with CUDA builds of torch.
+
+Kernels are templates; each instance is compiled when a process first needs it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+
+from kappaquant.errors import UnsupportedError
+
+_FOLDER = resources.files("kappaquant.kernels") / "cuda"
+_HEADERS = ("numbers.cuh", "decode.cuh")
+_LOCK = threading.Lock()
+
+
+@cache
+def unavailable() -> str | None:
+    """Why kernels can not be compiled here, or None."""
+    try:
+        from cuda.bindings import driver, nvrtc  # noqa: F401
+    except ImportError as problem:
+        return f"cuda-bindings is not installed ({problem}); install kappaquant[gpu]"
+    return None
+
+
+class Kernel:
+    """One compiled instance of a kernel template, bound to the device it was compiled for."""
+
+    def __init__(self, cubin: bytes, name: bytes, shared_bytes: int) -> None:
+        from cuda.bindings import driver
+
+        self._cubin = cubin  # the driver reads it lazily
+        module = _check(driver.cuModuleLoadData(cubin))
+        self._function = _check(driver.cuModuleGetFunction(module, name))
+        self._shared = shared_bytes
+        if shared_bytes > 48 << 10:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
+        self._launch = driver.cuLaunchKernel
+
+    def __call__(self, grid: tuple[int, int, int], threads: int, parameters: ctypes.Structure) -> None:
+        """Launch on torch's current stream; the parameters are copied before this returns."""
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+        stream = torch.cuda.current_stream().cuda_stream
+        _check(self._launch(self._function, *grid, threads, 1, 1, self._shared, stream, ctypes.addressof(arguments), 0))
+
+
+@cache
+def kernel(file: str, instance: str, device: int, shared_bytes: int = 0) -> Kernel:
+    """The instance such as ``linear<3, 0, 128>`` of a template in ``cuda/<file>``, for that CUDA device.
+
+    Raises:
+        UnsupportedError: the compiler refused it; holds its log.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    with _LOCK:
+        cubin, name = compiled(file, instance, f"sm_{major}{minor}")
+        torch.cuda.current_stream(device)  # torch's own context is the current one from here on
+        return Kernel(cubin, name, shared_bytes)
+
+
+def compiled(file: str, instance: str, arch: str) -> tuple[bytes, bytes]:
+    """(machine code, mangled name), in 0.1 to 0.5 s; needs no GPU."""
+    from cuda.bindings import nvrtc
+
+    source, headers = _read(file), [_read(header) for header in _HEADERS]
+    program = _check(
+        nvrtc.nvrtcCreateProgram(
+            source.encode(), file.encode(), len(headers), [h.encode() for h in headers], [h.encode() for h in _HEADERS]
+        )
+    )
+    _check(nvrtc.nvrtcAddNameExpression(program, instance.encode()))
+    options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17", b"--device-as-default-execution-space"]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+        _check(nvrtc.nvrtcGetProgramLog(program, log))
+        raise UnsupportedError(
+            f"{file}: {instance} does not compile for {arch}:\n{log.decode(errors='replace').rstrip(chr(0))}"
+        )
+    name = bytes(_check(nvrtc.nvrtcGetLoweredName(program, instance.encode())))
+    cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+    _check(nvrtc.nvrtcGetCUBIN(program, cubin))
+    _check(nvrtc.nvrtcDestroyProgram(program))
+    return cubin, name
+
+
+@cache
+def _read(file: str) -> str:
+    return (_FOLDER / file).read_text()
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    """The value of a call of the CUDA bindings. Raises RuntimeError, with the call's own name for the error."""
+    status, *values = result
+    if int(status) != 0:
+        raise RuntimeError(f"CUDA: {status.name} ({int(status)})")
+    return values[0] if len(values) == 1 else tuple(values)

@@ -1,0 +1,232 @@
+"""The tensor-core kernels: layout and tables on any machine, compilation without a GPU, products on a GPU against the codec."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+import torch
+
+from kappaquant import codec
+from kappaquant.errors import UnsupportedError
+from kappaquant.format import BITS, FORMATS, Format
+from kappaquant.kernels import nvrtc, tensor_cores, tiles
+
+ALL = sorted(FORMATS.values(), key=lambda f: (f.bits, f.group_size))
+gpu = pytest.mark.gpu
+needs_compiler = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=str(nvrtc.unavailable()))
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.id)
+def test_tiles_hold_the_bits_of_the_disk(fmt: Format) -> None:
+    for shape in ((45, 3 * fmt.group_size - 5), (2, 3, 33, fmt.group_size)):
+        encoded = codec.encode(random(*shape), fmt, "fast")
+        tiled = tiles.tile(encoded.packed, encoded.norms, fmt)
+        packed, norms = tiles.untile(tiled, fmt, shape[-2], fmt.groups(shape[-1]))
+        assert torch.equal(packed, encoded.packed)
+        assert torch.equal(norms, encoded.norms)
+
+
+def test_whole_tiles_take_no_more_bytes_than_the_disk() -> None:
+    for fmt in ALL:
+        encoded = codec.encode(random(64, 512), fmt, "fast")
+        tiled = tiles.tile(encoded.packed, encoded.norms, fmt)
+        assert tiled.codes.nbytes + tiled.norms.nbytes == encoded.packed.nbytes + encoded.norms.nbytes
+
+
+def test_tiling_in_chunks_equals_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt = Format(5, 64)
+    encoded = codec.encode(random(200, 256), fmt, "fast")
+    once = tiles.tile(encoded.packed, encoded.norms, fmt)
+    monkeypatch.setattr(tiles, "_CHUNK", 1)
+    assert torch.equal(tiles.tile(encoded.packed, encoded.norms, fmt).codes, once.codes)
+
+
+def table_bytes(words: list[int]) -> list[int]:
+    return list(struct.pack(f"<{len(words)}I", *words))
+
+
+@pytest.mark.parametrize("bits", tensor_cores.INT8_BITS)
+def test_int8_tables_are_near_the_codebook(bits: int) -> None:
+    book = Format(bits, 128).codebook
+    words, scale = tiles.int8_table(book, bits)
+    entries = [b - 256 if b > 127 else b for b in table_bytes(words)][: 2**bits if bits < 4 else 2 ** (bits - 1)]
+    if bits < 4:
+        made = [e * scale for e in entries]
+    else:  # negative half by magnitude; the complement ~e = -e - 1 stands for its negative
+        made = [(e + 0.5) * scale for e in reversed(entries)] + [(~e + 0.5) * scale for e in entries]
+    error = sum((m - c) ** 2 for m, c in zip(made, book, strict=True)) / sum(c * c for c in book)
+    assert error < 0.005**2
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_float16_tables_hold_the_codebook(bits: int) -> None:
+    book = Format(bits, 128).codebook
+    words, scale = tiles.half_table(book, bits)
+
+    def value(raw: int) -> float:
+        return struct.unpack("<e", struct.pack("<H", raw))[0] * scale
+
+    if bits == 6:
+        for low, high in ((3, 60), (63, 0), (17, 17)):
+            word = words[low % 16 + high % 16 * 16 + low // 16 * 256 + high // 16 * 1024]
+            assert value(word & 0xFFFF) == pytest.approx(book[low], rel=1e-3)
+            assert value(word >> 16) == pytest.approx(book[high], rel=1e-3)
+        return
+    if bits > 6:
+        made = [value(w) for w in words]
+    else:
+        raw = table_bytes(words)
+        pairs = [raw[at + i] | raw[at + 8 + i] << 8 for at in range(0, len(raw), 16) for i in range(8)]
+        made = [value(p) for p in pairs][: 2**bits if bits < 4 else 2 ** (bits - 1)]
+        if bits >= 4:
+            made = made[::-1] + [-m for m in made]
+    assert made == pytest.approx(book, rel=1e-3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_kernels_compile(arch: str) -> None:
+    instances = [f"linear<{b}, 0, 0, 0, 128, false, 1, 4, 0>" for b in tensor_cores.INT8_BITS]
+    instances += [f"linear<{b}, 0, 0, 0, 64, true, 2, 8, 16>" for b in BITS]
+    instances += ["linear<3, 4, 5, 2, 256, false, 8, 2, 0>", "linear<6, 8, 7, 0, 32, true, 1, 4, 16>"]
+    for instance in instances:
+        code, name = nvrtc.compiled("linear.cu", instance, arch)
+        assert code.startswith(b"\x7fELF")
+        assert b"linear" in name
+    for flags in ("2, false, 0, false", "1, true, 1, false", "0, false, 2, false", "2, false, 0, true"):
+        assert nvrtc.compiled("rotate.cu", f"rotate<128, {flags}>", arch)[0].startswith(b"\x7fELF")
+
+
+@needs_compiler
+def test_a_kernel_that_does_not_compile_says_why() -> None:
+    with pytest.raises(UnsupportedError, match=r"(?s)linear.cu: linear<6, .*int8 tables are for 2 to 5 bits"):
+        nvrtc.compiled("linear.cu", "linear<6, 0, 0, 0, 128, false, 1, 4, 0>", "sm_90")
+
+
+def test_refusals_say_why() -> None:
+    fmt = Format(3, 128)
+    assert "NVIDIA GPU" in str(tensor_cores.refusal(fmt, False, torch.float16, torch.device("cpu"), fmt.codebook))
+    encoded = codec.encode(random(4, 128), fmt)
+    with pytest.raises(UnsupportedError, match="needs an NVIDIA GPU"):
+        tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, 128, fmt.codebook, half=False)
+
+
+def prepared(fmt: Format, n: int, k: int, half: bool, seed: int = 0) -> tuple[tensor_cores.Weight, torch.Tensor]:
+    """(weight on the GPU, decoded in float64)"""
+    encoded = codec.encode(random(n, k, seed=seed).cuda(), fmt, "fast")
+    decoded = codec.decode(encoded.packed, encoded.norms, fmt, k).double()
+    return tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, k, fmt.codebook, half), decoded
+
+
+def error(y: torch.Tensor, x: torch.Tensor, decoded: torch.Tensor) -> float:
+    """RMS error over the RMS that products of such vectors have; few outputs may by chance all be near 0."""
+    expected = x.double() @ decoded.T
+    usual = (x.double().norm(dim=1, keepdim=True) * decoded.norm(dim=1)).norm() / decoded.shape[1] ** 0.5
+    return float((y.double() - expected).norm() / usual)
+
+
+@gpu
+@pytest.mark.parametrize("half", [False, True], ids=["int8", "float16"])
+@pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.id)
+def test_products(fmt: Format, half: bool) -> None:
+    if not half and fmt.bits not in tensor_cores.INT8_BITS:
+        pytest.skip("int8 inputs serve 2 to 5 bits")
+    for n, k in ((45, 3 * fmt.group_size - 5), (1, fmt.group_size), (300, 1024 + fmt.group_size)):
+        weight, decoded = prepared(fmt, n, k, half)
+        for m in (1, 3, 8, 9, 33, 64, 130):
+            x = random(m, k, seed=m).cuda().bfloat16()
+            rotated, _ = tensor_cores.rotate(x, fmt, half)
+            (y,) = tensor_cores.linear(rotated, [weight], torch.float32)
+            assert error(y, x, decoded) < (1e-3 if half else 0.013), (n, k, m)
+
+
+@gpu
+@pytest.mark.parametrize("half", [False, True], ids=["int8", "float16"])
+@pytest.mark.parametrize("bits", BITS)
+def test_error_on_a_layer_of_usual_size(bits: int, half: bool) -> None:
+    if not half and bits not in tensor_cores.INT8_BITS:
+        pytest.skip("int8 inputs serve 2 to 5 bits")
+    fmt = Format(bits, 128)
+    weight, decoded = prepared(fmt, 2048, 4096, half)
+    x = random(16, 4096, seed=1).cuda().bfloat16()
+    rotated, _ = tensor_cores.rotate(x, fmt, half)
+    (y,) = tensor_cores.linear(rotated, [weight], torch.float32)
+    assert error(y, x, decoded) < (4e-3 if half else 0.01)
+
+
+@gpu
+@pytest.mark.parametrize("half", [False, True], ids=["int8", "float16"])
+def test_outputs_of_different_widths_share_an_input(half: bool) -> None:
+    made = [prepared(Format(b, 128), n, 640, half, seed=b) for b, n in ((3, 70), (5, 32), (2, 1), (4, 129))]
+    biases = [random(w.rows).cuda().bfloat16() if i % 2 else None for i, (w, _) in enumerate(made)]
+    x = random(5, 640).cuda().bfloat16()
+    rotated, _ = tensor_cores.rotate(x, Format(3, 128), half)
+    outs = tensor_cores.linear(rotated, [w for w, _ in made], torch.bfloat16, biases)
+    for y, bias, (_, decoded) in zip(outs, biases, made, strict=True):
+        assert y.dtype == torch.bfloat16
+        assert error(y if bias is None else y - bias, x, decoded) < 0.015
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_goes_before_the_rotation(dtype: torch.dtype) -> None:
+    fmt, width = Format(3, 128), 500
+    x, residual = random(5, width).cuda().to(dtype), random(5, width, seed=1).cuda().to(dtype)
+    gain = random(width, seed=2).cuda().to(dtype)
+
+    def back(rotated: tensor_cores.Input) -> torch.Tensor:
+        values = rotated.values.float().view(5, -1, 128) * rotated.scales.t()[:5, :, None]
+        return codec.unrotate(values.view(5, -1), 128)[:, :width]
+
+    def close(rotated: tensor_cores.Input, expected: torch.Tensor) -> bool:
+        return float((back(rotated) - expected.float()).norm() / expected.float().norm()) < 5e-4
+
+    assert close(tensor_cores.rotate(x, fmt, True)[0], x)
+    rotated, total = tensor_cores.rotate(x, fmt, True, residual=residual, gain=gain, one_plus_gain=True)
+    assert torch.equal(total, x + residual)
+    h = (x + residual).float()
+    normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
+    assert close(rotated, (normed * (1 + gain.float())).to(dtype))
+    assert close(tensor_cores.rotate(x + residual, fmt, True, gain=gain)[0], gain * normed.to(dtype))
+    gated = torch.nn.functional.silu(x) * residual
+    assert close(tensor_cores.rotate(x, fmt, True, gate_of=residual)[0], gated)
+    integers, _ = tensor_cores.rotate(x, fmt, False)
+    assert torch.equal(integers.halves[:, :5], integers.values.view(5, -1, 128).sum(-1).t() / 2)
+    assert int(integers.values.abs().max()) == 127
+
+
+@gpu
+def test_a_graph_replays_the_kernels() -> None:
+    fmt = Format(4, 128)
+    weight, decoded = prepared(fmt, 256, 512, False)
+    x = random(1, 512).cuda().bfloat16()
+
+    def step() -> torch.Tensor:
+        return tensor_cores.linear(tensor_cores.rotate(x, fmt, False)[0], [weight], torch.float32)[0]
+
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    x.copy_(random(1, 512, seed=7))
+    graph.replay()
+    assert error(y, x, decoded) < 0.013
+
+
+@gpu
+def test_an_input_of_another_kind_is_refused() -> None:
+    fmt = Format(3, 128)
+    weight, _ = prepared(fmt, 32, 256, False)
+    x = random(1, 256).cuda().bfloat16()
+    for wrong, of in ((x, True), (x[:, :128], False)):
+        rotated, _ = tensor_cores.rotate(wrong.contiguous(), fmt, of)
+        with pytest.raises(UnsupportedError, match=r"a weight \[32, 256\] is tq3g128, prepared for int8"):
+            tensor_cores.linear(rotated, [weight], torch.float32)
+    rotated, _ = tensor_cores.rotate(x, fmt, False)
+    with pytest.raises(UnsupportedError, match="5 weights"):
+        tensor_cores.linear(rotated, [weight] * 5, torch.float32)
