@@ -91,9 +91,9 @@ def test_float16_tables_hold_the_codebook(bits: int) -> None:
 @needs_compiler
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 def test_kernels_compile(arch: str) -> None:
-    instances = [f"linear<{b}, 0, 0, 0, 128, false, 1, 4, 0>" for b in tensor_cores.INT8_BITS]
-    instances += [f"linear<{b}, 0, 0, 0, 64, true, 2, 8, 16>" for b in BITS]
-    instances += ["linear<3, 4, 5, 2, 256, false, 8, 2, 0>", "linear<6, 8, 7, 0, 32, true, 1, 4, 16>"]
+    instances = [f"linear<{b}, 0, 0, 0, 128, false, 1, 1, 4, 0>" for b in tensor_cores.INT8_BITS]
+    instances += [f"linear<{b}, 0, 0, 0, 64, true, 2, 1, 8, 16>" for b in BITS]
+    instances += ["linear<3, 4, 5, 2, 256, false, 8, 2, 4, 0>", "linear<6, 8, 7, 0, 32, true, 1, 1, 4, 16>"]
     for instance in instances:
         code, name = nvrtc.compiled("linear.cu", instance, arch)
         assert code.startswith(b"\x7fELF")
@@ -105,7 +105,7 @@ def test_kernels_compile(arch: str) -> None:
 @needs_compiler
 def test_a_kernel_that_does_not_compile_says_why() -> None:
     with pytest.raises(UnsupportedError, match=r"(?s)linear.cu: linear<6, .*int8 tables are for 2 to 5 bits"):
-        nvrtc.compiled("linear.cu", "linear<6, 0, 0, 0, 128, false, 1, 4, 0>", "sm_90")
+        nvrtc.compiled("linear.cu", "linear<6, 0, 0, 0, 128, false, 1, 1, 4, 0>", "sm_90")
 
 
 def test_refusals_say_why() -> None:
@@ -114,6 +114,20 @@ def test_refusals_say_why() -> None:
     encoded = codec.encode(random(4, 128), fmt)
     with pytest.raises(UnsupportedError, match="needs an NVIDIA GPU"):
         tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, 128, fmt.codebook, half=False)
+
+
+def test_every_launch_fits_the_card() -> None:
+    """Shared memory of 227 KB a block (compute capability 9.0) holds the sums and the widest table."""
+    for tokens in (1, 8, 9, 16, 17, 64, 65, 128, 4096):
+        for tile_count in (1, 64, 896, 10000):
+            for units in (1, 4, 32, 256):
+                for bits in BITS:
+                    use = tensor_cores.choose(tokens, tile_count, units, bits)
+                    assert use.warps % use.tiles == 0
+                    assert use.warps <= 16
+                    assert 4 * 8 * use.token_tiles * 33 * use.warps + (128 << 8) <= 227 << 10
+                    padded = 8 if tokens <= 8 else -(-tokens // 128) * 128
+                    assert -(-tokens // (8 * use.token_tiles)) * 8 * use.token_tiles <= padded
 
 
 def prepared(fmt: Format, n: int, k: int, half: bool, seed: int = 0) -> tuple[tensor_cores.Weight, torch.Tensor]:

@@ -33,7 +33,7 @@ class _Table(ctypes.Structure):
 class _Segment(ctypes.Structure):
     _fields_ = (
         ("codes", ctypes.c_void_p), ("norms", ctypes.c_void_p), ("out", ctypes.c_void_p), ("bias", ctypes.c_void_p),
-        ("rows", ctypes.c_int), ("first_tile", ctypes.c_int), ("table", _Table),
+        ("rows", ctypes.c_int), ("first_block", ctypes.c_int), ("table", _Table),
     )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def rotate(
     """
     tokens, width = x.shape
     k, group = tiles.padded(width, fmt), fmt.group_size
-    tokens_padded = -(-tokens // 64) * 64 if tokens > 8 else 8
+    tokens_padded = -(-tokens // 128) * 128 if tokens > 8 else 8  # whole blocks of any launch
     values = torch.empty(tokens, k, dtype=torch.float16 if half else torch.int8, device=x.device)
     scales = torch.empty(k // group, tokens_padded, device=x.device)
     halves = scales if half else torch.empty_like(scales)
@@ -145,66 +145,84 @@ def rotate(
     return Input(values, scales, halves, group), total
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How a product is spread over the card.
+
+    Attributes:
+        token_tiles: blocks of 8 tokens that a thread block multiplies.
+        tiles: tiles of 32 rows in a thread block, which then reads its tokens once for all of them.
+        warps: warps of a thread block, a multiple of ``tiles``; those of one tile split the input axis.
+        resident: warps that a multiprocessor must hold, which bounds registers; 0 leaves them to the compiler.
+    """
+
+    token_tiles: int
+    tiles: int
+    warps: int
+    resident: int
+
+
+def choose(tokens: int, tile_count: int, units: int, bits: int) -> Launch:
+    """As measured on an H200 (``benchmarks/gpu_kernels.py``): 1700 warps fill it, and fewer warps to a tile save sums."""
+    token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 64 else 16
+    if token_tiles == 4:
+        return Launch(token_tiles, 2, 4, 0)
+    warps = 2 if bits == 4 and token_tiles == 1 else 4
+    most = 4 if token_tiles == 16 else 16  # their sums must fit in shared memory
+    while warps < most and tile_count * warps < 1700 and 4 * warps <= units:
+        warps *= 2
+    return Launch(token_tiles, 1, warps, 0 if token_tiles > 1 or bits < 4 else 8 if bits == 4 else 16)
+
+
 def linear(
     x: Input, weights: Sequence[Weight], dtype: torch.dtype, biases: Sequence[Tensor | None] | None = None,
-    *, warps: int = 0, resident: int | None = None,
+    launch: Launch | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """x times each weight, [tokens, rows] each, in one launch; the weights share group size and width, not bits.
 
     Args:
         biases: [rows] in ``dtype``, or None, for each weight.
-        warps, resident: warps that share a tile, and that a multiprocessor must hold; by default as measured.
+        launch: by default as ``choose`` says.
 
     Raises:
         UnsupportedError: more than four weights, or widths that the input's type does not serve.
     """
-    if not 1 <= len(weights) <= _MOST_OUTPUTS:
-        raise UnsupportedError(f"{NAME}: {len(weights)} weights share an input; one launch takes 1 to {_MOST_OUTPUTS}")
-    for weight in weights:
-        if (
-            weight.half != x.half
-            or weight.fmt.group_size != x.group_size
-            or tiles.padded(weight.in_features, weight.fmt) != x.values.shape[1]
-        ):
-            raise UnsupportedError(
-                f"{NAME}: the input is {x.values.dtype} [{x.values.shape[1]}] in groups of {x.group_size}; a weight "
-                f"[{weight.rows}, {weight.in_features}] is {weight.fmt.id}, prepared for {'float16' if weight.half else 'int8'}"
-            )
+    _check(x, weights)
     tokens, k = x.values.shape
     outs = [torch.empty(tokens, w.rows, dtype=dtype, device=x.values.device) for w in weights]
+    bits = [w.fmt.bits for w in weights] + [0] * (_MOST_OUTPUTS - len(weights))
+    tile_counts = [w.tiled.codes.shape[0] for w in weights]
+    use = launch or choose(tokens, sum(tile_counts), k // tiles.INPUTS, max(bits))
     parameters = _Linear(
         x=x.values.data_ptr(), scales=x.scales.data_ptr(), halves=x.halves.data_ptr(), tokens=tokens,
         tokens_padded=x.scales.shape[1], k=k, out_kind=_KINDS[dtype],
     )  # fmt: skip
-    count = 0
+    blocks = 0
     for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
-        bias = biases[i] if biases else None
         parameters.segments[i] = _Segment(
-            weight.tiled.codes.data_ptr(), weight.tiled.norms.data_ptr(), out.data_ptr(), _address(bias), weight.rows,
-            count, weight.table,
+            weight.tiled.codes.data_ptr(), weight.tiled.norms.data_ptr(), out.data_ptr(),
+            _address(biases[i] if biases else None), weight.rows, blocks, weight.table,
         )  # fmt: skip
-        count += weight.tiled.codes.shape[0]
-    nt = min(8, 1 << max(0, math.ceil(math.log2(tokens / 8))))
-    bits = [w.fmt.bits for w in weights] + [0] * (_MOST_OUTPUTS - len(weights))
-    warps = warps or _warps(count, k // tiles.INPUTS, max(bits))
-    if resident is None:
-        resident = 16 if nt == 1 and max(bits) >= 5 else 0
-    shared = 4 * 8 * nt * 33 * warps + (_TABLE_BYTES.get(max(bits), 0) if x.half else 0)
-    instance = f"linear<{', '.join(map(str, bits))}, {x.group_size}, {str(x.half).lower()}, {nt}, {warps}, {resident}>"
-    run = nvrtc.kernel("linear.cu", instance, x.values.device.index, shared)
-    run((count, -(-tokens // (8 * nt)), 1), 32 * warps, parameters)
+        blocks += -(-tile_counts[i] // use.tiles)
+    flags = f"{x.group_size}, {str(x.half).lower()}, {use.token_tiles}, {use.tiles}, {use.warps}, {use.resident}"
+    sums = 4 * 8 * use.token_tiles * 33 * use.warps
+    table = _TABLE_BYTES.get(max(bits), 0) if x.half else 0
+    instance = f"linear<{', '.join(map(str, bits))}, {flags}>"
+    run = nvrtc.kernel("linear.cu", instance, x.values.device.index, sums + table)
+    run((blocks, -(-tokens // (8 * use.token_tiles)), 1), 32 * use.warps, parameters)
     return outs
 
 
-def _warps(tile_count: int, units: int, bits: int) -> int:
-    """Warps that share a tile: few of them save sums, many fill the card; each has two units or more.
-
-    From benchmarks/results/gpu_kernels.json: on 132 multiprocessors, 1700 warps are enough for all but small layers.
-    """
-    warps = 2 if bits == 4 else 4
-    while warps < 16 and tile_count * warps < 1700 and 4 * warps <= units:
-        warps *= 2
-    return warps
+def _check(x: Input, weights: Sequence[Weight]) -> None:
+    if not 1 <= len(weights) <= _MOST_OUTPUTS:
+        raise UnsupportedError(f"{NAME}: {len(weights)} weights share an input; one launch takes 1 to {_MOST_OUTPUTS}")
+    mine = (x.half, x.group_size, x.values.shape[1])
+    for weight in weights:
+        if mine != (weight.half, weight.fmt.group_size, tiles.padded(weight.in_features, weight.fmt)):
+            raise UnsupportedError(
+                f"{NAME}: the input is {x.values.dtype} [{x.values.shape[1]}] in groups of {x.group_size}; a weight "
+                f"[{weight.rows}, {weight.in_features}] is {weight.fmt.id}, prepared for {'float16' if weight.half else 'int8'}"
+            )
 
 
 @cache

@@ -1,8 +1,9 @@
 // y = x W^T for rotated inputs x and codebook weights W in the tiled layout of tiles.py, on tensor cores.
 //
 // A warp multiplies tiles of 32 rows x 128 inputs: codes become operand A in registers, 8 * NT tokens are operand B, read
-// through the L1 cache. WARPS warps of a block share the 32 rows and take every WARPS-th piece of the input axis; their sums
-// meet in shared memory. blockIdx.x counts tiles over all outputs that read the same input, blockIdx.y blocks of tokens.
+// through the L1 cache. A block has TILES tiles, so that many tokens are read from L2 once for all of them; its other warps
+// split the input axis, and their sums meet in shared memory. blockIdx.x counts blocks over all outputs that read the same
+// input, blockIdx.y blocks of tokens.
 
 #include "decode.cuh"
 
@@ -18,7 +19,7 @@ struct Segment {
     const uint2* norms;   // [tiles, groups, 8] float16 of rows r, r + 8, r + 16, r + 24
     void* out;            // [M, rows]
     const void* bias;     // [rows] in the dtype of out, or null
-    int rows, first_tile;
+    int rows, first_block;
     Table table;
 };
 
@@ -71,7 +72,7 @@ __device__ __forceinline__ void load_x(const char* p, u32* out) {
     }
 }
 
-template <int BITS, int GROUP, bool HALF, int NT, int WARPS>
+template <int BITS, int GROUP, bool HALF, int NT, int TILES, int WARPS>
 __device__ __forceinline__ void product(const Linear& p, const Segment& s, const u32* lut, float* partial) {
     typedef typename Sum<HALF>::type Acc;
     constexpr int SUB = GROUP < 128 ? GROUP : 128;        // inputs of one group in a unit
@@ -80,25 +81,27 @@ __device__ __forceinline__ void product(const Linear& p, const Segment& s, const
     constexpr int WORDS = HALF ? 16 : 8;                  // words of a row's 32 codes, or of a token's inputs
     constexpr int STEPS = WORDS / 2 / GROUPS;             // products of one group
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, r = lane >> 2, t = lane & 3;
-    const int units = p.k / 128, tile = blockIdx.x - s.first_tile, token0 = blockIdx.y * 8 * NT;
-    const uint4* codes = s.codes + ((size_t)tile * units * BITS) * 32 + lane;
+    constexpr int SPLITS = WARPS / TILES;                 // warps that share a tile
+    const int tile0 = (blockIdx.x - s.first_block) * TILES, tile = tile0 + warp % TILES, split = warp / TILES;
+    const int units = 32 * tile < s.rows ? p.k / 128 : 0, token0 = blockIdx.y * 8 * NT;
+    const uint4* codes = s.codes + ((size_t)tile * (p.k / 128) * BITS) * 32 + lane;
     const uint2* norms = s.norms + (size_t)tile * (p.k / GROUP) * 8 + r;
 
     float out[2][NT][4] = {};
     uint4 next[BITS];
-    if (warp < units)
+    if (split < units)
 #pragma unroll
-        for (int i = 0; i < BITS; i++) next[i] = stream(codes + ((size_t)warp * BITS + i) * 32);
-    for (int unit = warp; unit < units; unit += WARPS) {
+        for (int i = 0; i < BITS; i++) next[i] = stream(codes + ((size_t)split * BITS + i) * 32);
+    for (int unit = split; unit < units; unit += SPLITS) {
         u32 words[4 * BITS];
 #pragma unroll
         for (int i = 0; i < BITS; i++) *reinterpret_cast<uint4*>(words + 4 * i) = next[i];
         uint2 norm[GROUPS];
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) norm[g] = __ldg(norms + ((size_t)unit * 128 / GROUP + g) * 8);
-        if (unit + WARPS < units)
+        if (unit + SPLITS < units)
 #pragma unroll
-            for (int i = 0; i < BITS; i++) next[i] = stream(codes + ((size_t)(unit + WARPS) * BITS + i) * 32);
+            for (int i = 0; i < BITS; i++) next[i] = stream(codes + ((size_t)(unit + SPLITS) * BITS + i) * 32);
 
         u32 a[4][WORDS];
 #pragma unroll
@@ -155,12 +158,12 @@ __device__ __forceinline__ void product(const Linear& p, const Segment& s, const
             for (int i = 0; i < 4; i++)
                 partial[(warp * 8 * NT + 8 * n + 2 * t + (i & 1)) * 33 + r + 16 * pair + 8 * (i >> 1)] = out[pair][n][i];
     __syncthreads();
-    for (int i = threadIdx.x; i < 32 * 8 * NT; i += 32 * WARPS) {
-        int row = 32 * tile + i % 32, token = token0 + i / 32;
+    for (int i = threadIdx.x; i < TILES * 32 * 8 * NT; i += 32 * WARPS) {
+        int mine = i / 32 % TILES, in_block = i / (32 * TILES), row = 32 * (tile0 + mine) + i % 32, token = token0 + in_block;
         if (row >= s.rows || token >= p.tokens) continue;
         float y = 0.f;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) y += partial[(w * 8 * NT + i / 32) * 33 + i % 32];
+        for (int w = mine; w < WARPS; w += TILES) y += partial[(w * 8 * NT + in_block) * 33 + i % 32];
         y *= s.table.scale;
         if (s.bias) y += load(s.bias, row, p.out_kind);
         store(s.out, (size_t)token * s.rows + row, y, p.out_kind);
@@ -169,7 +172,7 @@ __device__ __forceinline__ void product(const Linear& p, const Segment& s, const
 
 // B1..B4: bits of each output that reads this input, 0 for none. RESIDENT: warps a multiprocessor must hold, which
 // bounds registers; 0 leaves them to the compiler
-template <int B1, int B2, int B3, int B4, int GROUP, bool HALF, int NT, int WARPS, int RESIDENT>
+template <int B1, int B2, int B3, int B4, int GROUP, bool HALF, int NT, int TILES, int WARPS, int RESIDENT>
 __global__ void __launch_bounds__(32 * WARPS, RESIDENT / WARPS) linear(const __grid_constant__ Linear p) {
     constexpr int BITS[4] = {B1, B2, B3, B4};
     constexpr int TABLE_WORDS = !HALF ? 0 : table_words(larger(larger(B1, B2), larger(B3, B4)));
@@ -178,7 +181,7 @@ __global__ void __launch_bounds__(32 * WARPS, RESIDENT / WARPS) linear(const __g
     int mine = 0;
 #pragma unroll
     for (int i = 1; i < 4; i++)
-        if (BITS[i] && (int)blockIdx.x >= p.segments[i].first_tile) mine = i;
+        if (BITS[i] && (int)blockIdx.x >= p.segments[i].first_block) mine = i;
     const Segment& s = p.segments[mine];
     auto run = [&](auto bits) {
         constexpr int B = decltype(bits)::value;
@@ -187,7 +190,7 @@ __global__ void __launch_bounds__(32 * WARPS, RESIDENT / WARPS) linear(const __g
             for (int i = threadIdx.x; i < table_words(B); i += 32 * WARPS) lut[i] = __ldg(s.table.half + i / COPIES);
             __syncthreads();
         }
-        product<B, GROUP, HALF, NT, WARPS>(p, s, lut, memory + TABLE_WORDS);
+        product<B, GROUP, HALF, NT, TILES, WARPS>(p, s, lut, memory + TABLE_WORDS);
     };
     if (mine == 0) run(Constant<B1>{});
     if constexpr (B2 != 0) if (mine == 1) run(Constant<B2>{});
