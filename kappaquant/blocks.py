@@ -25,25 +25,22 @@ class Rotation:
 
     def __init__(self, group_size: int, count: int, device: torch.device) -> None:
         self.input = torch.empty(group_size, count, device=device)
-        self.output = torch.empty_like(self.input)
         self._stages = []
-        source, target, h = self.input, self.output, 1
+        source, target, h = self.input, torch.empty_like(self.input), 1
         while h < group_size:
             a, b = (t.view(group_size // (2 * h), 2, -1) for t in (source, target))
             self._stages.append((a[:, 0], a[:, 1], b[:, 0], b[:, 1]))
             source, target, h = target, source, 2 * h
         self.output = source
-        self._columns = _columns(group_size, device)
+        self._forward, self._inverse = _columns(group_size, device)
 
     def forward(self) -> Tensor:
         """``output``, after rotating ``input``."""
-        s1, s2, root = self._columns
-        return self._run(s1, s2 * root)
+        return self._run(*self._forward)
 
     def inverse(self) -> Tensor:
         """``output``, after undoing the rotation of ``input``: s1 * H(s2 * y)."""
-        s1, s2, root = self._columns
-        return self._run(s2, s1 * root)
+        return self._run(*self._inverse)
 
     def _run(self, sign: Tensor, divisor: Tensor) -> Tensor:
         self.input.mul_(sign)
@@ -54,14 +51,14 @@ class Rotation:
 
 
 @cache
-def _columns(group_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """s1 and s2 as columns, and sqrt(group_size), which the last sign goes along with.
+def _columns(group_size: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """For the rotation and its inverse: the first sign, and sqrt(group_size) with the last sign, as columns.
 
-    A tensor, not a number: CUDA divides by a host scalar as a multiplication by its reciprocal.
+    Tensors, not numbers: CUDA divides by a host scalar as a multiplication by its reciprocal.
     """
     s1, s2 = (torch.tensor(s, dtype=torch.float32, device=device)[:, None] for s in signs(group_size))
     root = torch.tensor(math.sqrt(group_size), dtype=torch.float32, device=device)
-    return s1, s2, root
+    return (s1, s2 * root), (s2, s1 * root)
 
 
 class Products:
@@ -130,7 +127,7 @@ class Assignment(Products):
         self._above = torch.empty_like(self.scratch, dtype=torch.bool)
 
     def assign(self, y: Tensor, table: Nearest) -> None:
-        """Set ``codes`` and ``centroids`` to the nearest of the table; y may be the scratch's only source, not itself."""
+        """Set ``codes`` and ``centroids`` to the nearest of the table; y must not be the scratch."""
         self._cell.copy_(table._cell(y, self.scratch))
         self._look_up(table.lower, self.codes)
         self._look_up(table.threshold, self.scratch)

@@ -165,8 +165,7 @@ def quantize(
 
     from kappaquant.workers import warm_up
 
-    if jobs != 1:
-        warm_up()
+    warm_up(source, jobs)
     from kappaquant.plan import Plan
     from kappaquant.quantizer import Options
     from kappaquant.quantizer import quantize as run

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver, get_all_start_methods, get_context, parent_process
+from pathlib import Path
 from typing import Any, TypeVar
 
 from kappaquant.errors import KappaquantError, PlanError, UnsupportedError, WorkerError
@@ -61,11 +62,18 @@ def choose_jobs(jobs: int | None, nbytes: int) -> int:
     return 1 if nbytes < _SMALL else min(_MOST, cores)
 
 
-def warm_up() -> None:
-    """Let the process that workers are forked from import torch (1.5 s) while this one does.
+def warm_up(source: str | Path, jobs: int | None) -> None:
+    """If quantizing ``source`` will take workers, let the process they are forked from import torch while this one does.
 
-    Worth a call before the imports of a command that may start workers; ``pool`` does without it.
+    Saves the 1.5 s of that import when called before this process's own; ``pool`` does without it.
     """
+    folder = Path(source)
+    nbytes = sum(p.stat().st_size for p in folder.glob("*.safetensors")) if folder.is_dir() else _SMALL
+    if choose_jobs(jobs, nbytes) > 1:
+        _serve()
+
+
+def _serve() -> None:
     if _METHOD == "forkserver":
         forkserver.set_forkserver_preload(["kappaquant.units", "kappaquant.scanner"])
         forkserver.ensure_running()
@@ -75,7 +83,7 @@ def pool(jobs: int) -> contextlib.AbstractContextManager[ProcessPoolExecutor | N
     """A pool of processes with one torch thread each; None inside, meaning this process, for one job."""
     if jobs == 1:
         return contextlib.nullcontext()
-    warm_up()
+    _serve()
     return ProcessPoolExecutor(jobs, mp_context=get_context(_METHOD), initializer=_start)
 
 

@@ -116,6 +116,22 @@ def test_refusals_say_why() -> None:
         tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, 128, fmt.codebook, half=False)
 
 
+def test_inputs_that_do_not_go_together_are_refused() -> None:
+    fmt, x, gain = Format(3, 128), random(4, 256), random(256)
+    wrong: list[tuple[str, torch.Tensor, dict[str, torch.Tensor]]] = [
+        ("float64", x.double(), {}),
+        ("neighbouring columns", random(256, 4).t(), {}),
+        ("residual must lie as x does", x, {"residual": random(4, 512)[:, :256], "gain": gain}),
+        ("gate_of must lie as x does", x, {"gate_of": x.half()}),
+        (r"gain must be torch.float32 \[256\]", x, {"gain": random(128)}),
+        ("a residual is added before a norm", x, {"residual": x}),
+        ("needs an NVIDIA GPU, the input is on cpu", x, {"gain": gain}),
+    ]
+    for message, given, others in wrong:
+        with pytest.raises(UnsupportedError, match=message):
+            tensor_cores.rotate(given, fmt, False, **others)  # type: ignore[arg-type]
+
+
 def test_every_launch_fits_the_card() -> None:
     """Shared memory of 227 KB a block (compute capability 9.0) holds the sums and the widest table."""
     for tokens in (1, 8, 9, 16, 17, 64, 65, 128, 4096):
@@ -212,6 +228,14 @@ def test_what_goes_before_the_rotation(dtype: torch.dtype) -> None:
     integers, _ = tensor_cores.rotate(x, fmt, False)
     assert torch.equal(integers.halves[:, :5], integers.values.view(5, -1, 128).sum(-1).t() / 2)
     assert int(integers.values.abs().max()) == 127
+
+
+@gpu
+def test_no_tokens_give_no_rows() -> None:
+    fmt = Format(3, 128)
+    weight, _ = prepared(fmt, 32, 256, False)
+    rotated, _ = tensor_cores.rotate(torch.empty(0, 256, device="cuda"), fmt, False)
+    assert tensor_cores.linear(rotated, [weight], torch.float32)[0].shape == (0, 32)
 
 
 @gpu

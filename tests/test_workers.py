@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kappaquant import workers as workers_module
 from kappaquant.errors import NonFiniteError, PlanError, UnsupportedError, WorkerError
 from kappaquant.workers import ItemError, choose_device, choose_jobs, each, pool
 
@@ -64,3 +65,25 @@ def test_small_work_starts_no_processes() -> None:
 def test_a_device_that_is_not_there(device: str) -> None:
     with pytest.raises(UnsupportedError, match=f"device '{device}'.*cpu, cuda"):
         choose_device(device)
+
+
+def test_workers_are_prepared_only_where_they_will_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[bool] = []
+    monkeypatch.setattr(workers_module, "_serve", lambda: started.append(True))
+    monkeypatch.setattr(workers_module.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    with (tmp_path / "model.safetensors").open("wb") as shard:
+        shard.truncate(255_000_000)
+    for source, jobs, expected in (
+        (tmp_path, None, 0),
+        (tmp_path, 2, 1),
+        ("someone/model", 1, 0),
+        ("someone/model", None, 1),
+    ):
+        started.clear()
+        workers_module.warm_up(source, jobs)
+        assert len(started) == expected, (source, jobs)
+    with (tmp_path / "model-2.safetensors").open("wb") as shard:
+        shard.truncate(255_000_000)
+    started.clear()
+    workers_module.warm_up(tmp_path, None)
+    assert started

@@ -24,18 +24,23 @@ _LOCK = threading.Lock()
 def unavailable() -> str | None:
     """Why kernels can not be compiled here, or None."""
     try:
-        from cuda.bindings import driver, nvrtc  # noqa: F401
+        from cuda.bindings import nvrtc
+
+        _check(nvrtc.nvrtcVersion())
     except ImportError as problem:
         return f"cuda-bindings is not installed ({problem}); install kappaquant[gpu]"
+    except RuntimeError as problem:  # the library is looked for at the first call
+        return f"NVRTC can not be loaded ({problem}); install cuda-bindings of the CUDA version of torch, {torch.version.cuda}"
     return None
 
 
 class Kernel:
     """One compiled instance of a kernel template, bound to the device it was compiled for."""
 
-    def __init__(self, cubin: bytes, name: bytes, shared_bytes: int) -> None:
+    def __init__(self, cubin: bytes, name: bytes, device: int, shared_bytes: int) -> None:
         from cuda.bindings import driver
 
+        self._device = device
         self._cubin = cubin  # the driver reads it lazily
         module = _check(driver.cuModuleLoadData(cubin))
         self._function = _check(driver.cuModuleGetFunction(module, name))
@@ -46,10 +51,13 @@ class Kernel:
         self._launch = driver.cuLaunchKernel
 
     def __call__(self, grid: tuple[int, int, int], threads: int, parameters: ctypes.Structure) -> None:
-        """Launch on torch's current stream; the parameters are copied before this returns."""
+        """Launch on torch's current stream of the device; the parameters are copied before this returns."""
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        stream = torch.cuda.current_stream().cuda_stream
-        _check(self._launch(self._function, *grid, threads, 1, 1, self._shared, stream, ctypes.addressof(arguments), 0))
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream().cuda_stream
+            _check(
+                self._launch(self._function, *grid, threads, 1, 1, self._shared, stream, ctypes.addressof(arguments), 0)
+            )
 
 
 @cache
@@ -60,10 +68,8 @@ def kernel(file: str, instance: str, device: int, shared_bytes: int = 0) -> Kern
         UnsupportedError: the compiler refused it; holds its log.
     """
     major, minor = torch.cuda.get_device_capability(device)
-    with _LOCK:
-        cubin, name = compiled(file, instance, f"sm_{major}{minor}")
-        torch.cuda.current_stream(device)  # torch's own context is the current one from here on
-        return Kernel(cubin, name, shared_bytes)
+    with _LOCK, torch.cuda.device(device):
+        return Kernel(*compiled(file, instance, f"sm_{major}{minor}"), device, shared_bytes)
 
 
 def compiled(file: str, instance: str, arch: str) -> tuple[bytes, bytes]:
@@ -76,19 +82,21 @@ def compiled(file: str, instance: str, arch: str) -> tuple[bytes, bytes]:
             source.encode(), file.encode(), len(headers), [h.encode() for h in headers], [h.encode() for h in _HEADERS]
         )
     )
-    _check(nvrtc.nvrtcAddNameExpression(program, instance.encode()))
-    options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17", b"--device-as-default-execution-space"]
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
-        _check(nvrtc.nvrtcGetProgramLog(program, log))
-        raise UnsupportedError(
-            f"{file}: {instance} does not compile for {arch}:\n{log.decode(errors='replace').rstrip(chr(0))}"
-        )
-    name = bytes(_check(nvrtc.nvrtcGetLoweredName(program, instance.encode())))
-    cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
-    _check(nvrtc.nvrtcGetCUBIN(program, cubin))
-    _check(nvrtc.nvrtcDestroyProgram(program))
+    try:
+        _check(nvrtc.nvrtcAddNameExpression(program, instance.encode()))
+        options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17", b"--device-as-default-execution-space"]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+            _check(nvrtc.nvrtcGetProgramLog(program, log))
+            raise UnsupportedError(
+                f"{file}: {instance} does not compile for {arch}:\n{log.decode(errors='replace').rstrip(chr(0))}"
+            )
+        name = bytes(_check(nvrtc.nvrtcGetLoweredName(program, instance.encode())))
+        cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+        _check(nvrtc.nvrtcGetCUBIN(program, cubin))
+    finally:
+        _check(nvrtc.nvrtcDestroyProgram(program))
     return cubin, name
 
 

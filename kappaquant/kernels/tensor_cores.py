@@ -120,10 +120,14 @@ def rotate(
     """The input of codebook layers from x [tokens, width], in one kernel; also x + residual, where one is given.
 
     Args:
-        residual: [tokens, width], added to x first.
+        residual: [tokens, width], added to x before the norm.
         gain: [width] of an RMS norm after that; ``one_plus_gain`` for norms that multiply by 1 + gain.
         gate_of: [tokens, width]: the input is silu(x) * gate_of instead.
+
+    Raises:
+        UnsupportedError: a tensor's shape, strides, dtype or device do not go with x, or a residual without a norm.
     """
+    _check_input(x, residual, gain, gate_of)
     tokens, width = x.shape
     k, group = tiles.padded(width, fmt), fmt.group_size
     tokens_padded = -(-tokens // 128) * 128 if tokens > 8 else 8  # whole blocks of any launch
@@ -134,6 +138,8 @@ def rotate(
     total = torch.empty_like(x) if residual is not None else None
     norm = 0 if gain is None else 2 if one_plus_gain else 1
     flags = f"{str(half).lower()}, {norm}, {str(gate_of is not None).lower()}"
+    if not tokens:
+        return Input(values, scales, halves, group), total
     run = nvrtc.kernel("rotate.cu", f"rotate<{group}, {_KINDS[x.dtype]}, {flags}>", x.device.index)
     run(
         (tokens, 1, 1), min(256, 32 * max(1, k // group)),
@@ -190,6 +196,8 @@ def linear(
     _check(x, weights)
     tokens, k = x.values.shape
     outs = [torch.empty(tokens, w.rows, dtype=dtype, device=x.values.device) for w in weights]
+    if not tokens:
+        return outs
     bits = [w.fmt.bits for w in weights] + [0] * (_MOST_OUTPUTS - len(weights))
     tile_counts = [w.tiled.codes.shape[0] for w in weights]
     use = launch or choose(tokens, sum(tile_counts), k // tiles.INPUTS, max(bits))
@@ -211,6 +219,27 @@ def linear(
     run = nvrtc.kernel("linear.cu", instance, x.values.device.index, sums + table)
     run((blocks, -(-tokens // (8 * use.token_tiles)), 1), 32 * use.warps, parameters)
     return outs
+
+
+def _check_input(x: Tensor, residual: Tensor | None, gain: Tensor | None, gate_of: Tensor | None) -> None:
+    if x.dtype not in _KINDS or x.dim() != 2 or x.stride(1) != 1:
+        raise UnsupportedError(
+            f"{NAME}: an input is [tokens, width] in float32, float16 or bfloat16 with neighbouring columns, "
+            f"got {x.dtype} {list(x.shape)} with strides {x.stride()}"
+        )
+    for name, other in (("residual", residual), ("gate_of", gate_of)):
+        if other is not None and _layout(other) != _layout(x):
+            raise UnsupportedError(f"{NAME}: {name} must lie as x does: {_layout(x)}, got {_layout(other)}")
+    if gain is not None and _layout(gain) != (x.dtype, x.device, x.shape[1:], (1,)):
+        raise UnsupportedError(f"{NAME}: gain must be {x.dtype} [{x.shape[1]}] on {x.device}, got {_layout(gain)}")
+    if residual is not None and (gain is None or gate_of is not None):
+        raise UnsupportedError(f"{NAME}: a residual is added before a norm; give gain, and not gate_of")
+    if x.device.type != "cuda":
+        raise UnsupportedError(f"{NAME}: needs an NVIDIA GPU, the input is on {x.device}")
+
+
+def _layout(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 def _check(x: Input, weights: Sequence[Weight]) -> None:

@@ -38,7 +38,7 @@ __device__ __forceinline__ u32 choose(u32 low, u32 high, u32 bit3, bool upper) {
     return permute(low, high, upper ? selector >> 16 : selector);
 }
 
-// Four bytes of the table for each of two halves of eight selectors
+// The table's bytes for the low, or the upper, four of eight selectors
 __device__ __forceinline__ u32 look_up(u32 low, u32 high, u32 selectors, bool upper) {
     return permute(low, high, upper ? selectors >> 16 : selectors);
 }
