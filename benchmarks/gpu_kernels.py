@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.environment import environment, save
 from kappaquant.format import BITS, Format
-from kappaquant.kernels import tensor_cores
+from kappaquant.kernels import inputs, tensor_cores
 
 LARGE, SMALL, SQUARE = (28672, 4096), (8192, 2048), (4096, 4096)
 BATCHES = (1, 8, 16, 64, 128)
@@ -66,7 +66,7 @@ def read_ceiling() -> float:
     return data.nbytes / replay([partial(data.sum, dtype=torch.int32)] * 3) / 1e6
 
 
-def inputs(m: int, k: int) -> torch.Tensor:
+def activations(m: int, k: int) -> torch.Tensor:
     return torch.randn(m, k, dtype=torch.bfloat16, device=DEVICE)
 
 
@@ -77,16 +77,16 @@ def codebook(bits: int, n: int, k: int, m: int, half: bool) -> tuple[float, floa
     for _ in range(copies(fmt.nbytes((n, k)))):
         packed = torch.randint(0, 256, fmt.packed_shape((n, k)), dtype=torch.uint8, device=DEVICE)
         norms = torch.rand(fmt.norms_shape((n, k)), device=DEVICE).half()
-        weights.append(tensor_cores.Weight.of(packed, norms, fmt, k, fmt.codebook, half))
-    x = inputs(m, k)
-    rotated, _ = tensor_cores.rotate(x, fmt, half)
+        weights.append(tensor_cores.Weight.of(packed, norms, fmt, k, fmt.codebook))
+    x = activations(m, k)
+    rotated, _ = inputs.rotate(x, fmt, half)
     calls = [partial(tensor_cores.linear, rotated, [w], torch.bfloat16) for w in weights]
-    return replay(calls), replay([partial(tensor_cores.rotate, x, fmt, half)] * 20)
+    return replay(calls), replay([partial(inputs.rotate, x, fmt, half)] * 20)
 
 
 def bf16(n: int, k: int, m: int) -> float:
     weights = [torch.randn(n, k, dtype=torch.bfloat16, device=DEVICE) for _ in range(copies(2 * n * k))]
-    x = inputs(m, k)
+    x = activations(m, k)
     return replay([partial(torch.nn.functional.linear, x, w) for w in weights])
 
 
@@ -97,7 +97,7 @@ def tinygemm(n: int, k: int, m: int) -> float:
         raw = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=DEVICE)
         scales = torch.rand(k // GROUP, n, 2, dtype=torch.bfloat16, device=DEVICE)
         weights.append((torch.ops.aten._convert_weight_to_int4pack(raw, 8), scales))
-    x = inputs(m, k)
+    x = activations(m, k)
     return replay([partial(torch.ops.aten._weight_int4pack_mm, x, w, GROUP, s) for w, s in weights])
 
 
@@ -110,7 +110,7 @@ def gemlite(n: int, k: int, m: int) -> float:
         scales = torch.rand(n * k // GROUP, 1, dtype=torch.bfloat16, device=DEVICE)
         zeros = torch.full_like(scales, 8)
         layers.append(A16W4_HQQ_INT(device=DEVICE, dtype=torch.bfloat16).from_weights(codes, scales, zeros))
-    x = inputs(m, k)
+    x = activations(m, k)
     return replay([partial(layer, x) for layer in layers])
 
 
@@ -121,7 +121,7 @@ def nf4(n: int, k: int, m: int) -> float:
         functional.quantize_4bit(torch.randn(n, k, dtype=torch.bfloat16, device=DEVICE), quant_type="nf4")
         for _ in range(copies(n * k // 2))
     ]
-    x = inputs(m, k)
+    x = activations(m, k)
     return replay([partial(matmul_4bit, x, w.t(), state) for w, state in packed])
 
 

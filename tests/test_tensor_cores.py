@@ -10,7 +10,7 @@ import torch
 from kappaquant import codec
 from kappaquant.errors import UnsupportedError
 from kappaquant.format import BITS, FORMATS, Format
-from kappaquant.kernels import nvrtc, tensor_cores, tiles
+from kappaquant.kernels import inputs, nvrtc, tensor_cores, tiles
 
 ALL = sorted(FORMATS.values(), key=lambda f: (f.bits, f.group_size))
 gpu = pytest.mark.gpu
@@ -110,10 +110,10 @@ def test_a_kernel_that_does_not_compile_says_why() -> None:
 
 def test_refusals_say_why() -> None:
     fmt = Format(3, 128)
-    assert "NVIDIA GPU" in str(tensor_cores.refusal(fmt, False, torch.float16, torch.device("cpu"), fmt.codebook))
+    assert "NVIDIA GPU" in str(tensor_cores.refusal(torch.float16, torch.device("cpu"), fmt.codebook))
     encoded = codec.encode(random(4, 128), fmt)
     with pytest.raises(UnsupportedError, match="needs an NVIDIA GPU"):
-        tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, 128, fmt.codebook, half=False)
+        tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, 128, fmt.codebook)
 
 
 def test_inputs_that_do_not_go_together_are_refused() -> None:
@@ -129,7 +129,7 @@ def test_inputs_that_do_not_go_together_are_refused() -> None:
     ]
     for message, given, others in wrong:
         with pytest.raises(UnsupportedError, match=message):
-            tensor_cores.rotate(given, fmt, False, **others)  # type: ignore[arg-type]
+            inputs.rotate(given, fmt, False, **others)  # type: ignore[arg-type]
 
 
 def test_every_launch_fits_the_card() -> None:
@@ -146,11 +146,11 @@ def test_every_launch_fits_the_card() -> None:
                     assert -(-tokens // (8 * use.token_tiles)) * 8 * use.token_tiles <= padded
 
 
-def prepared(fmt: Format, n: int, k: int, half: bool, seed: int = 0) -> tuple[tensor_cores.Weight, torch.Tensor]:
+def prepared(fmt: Format, n: int, k: int, seed: int = 0) -> tuple[tensor_cores.Weight, torch.Tensor]:
     """(weight on the GPU, decoded in float64)"""
     encoded = codec.encode(random(n, k, seed=seed).cuda(), fmt, "fast")
     decoded = codec.decode(encoded.packed, encoded.norms, fmt, k).double()
-    return tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, k, fmt.codebook, half), decoded
+    return tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, k, fmt.codebook), decoded
 
 
 def error(y: torch.Tensor, x: torch.Tensor, decoded: torch.Tensor) -> float:
@@ -167,10 +167,10 @@ def test_products(fmt: Format, half: bool) -> None:
     if not half and fmt.bits not in tensor_cores.INT8_BITS:
         pytest.skip("int8 inputs serve 2 to 5 bits")
     for n, k in ((45, 3 * fmt.group_size - 5), (1, fmt.group_size), (300, 1024 + fmt.group_size)):
-        weight, decoded = prepared(fmt, n, k, half)
+        weight, decoded = prepared(fmt, n, k)
         for m in (1, 3, 8, 9, 33, 64, 130):
             x = random(m, k, seed=m).cuda().bfloat16()
-            rotated, _ = tensor_cores.rotate(x, fmt, half)
+            rotated, _ = inputs.rotate(x, fmt, half)
             (y,) = tensor_cores.linear(rotated, [weight], torch.float32)
             assert error(y, x, decoded) < (1e-3 if half else 0.013), (n, k, m)
 
@@ -182,9 +182,9 @@ def test_error_on_a_layer_of_usual_size(bits: int, half: bool) -> None:
     if not half and bits not in tensor_cores.INT8_BITS:
         pytest.skip("int8 inputs serve 2 to 5 bits")
     fmt = Format(bits, 128)
-    weight, decoded = prepared(fmt, 2048, 4096, half)
+    weight, decoded = prepared(fmt, 2048, 4096)
     x = random(16, 4096, seed=1).cuda().bfloat16()
-    rotated, _ = tensor_cores.rotate(x, fmt, half)
+    rotated, _ = inputs.rotate(x, fmt, half)
     (y,) = tensor_cores.linear(rotated, [weight], torch.float32)
     assert error(y, x, decoded) < (4e-3 if half else 0.01)
 
@@ -192,10 +192,10 @@ def test_error_on_a_layer_of_usual_size(bits: int, half: bool) -> None:
 @gpu
 @pytest.mark.parametrize("half", [False, True], ids=["int8", "float16"])
 def test_outputs_of_different_widths_share_an_input(half: bool) -> None:
-    made = [prepared(Format(b, 128), n, 640, half, seed=b) for b, n in ((3, 70), (5, 32), (2, 1), (4, 129))]
+    made = [prepared(Format(b, 128), n, 640, seed=b) for b, n in ((3, 70), (5, 32), (2, 1), (4, 129))]
     biases = [random(w.rows).cuda().bfloat16() if i % 2 else None for i, (w, _) in enumerate(made)]
     x = random(5, 640).cuda().bfloat16()
-    rotated, _ = tensor_cores.rotate(x, Format(3, 128), half)
+    rotated, _ = inputs.rotate(x, Format(3, 128), half)
     outs = tensor_cores.linear(rotated, [w for w, _ in made], torch.bfloat16, biases)
     for y, bias, (_, decoded) in zip(outs, biases, made, strict=True):
         assert y.dtype == torch.bfloat16
@@ -209,23 +209,23 @@ def test_what_goes_before_the_rotation(dtype: torch.dtype) -> None:
     x, residual = random(5, width).cuda().to(dtype), random(5, width, seed=1).cuda().to(dtype)
     gain = random(width, seed=2).cuda().to(dtype)
 
-    def back(rotated: tensor_cores.Input) -> torch.Tensor:
+    def back(rotated: inputs.Input) -> torch.Tensor:
         values = rotated.values.float().view(5, -1, 128) * rotated.scales.t()[:5, :, None]
         return codec.unrotate(values.view(5, -1), 128)[:, :width]
 
-    def close(rotated: tensor_cores.Input, expected: torch.Tensor) -> bool:
+    def close(rotated: inputs.Input, expected: torch.Tensor) -> bool:
         return float((back(rotated) - expected.float()).norm() / expected.float().norm()) < 5e-4
 
-    assert close(tensor_cores.rotate(x, fmt, True)[0], x)
-    rotated, total = tensor_cores.rotate(x, fmt, True, residual=residual, gain=gain, one_plus_gain=True)
+    assert close(inputs.rotate(x, fmt, True)[0], x)
+    rotated, total = inputs.rotate(x, fmt, True, residual=residual, gain=gain, one_plus_gain=True)
     assert torch.equal(total, x + residual)
     h = (x + residual).float()
     normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
     assert close(rotated, (normed * (1 + gain.float())).to(dtype))
-    assert close(tensor_cores.rotate(x + residual, fmt, True, gain=gain)[0], gain * normed.to(dtype))
+    assert close(inputs.rotate(x + residual, fmt, True, gain=gain)[0], gain * normed.to(dtype))
     gated = torch.nn.functional.silu(x) * residual
-    assert close(tensor_cores.rotate(x, fmt, True, gate_of=residual)[0], gated)
-    integers, _ = tensor_cores.rotate(x, fmt, False)
+    assert close(inputs.rotate(x, fmt, True, gate_of=residual)[0], gated)
+    integers, _ = inputs.rotate(x, fmt, False)
     assert torch.equal(integers.halves[:, :5], integers.values.view(5, -1, 128).sum(-1).t() / 2)
     assert int(integers.values.abs().max()) == 127
 
@@ -233,19 +233,19 @@ def test_what_goes_before_the_rotation(dtype: torch.dtype) -> None:
 @gpu
 def test_no_tokens_give_no_rows() -> None:
     fmt = Format(3, 128)
-    weight, _ = prepared(fmt, 32, 256, False)
-    rotated, _ = tensor_cores.rotate(torch.empty(0, 256, device="cuda"), fmt, False)
+    weight, _ = prepared(fmt, 32, 256)
+    rotated, _ = inputs.rotate(torch.empty(0, 256, device="cuda"), fmt, False)
     assert tensor_cores.linear(rotated, [weight], torch.float32)[0].shape == (0, 32)
 
 
 @gpu
 def test_a_graph_replays_the_kernels() -> None:
     fmt = Format(4, 128)
-    weight, decoded = prepared(fmt, 256, 512, False)
+    weight, decoded = prepared(fmt, 256, 512)
     x = random(1, 512).cuda().bfloat16()
 
     def step() -> torch.Tensor:
-        return tensor_cores.linear(tensor_cores.rotate(x, fmt, False)[0], [weight], torch.float32)[0]
+        return tensor_cores.linear(inputs.rotate(x, fmt, False)[0], [weight], torch.float32)[0]
 
     step()  # compiles
     graph = torch.cuda.CUDAGraph()
@@ -259,12 +259,14 @@ def test_a_graph_replays_the_kernels() -> None:
 @gpu
 def test_an_input_of_another_kind_is_refused() -> None:
     fmt = Format(3, 128)
-    weight, _ = prepared(fmt, 32, 256, False)
+    weight, _ = prepared(fmt, 32, 256)
+    wide, _ = prepared(Format(6, 128), 32, 256)
     x = random(1, 256).cuda().bfloat16()
-    for wrong, of in ((x, True), (x[:, :128], False)):
-        rotated, _ = tensor_cores.rotate(wrong.contiguous(), fmt, of)
-        with pytest.raises(UnsupportedError, match=r"a weight \[32, 256\] is tq3g128, prepared for int8"):
-            tensor_cores.linear(rotated, [weight], torch.float32)
-    rotated, _ = tensor_cores.rotate(x, fmt, False)
+    rotated, _ = inputs.rotate(x[:, :128].contiguous(), fmt, False)
+    with pytest.raises(UnsupportedError, match=r"a weight \[32, 256\] is tq3g128"):
+        tensor_cores.linear(rotated, [weight], torch.float32)
+    rotated, _ = inputs.rotate(x, fmt, False)
+    with pytest.raises(UnsupportedError, match="int8 inputs serve 2, 3, 4, 5 bits, not 6"):
+        tensor_cores.linear(rotated, [wide], torch.float32)
     with pytest.raises(UnsupportedError, match="5 weights"):
         tensor_cores.linear(rotated, [weight] * 5, torch.float32)

@@ -1,0 +1,116 @@
+"""The input side of codebook products on NVIDIA GPUs, in one kernel: norm or gate, rotation, int8 or float16."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kappaquant.errors import UnsupportedError
+from kappaquant.format import Format, signs
+from kappaquant.kernels import nvrtc, tiles
+
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as numbers.cuh counts them
+
+
+class _Rotate(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p), ("other", ctypes.c_void_p), ("sum", ctypes.c_void_p), ("gain", ctypes.c_void_p),
+        ("signs", ctypes.c_void_p), ("out", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("halves", ctypes.c_void_p),
+        ("stride", ctypes.c_longlong), ("width", ctypes.c_int), ("k", ctypes.c_int), ("tokens_padded", ctypes.c_int),
+        ("epsilon", ctypes.c_float),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Input:
+    """A rotated input of ``tokens`` rows, int8 or float16 [tokens, k], with float32 scales [k / group_size, padded tokens]."""
+
+    values: Tensor
+    scales: Tensor
+    halves: Tensor
+    group_size: int
+
+    @property
+    def half(self) -> bool:
+        return self.values.dtype == torch.float16
+
+
+def rotate(
+    x: Tensor,
+    fmt: Format,
+    half: bool,
+    *,
+    residual: Tensor | None = None,
+    gain: Tensor | None = None,
+    one_plus_gain: bool = False,
+    epsilon: float = 1e-6,
+    gate_of: Tensor | None = None,
+) -> tuple[Input, Tensor | None]:
+    """The input of codebook layers from x [tokens, width], in one kernel; also x + residual, where one is given.
+
+    Args:
+        residual: [tokens, width], added to x before the norm.
+        gain: [width] of an RMS norm after that; ``one_plus_gain`` for norms that multiply by 1 + gain.
+        gate_of: [tokens, width]: the input is silu(x) * gate_of instead.
+
+    Raises:
+        UnsupportedError: a tensor's shape, strides, dtype or device do not go with x, or a residual without a norm.
+    """
+    _check_input(x, residual, gain, gate_of)
+    tokens, width = x.shape
+    k, group = tiles.padded(width, fmt), fmt.group_size
+    tokens_padded = -(-tokens // 128) * 128 if tokens > 8 else 8  # whole blocks of any launch
+    values = torch.empty(tokens, k, dtype=torch.float16 if half else torch.int8, device=x.device)
+    scales = torch.empty(k // group, tokens_padded, device=x.device)
+    halves = scales if half else torch.empty_like(scales)
+    other = gate_of if gate_of is not None else residual
+    total = torch.empty_like(x) if residual is not None else None
+    norm = 0 if gain is None else 2 if one_plus_gain else 1
+    flags = f"{str(half).lower()}, {norm}, {str(gate_of is not None).lower()}"
+    if not tokens:
+        return Input(values, scales, halves, group), total
+    run = nvrtc.kernel("rotate.cu", f"rotate<{group}, {KINDS[x.dtype]}, {flags}>", x.device.index)
+    run(
+        (tokens, 1, 1), min(256, 32 * max(1, k // group)),
+        _Rotate(
+            x.data_ptr(), address(other), address(total), address(gain), _signs(group, x.device).data_ptr(),
+            values.data_ptr(), scales.data_ptr(), halves.data_ptr(), x.stride(0), width, k, tokens_padded, epsilon,
+        ),
+    )  # fmt: skip
+    return Input(values, scales, halves, group), total
+
+
+def _check_input(x: Tensor, residual: Tensor | None, gain: Tensor | None, gate_of: Tensor | None) -> None:
+    if x.dtype not in KINDS or x.dim() != 2 or x.stride(1) != 1:
+        raise UnsupportedError(
+            f"an input is [tokens, width] in float32, float16 or bfloat16 with neighbouring columns, "
+            f"got {x.dtype} {list(x.shape)} with strides {x.stride()}"
+        )
+    for name, other in (("residual", residual), ("gate_of", gate_of)):
+        if other is not None and _layout(other) != _layout(x):
+            raise UnsupportedError(f"{name} must lie as x does: {_layout(x)}, got {_layout(other)}")
+    if gain is not None and _layout(gain) != (x.dtype, x.device, x.shape[1:], (1,)):
+        raise UnsupportedError(f"gain must be {x.dtype} [{x.shape[1]}] on {x.device}, got {_layout(gain)}")
+    if residual is not None and (gain is None or gate_of is not None):
+        raise UnsupportedError("a residual is added before a norm; give gain, and not gate_of")
+    if x.device.type != "cuda":
+        raise UnsupportedError(f"needs an NVIDIA GPU, the input is on {x.device}")
+
+
+def _layout(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+@cache
+def _signs(group_size: int, device: torch.device) -> Tensor:
+    first, second = (torch.tensor(s, dtype=torch.float32) for s in signs(group_size))
+    return torch.stack([first, second / math.sqrt(group_size)]).to(device)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
