@@ -1,9 +1,8 @@
 """Codebook products against bf16 and int4 on one GPU: microseconds, TB/s and share of the card's read ceiling.
 
-Every product is replayed from a CUDA graph that goes through several copies of its weight, together twice the L2 cache or
-more, so that each is read from memory; a row is the median of the replays. Products are timed alone; the input's rotation
-is a row of its own, and `with input` their sum. Peers run in the same process: bf16 through cuBLAS, torch's int4
-(tinygemm), and GemLite and bitsandbytes where they are installed.
+Products are timed alone; the input's rotation is a time of its own, and `with input` their sum. Which kernel runs is what
+`kappaquant.gpu_ops` chooses for that batch. Peers run in the same process: bf16 through cuBLAS, torch's int4 (tinygemm),
+transformers' grouped_mm for experts, and GemLite and bitsandbytes where they are installed.
 
 python -m benchmarks.gpu_kernels
 """
@@ -13,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,140 +20,89 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import gpu_peers as peers
 from benchmarks.environment import environment, save
+from benchmarks.gpu_peers import DEVICE, GROUP, activations, copies, read_ceiling, replay
+from kappaquant import gpu_ops
 from kappaquant.format import BITS, Format
-from kappaquant.kernels import inputs, tensor_cores
+from kappaquant.kernels import tensor_cores
 
 LARGE, SMALL, SQUARE = (28672, 4096), (8192, 2048), (4096, 4096)
-BATCHES = (1, 8, 16, 64, 128)
-GROUP = 128
-DEVICE = "cuda"
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 4096)
+EXPERTS, TOP_K, HIDDEN, INNER = 256, 8, 2048, 512
+EXPERT_TOKENS = (1, 8, 64, 2048)
 
-
-def replay(calls: Sequence[Callable[[], Any]], repeats: int = 30) -> float:
-    """Median microseconds of one call, from a graph of all of them."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            for call in calls:
-                call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
-
-
-def copies(nbytes: int) -> int:
-    """Copies of a weight that the L2 cache can not hold."""
-    cache: int = torch.cuda.get_device_properties(DEVICE).L2_cache_size
-    return max(2, -(-4 * cache // nbytes))
-
-
-def read_ceiling() -> float:
-    """TB/s of summing 4 GB, the fastest plain read."""
-    data = torch.ones(1 << 30, dtype=torch.int32, device=DEVICE)
-    return data.nbytes / replay([partial(data.sum, dtype=torch.int32)] * 3) / 1e6
-
-
-def activations(m: int, k: int) -> torch.Tensor:
-    return torch.randn(m, k, dtype=torch.bfloat16, device=DEVICE)
-
-
-def codebook(bits: int, n: int, k: int, m: int, half: bool) -> tuple[float, float]:
-    """(product, rotation of its input), microseconds. Any bytes are codes: random ones are as fast as encoded weights."""
-    fmt = Format(bits, GROUP)
-    weights = []
-    for _ in range(copies(fmt.nbytes((n, k)))):
-        packed = torch.randint(0, 256, fmt.packed_shape((n, k)), dtype=torch.uint8, device=DEVICE)
-        norms = torch.rand(fmt.norms_shape((n, k)), device=DEVICE).half()
-        weights.append(tensor_cores.Weight.of(packed, norms, fmt, k, fmt.codebook))
-    x = activations(m, k)
-    rotated, _ = inputs.rotate(x, fmt, half)
-    calls = [partial(tensor_cores.linear, rotated, [w], torch.bfloat16) for w in weights]
-    return replay(calls), replay([partial(inputs.rotate, x, fmt, half)] * 20)
-
-
-def bf16(n: int, k: int, m: int) -> float:
-    weights = [torch.randn(n, k, dtype=torch.bfloat16, device=DEVICE) for _ in range(copies(2 * n * k))]
-    x = activations(m, k)
-    return replay([partial(torch.nn.functional.linear, x, w) for w in weights])
-
-
-def tinygemm(n: int, k: int, m: int) -> float:
-    """torch's int4 product in groups of 128."""
-    weights = []
-    for _ in range(copies(n * k // 2)):
-        raw = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=DEVICE)
-        scales = torch.rand(k // GROUP, n, 2, dtype=torch.bfloat16, device=DEVICE)
-        weights.append((torch.ops.aten._convert_weight_to_int4pack(raw, 8), scales))
-    x = activations(m, k)
-    return replay([partial(torch.ops.aten._weight_int4pack_mm, x, w, GROUP, s) for w, s in weights])
-
-
-def gemlite(n: int, k: int, m: int) -> float:
-    from gemlite.helper import A16W4_HQQ_INT  # type: ignore[import-not-found,unused-ignore]
-
-    layers = []
-    for _ in range(copies(n * k // 2)):
-        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=DEVICE)
-        scales = torch.rand(n * k // GROUP, 1, dtype=torch.bfloat16, device=DEVICE)
-        zeros = torch.full_like(scales, 8)
-        layers.append(A16W4_HQQ_INT(device=DEVICE, dtype=torch.bfloat16).from_weights(codes, scales, zeros))
-    x = activations(m, k)
-    return replay([partial(layer, x) for layer in layers])
-
-
-def nf4(n: int, k: int, m: int) -> float:
-    from bitsandbytes import functional, matmul_4bit  # type: ignore[import-not-found,unused-ignore]
-
-    packed = [
-        functional.quantize_4bit(torch.randn(n, k, dtype=torch.bfloat16, device=DEVICE), quant_type="nf4")
-        for _ in range(copies(n * k // 2))
-    ]
-    x = activations(m, k)
-    return replay([partial(matmul_4bit, x, w.t(), state) for w, state in packed])
-
-
-PEERS = {
-    "bf16 (cuBLAS)": (bf16, 16.0),
-    "int4 (tinygemm)": (tinygemm, 4.25),
-    "int4 (GemLite)": (gemlite, 4.25),
-    "nf4 (bitsandbytes)": (nf4, 4.5),
+Peer = Callable[[int, int, int], float]
+PEERS: dict[str, tuple[Peer, float]] = {
+    "bf16 (cuBLAS)": (peers.bf16, 16.0),
+    "int4 (tinygemm)": (peers.tinygemm, 4.25),
+    "int4 (GemLite)": (peers.gemlite, 4.25),
+    "nf4 (bitsandbytes)": (peers.nf4, 4.5),
 }
 
 
-def rows(ceiling: float, peers: Mapping[str, tuple[Callable[[int, int, int], float], float]]) -> list[dict[str, Any]]:
+def random_weight(bits: int, *shape: int) -> tensor_cores.Weight:
+    """Any bytes are codes: random ones are as fast as encoded weights."""
+    fmt = Format(bits, GROUP)
+    packed = torch.randint(0, 256, fmt.packed_shape(shape), dtype=torch.uint8, device=DEVICE)
+    norms = (torch.rand(fmt.norms_shape(shape), device=DEVICE) / 8).half()
+    return tensor_cores.Weight.of(packed, norms, fmt, shape[-1], fmt.codebook)
+
+
+def codebook(bits: int, n: int, k: int, m: int, half: bool) -> tuple[float, float]:
+    """(product, rotation of its input), microseconds."""
+    fmt, shape = Format(bits, GROUP), (n, k)
+    weights = [random_weight(bits, *shape) for _ in range(copies(fmt.nbytes(shape)))]
+    x = activations(m, k)
+    quantized = gpu_ops.quantize_input(x, GROUP, half)
+    calls = [
+        partial(gpu_ops.tiled_linear, quantized, w.tiled.codes, w.tiled.norms, w.codebook, fmt, shape, None, x.dtype)
+        for w in weights
+    ]
+    return replay(calls), replay([partial(gpu_ops.quantize_input, x, GROUP, half)] * 20)
+
+
+def experts(tokens: int) -> tuple[float, float]:
+    """(ours, grouped_mm in bf16), microseconds of a block of routed experts, 3 and 4 bits, its input's rotation included."""
+    made = [(random_weight(3, EXPERTS, 2 * INNER, HIDDEN), random_weight(4, EXPERTS, HIDDEN, INNER)) for _ in range(2)]
+    plain = [
+        torch.randn(EXPERTS, *shape, dtype=torch.bfloat16, device=DEVICE) / 32
+        for shape in ((2 * INNER, HIDDEN), (HIDDEN, INNER))
+    ]
+    x = activations(tokens, HIDDEN)
+    routes = [torch.rand(tokens, EXPERTS, device=DEVICE).topk(TOP_K).indices for _ in range(8)]
+    weights = torch.rand(tokens, TOP_K, dtype=torch.bfloat16, device=DEVICE)
+
+    def ours(i: int) -> torch.Tensor:
+        gate_up, down = made[i % 2]
+        return gpu_ops.tiled_experts(
+            x, routes[i], weights, [gate_up.tiled.codes, down.tiled.codes], [gate_up.tiled.norms, down.tiled.norms],
+            [*gate_up.codebook, *down.codebook], [3, 4], GROUP, INNER, False,
+        )  # fmt: skip
+
+    mine = replay([partial(ours, i) for i in range(8)])
+    return mine, replay([partial(peers.grouped_mm, plain[0], plain[1], x, route, weights) for route in routes])
+
+
+def rows(ceiling: float, others: Mapping[str, tuple[Peer, float]]) -> list[dict[str, Any]]:
     """Every product that is compared, in the order of the table."""
     found = []
 
     def add(what: str, shape: tuple[int, int], m: int, bits: float, us: float, rotation: float | None = None) -> None:
         rate = shape[0] * shape[1] * bits / 8 / us / 1e6
-        row = {
+        row: dict[str, Any] = {
             "what": what, "rows": shape[0], "inputs": shape[1], "batch": m, "us": round(us, 2),
             "tb_per_s": round(rate, 3), "of_ceiling": round(rate / ceiling, 3),
         }  # fmt: skip
-        found.append(
-            row
-            | (
-                {}
-                if rotation is None
-                else {"rotation_us": round(rotation, 2), "with_input_us": round(us + rotation, 2)}
-            )
-        )
+        if rotation is not None:
+            row |= {"rotation_us": round(rotation, 2), "with_input_us": round(us + rotation, 2)}
+        found.append(row)
 
     for shape in (LARGE, SMALL, SQUARE):
         for m in BATCHES if shape == LARGE else (1,):
-            for name, (peer, bits) in peers.items():
+            for name, (peer, bits) in others.items():
+                if m > 128 and name != "bf16 (cuBLAS)":
+                    continue  # far behind by then
                 try:
                     us = peer(*shape, m)
                 except Exception as problem:  # a peer may fail in any way of its own
@@ -162,7 +110,7 @@ def rows(ceiling: float, peers: Mapping[str, tuple[Callable[[int, int, int], flo
                         print(f"{name}: left out: {type(problem).__name__}: {problem}", file=sys.stderr)
                     continue
                 add(name, shape, m, bits, us)
-            for half in (False, True):
+            for half in (False, True) if m <= gpu_ops.FEW_TOKENS else (True,):  # many tokens are float16 in any case
                 for width in BITS if m == 1 and shape == LARGE else (3, 4):
                     if half or width in tensor_cores.INT8_BITS:
                         kind = "float16" if half else "int8"
@@ -171,7 +119,17 @@ def rows(ceiling: float, peers: Mapping[str, tuple[Callable[[int, int, int], flo
     return found
 
 
-def aims(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def blocks() -> list[dict[str, Any]]:
+    """Blocks of routed experts, 256 of them, 8 a token, 2048 / 512."""
+    found = []
+    for tokens in EXPERT_TOKENS:
+        us, bf16 = experts(tokens)
+        found.append({"tokens": tokens, "us": round(us, 2), "grouped_mm_bf16_us": round(bf16, 2)})
+        torch.cuda.empty_cache()
+    return found
+
+
+def aims(found: list[dict[str, Any]], of_experts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the kernels are built to reach: (row, reached, bound)."""
 
     def us(what: str, shape: tuple[int, int], m: int) -> float:
@@ -184,7 +142,12 @@ def aims(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if r["what"].startswith(f"{bits} bits") and (r["rows"], r["batch"]) == (LARGE[0], 1)
         )
 
-    three, four, other = "3 bits, int8", "4 bits, int8", "bf16 (cuBLAS)"
+    def ratio(bits: int, m: int) -> float:
+        kind = "int8" if m <= gpu_ops.FEW_TOKENS else "float16"
+        return us(f"{bits} bits, {kind}", LARGE, m) / us("bf16 (cuBLAS)", LARGE, m)
+
+    three, four = "3 bits, int8", "4 bits, int8"
+    block = {row["tokens"]: row for row in of_experts}
     made: list[tuple[str, float, str, float]] = [
         ("3 bits 28672x4096 batch 1, us", us(three, LARGE, 1), "<=", 15.5),
         ("the same, times faster than tinygemm int4", us("int4 (tinygemm)", LARGE, 1) / us(three, LARGE, 1), ">=", 2.1),
@@ -194,8 +157,14 @@ def aims(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         *((f"{b} bits 28672x4096 batch 1, share of the read ceiling", share(b), ">=", 0.6) for b in (2, 5, 6, 8)),
         ("3 bits 28672x4096 batch 8, us", us(three, LARGE, 8), "<=", 28.0),
         *(
-            (f"{w[0]} bits 28672x4096 batch {m}, of bf16's time", us(w, LARGE, m) / us(other, LARGE, m), "<=", 0.8)
-            for w in (three, four) for m in (16, 64, 128)
+            (f"{bits} bits 28672x4096 batch {m}, of bf16's time", ratio(bits, m), "<=", most)
+            for m, most in ((16, 0.8), (32, 0.8), (64, 0.8), (128, 0.8), (512, 1.1), (1024, 1.1), (4096, 1.1))
+            for bits in (3, 4)
+        ),
+        ("experts, 1 token, us", block[1]["us"], "<=", 20.0),
+        *(
+            (f"experts, {m} tokens, times faster than grouped_mm bf16", block[m]["grouped_mm_bf16_us"] / block[m]["us"], ">=", least)
+            for m, least in ((8, 2.0), (64, 1.5), (2048, 1.0))
         ),
     ]  # fmt: skip
     return [
@@ -212,11 +181,12 @@ def aims(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--without", action="append", default=[], choices=PEERS, help="leave a peer out")
-    peers = {name: peer for name, peer in PEERS.items() if name not in parser.parse_args().without}
+    others = {name: peer for name, peer in PEERS.items() if name not in parser.parse_args().without}
     if not torch.cuda.is_available():
         sys.exit("needs an NVIDIA GPU")
-    console, about, ceiling = Console(width=130), environment(DEVICE), read_ceiling()
-    found = rows(ceiling, peers)
+    console, about = Console(width=130), environment(DEVICE)
+    ceiling = statistics.median(read_ceiling() for _ in range(3))
+    found, of_experts = rows(ceiling, others), blocks()
     table = Table("what", "rows x inputs", "batch", "us", "TB/s", "of ceiling", "rotation us", "with input us")
     for r in found:
         table.add_row(
@@ -224,12 +194,19 @@ def main() -> None:
             str(r.get("rotation_us", "")), str(r.get("with_input_us", "")),
         )  # fmt: skip
     console.print(table)
-    reached = aims(found)
+    beside = Table("experts: tokens", "us", "grouped_mm bf16 us")
+    for r in of_experts:
+        beside.add_row(str(r["tokens"]), f"{r['us']}", f"{r['grouped_mm_bf16_us']}")
+    console.print(beside)
+    reached = aims(found, of_experts)
     for aim in reached:
         console.print(
             f"{'met   ' if aim['met'] else 'missed'} {aim['what']}: {aim['reached']} ({aim['aim']})", highlight=False
         )
-    result = {"environment": about, "read_ceiling_tb_per_s": round(ceiling, 3), "rows": found, "aims": reached}
+    result = {
+        "environment": about, "read_ceiling_tb_per_s": round(ceiling, 3), "rows": found, "experts": of_experts,
+        "aims": reached,
+    }  # fmt: skip
     console.print(f"written: {save('gpu_kernels', result)}")
 
 

@@ -17,7 +17,7 @@ from kappaquant.format import signs
 
 # The scales tried by effort "best", relative to the group norm. On Gaussian weights the best scale has a mean of
 # 1.0 (3 bits) to 1.19 (8 bits) and a deviation of 0.1; twice as many steps gain 0.1 % of the error at 3 bits, 0.4 % at 5.
-_SCALES = tuple(0.72 + 0.04 * i for i in range(17))
+SCALES = tuple(0.72 + 0.04 * i for i in range(17))
 
 
 class Rotation:
@@ -101,7 +101,7 @@ class Nearest:
         self.threshold = torch.full((cells,), math.inf)
         self.threshold[occupied.long()] = thresholds
         # for the search: magnitudes of scaled unit vectors, which no coordinate exceeds, to the centroid at a cell's middle
-        self.fineness = 4096 / _SCALES[-1]
+        self.fineness = 4096 / SCALES[-1]
         middles = (torch.arange(4098) + 0.5) / self.fineness
         self.magnitude = self.centroids[torch.bucketize(middles, thresholds)]
         for table in ("centroids", "lower", "threshold", "magnitude"):
@@ -144,7 +144,7 @@ class Assignment(Products):
         best = y.new_full(y.shape[1:], -1.0)
         scale = torch.ones_like(best)
         magnitude = y.abs().clamp_(max=1.0)  # groups whose squares all but vanish in float32 are no unit vectors
-        for candidate in _SCALES:
+        for candidate in SCALES:
             self._cell.copy_(torch.mul(magnitude, candidate * table.fineness, out=self.scratch))
             self._look_up(table.magnitude, self.centroids)
             dot = self.dot(magnitude, self.centroids).clone()

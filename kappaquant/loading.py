@@ -14,18 +14,9 @@ from torch import nn
 from kappaquant.architecture import Layout, Place, place
 from kappaquant.checkpoint import Checkpoint
 from kappaquant.errors import FormatError, UnsupportedError
+from kappaquant.experts import ExpertBlock, ExpertWeights, KeptWeight, QuantExperts
 from kappaquant.format import LEGACY_FORMAT, NORMS_SUFFIX, PACKED_SUFFIX, Format
-from kappaquant.nn import (
-    ExpertBlock,
-    ExpertWeights,
-    KeptWeight,
-    PackedWeight,
-    QuantEmbedding,
-    QuantExperts,
-    QuantLinear,
-    SharedRotation,
-    hold_packed,
-)
+from kappaquant.nn import PackedWeight, QuantEmbedding, QuantLinear, SharedRotation, hold_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -231,6 +222,13 @@ class Assembler:
             else:
                 segments.append(_Segment(found.row, rows, fmt, codebook, ((name, found.row),)))
         return segments
+
+
+def set_activations(model: nn.Module, activations: str) -> None:
+    """Let kernels multiply by inputs of this kind, "int8" or "bf16", from now on."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear | QuantExperts):
+            module.rotation.activations = activations
 
 
 def checkpoint_shape(found: Place) -> tuple[int, ...]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 _BLOCK = 1 << 18  # elements; their temporaries stay in a core's cache
+_DEVICE_BLOCK = 1 << 24  # on a GPU, whose launches and waits for results must pay: half a gigabyte of temporaries
 
 
 @dataclass
@@ -32,19 +34,15 @@ class Moments:
         """Moments of all elements of a float tensor of any shape."""
         total = cls()
         flat = weight.reshape(-1)
-        for start in range(0, flat.numel(), _BLOCK):
-            part = flat[start : start + _BLOCK]
-            low, high = (extreme.item() for extreme in part.aminmax())
+        block = _BLOCK if weight.device.type == "cpu" else _DEVICE_BLOCK
+        for start in range(0, flat.numel(), block):
+            part = flat[start : start + block]
+            low, high = part.aminmax()
             x = part.double()
             square = x * x
-            total += cls(
-                x.numel(),
-                x.sum().item(),
-                square.sum().item(),
-                (square * x).sum().item(),
-                square.mul_(square).sum().item(),
-                max(-low, high),  # both are NaN if one element is
-            )
+            sums = x.sum(), square.sum(), (square * x).sum(), square.mul_(square).sum()
+            absmax = torch.maximum(-low, high).double()  # both are NaN if one element is
+            total += cls(x.numel(), *torch.stack([*sums, absmax]).tolist())
         return total
 
     def __add__(self, other: Moments) -> Moments:

@@ -7,6 +7,7 @@ uint8 [..., n, G * bytes_per_group], ``norms`` [..., n, G], ``codebook`` float32
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from kappaquant import codec
 from kappaquant.errors import UnsupportedError
-from kappaquant.format import Format
-from kappaquant.kernels import torch_reference
+from kappaquant.format import BITS, Format
+from kappaquant.kernels import encoder, torch_reference
 
 # Fastest first: the first that does not refuse runs.
 KERNELS: tuple[ModuleType, ...] = (torch_reference,)
@@ -113,3 +114,25 @@ def dequantize(packed: Tensor, norms: Tensor, codebook: Tensor, bits: int, group
 @dequantize.register_fake
 def _(packed: Tensor, norms: Tensor, codebook: Tensor, bits: int, group_size: int, in_features: int) -> Tensor:
     return packed.new_empty(*packed.shape[:-1], in_features, dtype=torch.float32)
+
+
+def encode(
+    weight: Tensor,
+    fmt: Format,
+    effort: codec.Effort = "best",
+    *,
+    codebook: Sequence[float] | None = None,
+    norm_dtype: torch.dtype = torch.float16,
+    name: str = "weight",
+) -> codec.Encoded:
+    """``codec.encode``, by the CUDA kernel where it takes the weight: the bytes are the same."""
+    run = codec.encode if encoder.refusal(weight, effort, norm_dtype) else encoder.encode
+    return run(weight, fmt, effort, codebook=codebook, norm_dtype=norm_dtype, name=name)
+
+
+def squared_errors(
+    weight: Tensor, group_size: int, bits: Iterable[int] = BITS, name: str = "weight"
+) -> dict[int, float]:
+    """``codec.squared_errors``, by the CUDA kernel where it takes the weight."""
+    run = codec.squared_errors if encoder.refusal(weight) else encoder.squared_errors
+    return run(weight, group_size, bits, name)

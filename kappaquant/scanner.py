@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kappaquant import codec
+from kappaquant import ops
 from kappaquant.errors import NonFiniteError, PlanError
 from kappaquant.format import BITS, check_bits, check_group_size
 from kappaquant.model_map import family_of, layer_of
@@ -279,7 +279,7 @@ def _measure(task: _Task) -> _Part:
     if task.bits:
         rows = weight.view(-1, info.shape[-1])
         try:
-            errors = codec.squared_errors(rows, task.group_size, task.bits, info.name)
+            errors = ops.squared_errors(rows, task.group_size, task.bits, info.name)
         except NonFiniteError:  # finite weights whose norms are not: quantize refuses them, a scan reports what it can
             errors = {}
     return _Part(moments, errors, Magnitudes.of(weight))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from kappaquant import codec
+from kappaquant import codec, ops
 from kappaquant.errors import NonFiniteError
 from kappaquant.format import DTYPE_BYTES, LEGACY_FORMAT, NORMS_SUFFIX, PACKED_SUFFIX, Format, legacy_codebook
 from kappaquant.layout import Target
@@ -91,7 +91,8 @@ def run_unit(unit: Unit) -> Sums:
     """
     weight = read_elements(unit.source_path, unit.source, unit.start, unit.stop)
     info = unit.source.info
-    sums = Sums(Moments.of(weight)) if info.dtype in FLOATS else Sums()
+    on_device = weight.to(unit.device)
+    sums = Sums(Moments.of(on_device)) if info.dtype in FLOATS else Sums()
     if not sums.moments.finite and not (unit.fmt is None and unit.allow_nonfinite):
         raise NonFiniteError(
             f"{unit.name}: holds NaN or infinity between elements {unit.start} and {unit.stop}; repair the source, or keep "
@@ -104,8 +105,8 @@ def run_unit(unit: Unit) -> Sums:
             _write(descriptor, stored, unit.start, _convert(weight, stored.info.dtype, unit))
             return sums
         legacy = unit.target == LEGACY_FORMAT
-        encoded = codec.encode(
-            weight.to(unit.device).view(-1, info.shape[-1]),
+        encoded = ops.encode(
+            on_device.view(-1, info.shape[-1]),
             unit.fmt,
             unit.effort,
             codebook=legacy_codebook(unit.fmt.bits, unit.fmt.group_size) if legacy else None,

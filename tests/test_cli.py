@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_models import save_tiny
 
-COMMANDS = ("scan", "plan", "quantize", "inspect", "verify", "dequantize", "generate", "chat")
+COMMANDS = ("scan", "plan", "quantize", "inspect", "verify", "dequantize", "generate", "chat", "bench")
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -101,6 +101,9 @@ def test_verify_exits_1_and_names_the_tampered_tensor(quantized: Path, tmp_path:
         (("quantize", "{model}", "{tmp}/out", "--jobs", "0"), "at least 1"),
         (("scan", "{tmp}/absent"), "no such folder"),
         (("inspect", "{model}"), "not quantized"),
+        (("generate", "{model}", "hello", "--temperature", "-1"), "temperature = -1.0"),
+        (("generate", "{model}", "hello", "--top-p", "0"), "top_p = 0.0"),
+        (("chat", "{model}", "--min-p", "2"), "min_p = 2.0"),
     ],
 )
 def test_bad_input_exits_2_with_one_line(model: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -111,7 +114,37 @@ def test_bad_input_exits_2_with_one_line(model: Path, tmp_path: Path, arguments:
     assert not any(tmp_path.iterdir())
 
 
-def test_generate_streams_text(quantized: Path) -> None:
-    done = run("generate", quantized, "hello", "--max-new-tokens", 4)
-    assert done.returncode == 2  # the tiny model has no tokenizer, and says so
+def test_generate_needs_a_tokenizer(quantized: Path) -> None:
+    done = run("generate", quantized, "hello", "--max-new-tokens", 4, "--device", "cpu")
+    assert done.returncode == 2
     assert "tokenizer" in done.stderr
+
+
+def test_generate_streams_text_until_a_stop_string(quantized: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from tiny_models import character_tokenizer
+
+    copy = shutil.copytree(quantized, tmp_path / "copy")
+    character_tokenizer().save_pretrained(copy)
+    options = (
+        "--max-new-tokens",
+        24,
+        "--temperature",
+        1,
+        "--top-k",
+        40,
+        "--top-p",
+        0.99,
+        "--seed",
+        5,
+        "--device",
+        "cpu",
+    )
+    whole, again = (run("generate", copy, "hello", *options) for _ in range(2))
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout == again.stdout
+    text = whole.stdout.removesuffix("\n")
+    assert len(text) > 8
+    stopped = run("generate", copy, "hello", *options, "--stop", text[3:5], "--stop", "no such text")
+    assert stopped.stdout == text[: text.index(text[3:5])] + "\n"

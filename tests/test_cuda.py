@@ -11,9 +11,13 @@ from tiny_models import save_tiny
 import kappaquant
 from kappaquant import codec
 from kappaquant.format import BITS, Format
+from kappaquant.nn import PackedWeight
 from kappaquant.source import LocalSource
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 
 @pytest.mark.parametrize("effort", codec.EFFORTS)
@@ -50,15 +54,31 @@ def test_quantize_and_scan_write_what_the_cpu_writes(tmp_path: Path) -> None:
         assert gpu[name].relative_mse == pytest.approx(stats.relative_mse, rel=1e-6)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_5_moe_text", "mixtral"])
-def test_loaded_model_gives_the_same_logits(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("activations", "most"), [("bf16", 4e-3), ("int8", 0.05)])
+@pytest.mark.parametrize("architecture", ["qwen3_5_moe_text", "mixtral", "llama", "gemma3"])
+def test_loaded_model_gives_the_same_logits(architecture: str, activations: str, most: float, tmp_path: Path) -> None:
     source = kappaquant.open_source(save_tiny(architecture, tmp_path / "source"))
     plan = kappaquant.make_plan(source.tensors, source.config, "recipe")
     kappaquant.quantize(source, tmp_path / "out", plan)
     ids = torch.randint(3, 90, (2, 19), generator=torch.Generator().manual_seed(0))
     logits = []
     for device in ("cpu", "cuda"):
-        model, _ = kappaquant.load(tmp_path / "out", dtype=torch.float32, device=device)
+        model, _ = kappaquant.load(tmp_path / "out", dtype=torch.float32, device=device, activations=activations)
         with torch.no_grad():
             logits.append(model(input_ids=ids.to(device)).logits.cpu())
-    assert (logits[0] - logits[1]).abs().max() <= 1e-3 * logits[0].abs().max()
+    assert any(isinstance(m, PackedWeight) and m.tiled for m in model.modules())
+    error = (logits[0] - logits[1]).norm(dim=-1) / logits[0].norm(dim=-1)
+    assert error.median() <= most  # of tokens: where two experts are near equal, the slightest change swaps them
+    with torch.no_grad():
+        again = model.cpu()(input_ids=ids).logits
+    assert torch.equal(again, logits[0])
+
+
+def test_a_loaded_model_takes_the_bytes_of_its_checkpoint(tmp_path: Path) -> None:
+    source = kappaquant.open_source(save_tiny("qwen3_5_moe_text", tmp_path / "source", dtype=torch.bfloat16))
+    kappaquant.quantize(source, tmp_path / "out", kappaquant.make_plan(source.tensors, source.config, "recipe"))
+    model, _ = kappaquant.load(tmp_path / "out", device="cuda")
+    packed = [m for m in model.modules() if isinstance(m, PackedWeight)]
+    held = sum(b.nbytes for m in packed for b in m.buffers())
+    stored = sum(m.fmt.nbytes(tuple(m.shape)) for m in packed)
+    assert stored <= held <= 1.6 * stored  # tiny matrices are padded to whole tiles

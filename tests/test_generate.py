@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny_models import character_tokenizer, tiny_model
 from transformers import PreTrainedTokenizerFast
 
+from kappaquant import decoding
+from kappaquant.decoding import Decoder
 from kappaquant.errors import UnsupportedError
-from kappaquant.generate import chat, stream
+from kappaquant.generate import Text, chat, stream
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}a:{% endif %}"
@@ -28,11 +28,7 @@ def model() -> Any:
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    characters = [chr(32 + i) for i in range(VOCABULARY - 1)]
-    core = Tokenizer(models.BPE({c: i for i, c in enumerate([*characters, "<unk>"])}, [], unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    return character_tokenizer()
 
 
 def _expected(model: Any, tokenizer: Any, prompt: str, count: int) -> str:
@@ -70,10 +66,11 @@ def test_closing_the_stream_stops_the_model(model: Any, tokenizer: Any, monkeypa
     monkeypatch.setattr(model, "forward", lambda *a, **k: steps.append(1) or forward(*a, **k))
     pieces = stream(model, tokenizer, "two", max_new_tokens=100)
     next(pieces)
-    threads = threading.active_count()
+    taken = len(steps)
     pieces.close()
-    assert len(steps) < 90
-    assert threading.active_count() == threads - 1
+    assert len(steps) == taken < 5
+    with pytest.raises(StopIteration):
+        next(pieces)
 
 
 def test_chat_applies_the_template(model: Any, tokenizer: Any) -> None:
@@ -87,7 +84,86 @@ def test_chat_without_a_template_says_what_to_do(model: Any, tokenizer: Any) -> 
         chat(model, tokenizer, [{"role": "user", "content": "hi"}])
 
 
-@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_an_end_token_ends_the_text(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = _expected(model, tokenizer, "two", 12)
+    ids = tokenizer(text)["input_ids"]
+    end = next(token for token in ids if token != ids[0])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [end])
+    expected = tokenizer.decode(ids[: ids.index(end)])
+    assert "".join(stream(model, tokenizer, "two", max_new_tokens=12)) == expected
+
+
+def test_streams_side_by_side_do_not_disturb_each_other(model: Any, tokenizer: Any) -> None:
+    prompts = ["two and two", "one"]
+    streams = [stream(model, tokenizer, prompt, max_new_tokens=9) for prompt in prompts]
+    texts = ["".join(pieces) for pieces in zip(*streams, strict=True)]
+    assert texts == [
+        "".join(pieces) for pieces in zip(*(_expected(model, tokenizer, p, 9) for p in prompts), strict=True)
+    ]
+
+
+def test_one_decoder_serves_prompt_after_prompt(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    init = Decoder.__init__
+    monkeypatch.setattr(Decoder, "__init__", lambda self, *a, **k: made.append(self) or init(self, *a, **k))
+    decoding._KEPT.clear()
+    for _ in range(3):
+        list(stream(model, tokenizer, "two", max_new_tokens=3))
+    assert len(made) == 1
+    list(stream(model, tokenizer, "two", max_new_tokens=decoding.ROOM))
+    assert len(made) == 2
+
+
+class Words:
+    """A tokenizer whose tokens are the given bytes, decoded together as UTF-8 is."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self.pieces = pieces
+
+    def decode(self, tokens: list[int], **options: Any) -> str:
+        return b"".join(self.pieces[token] for token in tokens).decode(errors="replace")
+
+
+def pushed(text: Text, count: int) -> list[str]:
+    found = []
+    for token in range(count):
+        found.append(text.push(token))
+        if text.stopped:
+            return found
+    return [*found, text.end()]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "expected"),
+    [
+        ([b"a", b"\xe2\x82", b"\xac", b"b"], [], ["a", "", "€", "b", ""]),
+        ([b"a", b"\xe2\x82"], [], ["a", "", "\ufffd"]),  # cut off within a character
+        ([b"ab", b"cd", b"ef"], ["cde"], ["ab", "", ""]),
+        ([b"ab", b"cd", b"xy"], ["cde"], ["ab", "", "cdxy", ""]),  # withheld, but it was none
+        ([b"ab", b"cd"], ["cde"], ["ab", "", "cd"]),  # withheld until the end
+        ([b"abcdef"], ["ef", "cd"], ["ab"]),  # the first in the text, not in the list
+        ([b"aa", b"ab"], ["aab"], ["", "a"]),
+        ([b"one\n", b"\nQ:"], ["\n\n"], ["one", ""]),
+    ],
+)
+def test_text_is_withheld_while_it_is_uncertain(pieces: list[bytes], stop: list[str], expected: list[str]) -> None:
+    assert pushed(Text(Words(*pieces), stop), len(pieces)) == expected  # type: ignore[arg-type]
+
+
+def test_stop_strings_end_the_stream(model: Any, tokenizer: Any) -> None:
+    whole = _expected(model, tokenizer, "two", 12)
+    stop = whole[5:7]
+    got = "".join(stream(model, tokenizer, "two", max_new_tokens=12, stop=[stop]))
+    assert got == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5},
+        {"top_k": -1}, {"min_p": 1.5}, {"stop": ["a", ""]}, {"stop": "a"},
+    ],
+)  # fmt: skip
 def test_options_out_of_range(model: Any, tokenizer: Any, options: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedError, match=f"{next(iter(options))} ="):
         stream(model, tokenizer, "two", **options)
@@ -98,8 +174,6 @@ def test_no_tokenizer(model: Any) -> None:
         stream(model, None, "two")
 
 
-def test_nothing_is_left_running(model: Any, tokenizer: Any) -> None:
-    before = threading.active_count()
-    list(stream(model, tokenizer, "two", max_new_tokens=3))
-    assert threading.active_count() == before
-    assert torch.is_grad_enabled()
+def test_gradients_stay_enabled_between_pieces(model: Any, tokenizer: Any) -> None:
+    for _ in stream(model, tokenizer, "two", max_new_tokens=3):
+        assert torch.is_grad_enabled()

@@ -26,9 +26,10 @@ from kappaquant import ops
 from kappaquant.architecture import parameter_shapes
 from kappaquant.checkpoint import Checkpoint
 from kappaquant.errors import FormatError, UnsupportedError
+from kappaquant.experts import QuantExperts
 from kappaquant.format import MANIFEST_NAME
 from kappaquant.integrations.quantizer import KappaquantConfig, KappaquantQuantizer
-from kappaquant.nn import PackedWeight, QuantEmbedding, QuantExperts, QuantLinear
+from kappaquant.nn import PackedWeight, QuantEmbedding, QuantLinear
 from kappaquant.plan import Choice, Plan
 
 LAYOUTS = [(a, e) for a in ARCHITECTURES for e in (("split", "fused") if a in WITH_EXPERTS else ("split",))]

@@ -11,18 +11,9 @@ import torch
 from torch import nn
 
 from kappaquant import codec, ops
+from kappaquant.experts import ExpertBlock, ExpertWeights, KeptWeight, QuantExperts
 from kappaquant.format import Format
-from kappaquant.nn import (
-    ExpertBlock,
-    ExpertWeights,
-    KeptWeight,
-    PackedWeight,
-    QuantEmbedding,
-    QuantExperts,
-    QuantLinear,
-    SharedRotation,
-    hold_packed,
-)
+from kappaquant.nn import PackedWeight, QuantEmbedding, QuantLinear, SharedRotation, hold_packed
 
 
 def _packed(weight: torch.Tensor, fmt: Format) -> tuple[PackedWeight, torch.Tensor]:

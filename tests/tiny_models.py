@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 Experts = Literal["split", "fused"]
 
@@ -123,3 +124,12 @@ def save_tiny(
         state = {name: t.contiguous() for name, t in model.state_dict().items() if name not in tied_names}
         save_file(state, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def character_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A token for each of VOCABULARY - 1 characters, and one for all others."""
+    characters = [chr(32 + i) for i in range(VOCABULARY - 1)]
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate([*characters, "<unk>"])}, [], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")

@@ -14,6 +14,9 @@ from kappaquant.architecture import load_config, model_class
 from kappaquant.checkpoint import Checkpoint, open_checkpoint
 from kappaquant.errors import FormatError
 from kappaquant.format import LEGACY_FORMAT, QUANT_METHOD
+from kappaquant.fused import fuse
+from kappaquant.gpu_ops import ACTIVATIONS, check_activations
+from kappaquant.loading import set_activations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,13 +33,17 @@ def register() -> None:
 
 
 def load(
-    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    activations: str = ACTIVATIONS[0],
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a quantized checkpoint folder, v1 or tq3_native, as a transformers model with packed weights.
 
     Args:
         dtype: of the kept tensors and activations; default the one in config.json.
         device: default the CPU.
+        activations: what kernels on NVIDIA GPUs multiply by, "int8" or "bf16" (float16 with scales); see docs/kernels.md.
 
     Returns:
         The model in evaluation mode, of the class config.json names, and its tokenizer (None if the folder has none).
@@ -45,6 +52,7 @@ def load(
         FormatError: a tensor is missing, extra or misshapen, or the checkpoint is malformed.
         UnsupportedError: the architecture is unknown to transformers, or a packed tensor has no packed module.
     """
+    check_activations(activations)
     register()
     checkpoint = open_checkpoint(path)
     for notice in checkpoint.notices:
@@ -59,7 +67,11 @@ def load(
         model = _load_legacy(cls, config, checkpoint, wanted)
     else:
         model = cls.from_pretrained(checkpoint.path, config=config, dtype=wanted)
-    return model.to(device or "cpu"), _tokenizer(checkpoint.path)
+    set_activations(model, activations)
+    model = model.to(device or "cpu")
+    if model.device.type == "cuda":
+        fuse(model)
+    return model, _tokenizer(checkpoint.path)
 
 
 def _load_legacy(cls: type[PreTrainedModel], config: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

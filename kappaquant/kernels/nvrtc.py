@@ -16,7 +16,8 @@ import torch
 from kappaquant.errors import UnsupportedError
 
 _FOLDER = resources.files("kappaquant.kernels") / "cuda"
-_HEADERS = ("numbers.cuh", "decode.cuh")
+_HEADERS = ("numbers.cuh", "launch.cuh", "decode.cuh", "product.cuh", "wgmma.cuh", "step.cuh", "dense.cuh")
+_OPTIONS = {"encode.cu": (b"--fmad=false",)}  # its codes are the codec's only where each product is rounded by itself
 _LOCK = threading.Lock()
 
 
@@ -48,16 +49,38 @@ class Kernel:
         if shared_bytes > 48 << 10:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             _check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes))
-        self._launch = driver.cuLaunchKernel
+        self._driver = driver
+        self._overlaps = torch.cuda.get_device_capability(device) >= (9, 0)
 
-    def __call__(self, grid: tuple[int, int, int], threads: int, parameters: ctypes.Structure) -> None:
-        """Launch on torch's current stream of the device; the parameters are copied before this returns."""
+    def __call__(
+        self, grid: tuple[int, int, int], threads: int, parameters: ctypes.Structure, early: bool = False
+    ) -> None:
+        """Launch on torch's current stream of the device; the parameters are copied before this returns.
+
+        Args:
+            early: the kernel may start while earlier ones run, for it waits for them itself (launch.cuh).
+        """
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         with torch.cuda.device(self._device):
-            stream = torch.cuda.current_stream().cuda_stream
-            _check(
-                self._launch(self._function, *grid, threads, 1, 1, self._shared, stream, ctypes.addressof(arguments), 0)
-            )
+            config = self._driver.CUlaunchConfig()
+            config.gridDimX, config.gridDimY, config.gridDimZ = grid
+            config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+            config.sharedMemBytes = self._shared
+            config.hStream = torch.cuda.current_stream().cuda_stream
+            if early and self._overlaps:
+                config.attrs, config.numAttrs = [_early()], 1
+            _check(self._driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(arguments), 0))
+
+
+@cache
+def _early() -> Any:
+    from cuda.bindings import driver
+
+    attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    value.programmaticStreamSerializationAllowed = 1
+    attribute.value = value
+    return attribute
 
 
 @cache
@@ -69,7 +92,12 @@ def kernel(file: str, instance: str, device: int, shared_bytes: int = 0) -> Kern
     """
     major, minor = torch.cuda.get_device_capability(device)
     with _LOCK, torch.cuda.device(device):
-        return Kernel(*compiled(file, instance, f"sm_{major}{minor}"), device, shared_bytes)
+        return Kernel(*compiled(file, instance, architecture(major, minor)), device, shared_bytes)
+
+
+def architecture(major: int, minor: int) -> str:
+    """The compiler's name of a compute capability; Hopper's with the instructions that only Hopper has."""
+    return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
 
 
 def compiled(file: str, instance: str, arch: str) -> tuple[bytes, bytes]:
@@ -85,6 +113,7 @@ def compiled(file: str, instance: str, arch: str) -> tuple[bytes, bytes]:
     try:
         _check(nvrtc.nvrtcAddNameExpression(program, instance.encode()))
         options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17", b"--device-as-default-execution-space"]
+        options += _OPTIONS.get(file, ())
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))

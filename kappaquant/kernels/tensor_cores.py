@@ -22,25 +22,42 @@ from kappaquant.kernels.inputs import KINDS, Input, address
 NAME = "tensor_cores"
 INT8_BITS = (2, 3, 4, 5)  # above, rounding a codebook to int8 would cost more than the width gains
 _MOST_OUTPUTS = 4
-_TABLE_BYTES = {6: 4 << 12, 7: 128 << 7, 8: 128 << 8}  # in shared memory: pairs of codes, or a copy for each lane
+TABLE_BYTES = {6: 128 << 6, 7: 128 << 7, 8: 128 << 8}  # in shared memory: a copy for each lane
 
 
 class _Table(ctypes.Structure):
     _fields_ = (("bytes", ctypes.c_uint32 * 8), ("half", ctypes.c_void_p), ("scale", ctypes.c_float))
 
 
+class Codes(ctypes.Structure):
+    """``Codes`` of product.cuh."""
+
+    _fields_ = (("codes", ctypes.c_void_p), ("norms", ctypes.c_void_p), ("table", _Table))
+
+
 class _Segment(ctypes.Structure):
     _fields_ = (
-        ("codes", ctypes.c_void_p), ("norms", ctypes.c_void_p), ("out", ctypes.c_void_p), ("bias", ctypes.c_void_p),
-        ("rows", ctypes.c_int), ("first_block", ctypes.c_int), ("table", _Table),
+        ("weight", Codes), ("out", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("rows", ctypes.c_int),
+        ("first_block", ctypes.c_int),
     )  # fmt: skip
+
+
+class Inputs(ctypes.Structure):
+    """``Inputs`` of product.cuh."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("halves", ctypes.c_void_p), ("padded", ctypes.c_int),
+        ("k", ctypes.c_int),
+    )  # fmt: skip
+
+    @classmethod
+    def of(cls, x: Input) -> Inputs:
+        return cls(x.values.data_ptr(), x.scales.data_ptr(), x.halves.data_ptr(), x.scales.shape[1], x.values.shape[1])
 
 
 class _Linear(ctypes.Structure):
     _fields_ = (
-        ("segments", _Segment * _MOST_OUTPUTS), ("x", ctypes.c_void_p), ("scales", ctypes.c_void_p),
-        ("halves", ctypes.c_void_p), ("tokens", ctypes.c_int), ("tokens_padded", ctypes.c_int), ("k", ctypes.c_int),
-        ("out_kind", ctypes.c_int),
+        ("segments", _Segment * _MOST_OUTPUTS), ("inputs", Inputs), ("tokens", ctypes.c_int), ("out_kind", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -64,14 +81,15 @@ class Weight:
         Raises:
             UnsupportedError: see ``refusal``.
         """
-        reason = refusal(norms.dtype, packed.device, codebook)
+        reason = refusal(packed.device, codebook)
         if reason:
             raise UnsupportedError(f"{NAME}: {reason}")
         return cls(tiles.tile(packed, norms, fmt), fmt, norms.shape[-2], in_features, tuple(codebook))
 
-    def table(self, half: bool) -> _Table:
-        """What decodes the codes to float16, or to int8."""
-        return _table(self.codebook, self.fmt.bits, half, self.tiled.codes.device)
+    def parameters(self, half: bool) -> Codes:
+        """What a kernel needs to decode it to float16, or to int8."""
+        table = _table(self.codebook, self.fmt.bits, half, self.tiled.codes.device)
+        return Codes(self.tiled.codes.data_ptr(), self.tiled.norms.data_ptr(), table)
 
 
 @cache
@@ -114,11 +132,11 @@ def choose(tokens: int, tile_count: int, units: int, bits: int) -> Launch:
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 64 else 16
     if token_tiles == 4:
         return Launch(token_tiles, 2, 4, 0)
-    warps = 2 if bits == 4 and token_tiles == 1 else 4
+    warps = 8 if bits == 2 and token_tiles == 1 else 4
     most = 4 if token_tiles == 16 else 16  # their sums must fit in shared memory
     while warps < most and tile_count * warps < 1700 and 4 * warps <= units:
         warps *= 2
-    return Launch(token_tiles, 1, warps, 0 if token_tiles > 1 or bits < 4 else 8 if bits == 4 else 16)
+    return Launch(token_tiles, 1, warps, 0 if token_tiles > 1 else {2: 32, 3: 24}.get(bits, 16))
 
 
 def linear(
@@ -142,23 +160,19 @@ def linear(
     bits = [w.fmt.bits for w in weights] + [0] * (_MOST_OUTPUTS - len(weights))
     tile_counts = [w.tiled.codes.shape[0] for w in weights]
     use = launch or choose(tokens, sum(tile_counts), k // tiles.INPUTS, max(bits))
-    parameters = _Linear(
-        x=x.values.data_ptr(), scales=x.scales.data_ptr(), halves=x.halves.data_ptr(), tokens=tokens,
-        tokens_padded=x.scales.shape[1], k=k, out_kind=KINDS[dtype],
-    )  # fmt: skip
+    parameters = _Linear(inputs=Inputs.of(x), tokens=tokens, out_kind=KINDS[dtype])
     blocks = 0
     for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
         parameters.segments[i] = _Segment(
-            weight.tiled.codes.data_ptr(), weight.tiled.norms.data_ptr(), out.data_ptr(),
-            address(biases[i] if biases else None), weight.rows, blocks, weight.table(x.half),
+            weight.parameters(x.half), out.data_ptr(), address(biases[i] if biases else None), weight.rows, blocks,
         )  # fmt: skip
         blocks += -(-tile_counts[i] // use.tiles)
     flags = f"{x.group_size}, {str(x.half).lower()}, {use.token_tiles}, {use.tiles}, {use.warps}, {use.resident}"
     sums = 4 * 8 * use.token_tiles * 33 * use.warps
-    table = _TABLE_BYTES.get(max(bits), 0) if x.half else 0
+    table = TABLE_BYTES.get(max(bits), 0) if x.half else 0
     instance = f"linear<{', '.join(map(str, bits))}, {flags}>"
     run = nvrtc.kernel("linear.cu", instance, x.values.device.index, sums + table)
-    run((blocks, -(-tokens // (8 * use.token_tiles)), 1), 32 * use.warps, parameters)
+    run((blocks, -(-tokens // (8 * use.token_tiles)), 1), 32 * use.warps, parameters, early=True)
     return outs
 
 
@@ -178,7 +192,7 @@ def _check(x: Input, weights: Sequence[Weight]) -> None:
             )
 
 
-def refusal(norm_dtype: torch.dtype, device: torch.device, codebook: Sequence[float]) -> str | None:
+def refusal(device: torch.device, codebook: Sequence[float]) -> str | None:
     """Why a weight can not be multiplied here, or None."""
     if device.type != "cuda":
         return f"needs an NVIDIA GPU, the weight is on {device}"
@@ -188,8 +202,6 @@ def refusal(norm_dtype: torch.dtype, device: torch.device, codebook: Sequence[fl
         return "needs compute capability 8.0, {} has {}.{}".format(
             torch.cuda.get_device_name(device), *torch.cuda.get_device_capability(device)
         )
-    if norm_dtype != torch.float16:
-        return f"norms must be float16, got {norm_dtype}"
     if any(a != -b for a, b in zip(codebook, reversed(codebook), strict=True)):
         return "the codebook is not symmetric about 0"
     return nvrtc.unavailable()

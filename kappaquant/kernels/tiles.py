@@ -5,7 +5,7 @@ lines. Lane 4 * r + t holds, of rows r, r + 8, r + 16 and r + 24, the 32 codes c
 
     (c // L) * S + t * L + c % L,   S = min(group_size, 128), L = S / 4
 
-as bit planes of 4, 2 and 1 bits (one of 8 for 8 bits), each plane for all four rows before the next. Rows are padded to
+as bit planes of 4, 2 and 1 bits (from 6 bits on, one dense bitstream), each plane for all four rows before the next. Rows are padded to
 whole tiles and inputs to whole units. Codes of 4 and 5 bits are stored as sign and magnitude, for a codebook is symmetric.
 """
 
@@ -32,8 +32,8 @@ _PLANES = {
     3: ((2, 0), (1, 2)),
     4: ((4, 0),),
     5: ((4, 0), (1, 4)),
-    6: ((4, 0), (2, 4)),
-    7: ((4, 0), (2, 4), (1, 6)),
+    6: ((6, 0),),
+    7: ((7, 0),),
     8: ((8, 0),),
 }
 
@@ -68,10 +68,10 @@ def tile(packed: Tensor, norms: Tensor, fmt: Format) -> Tiled:
     step = max(1, _CHUNK // (ROWS * k))
     for start in range(0, len(rows), step):
         codes[start : start + step] = _words(rows[start : start + step], k, fmt)
-    return Tiled(
-        codes.view(*lead, tiles, units, fmt.bits, 32, 4),
-        wide.permute(0, 3, 2, 1).contiguous().view(*lead, tiles, k // fmt.group_size, 8, 4),
-    )
+    scales = wide.permute(0, 3, 2, 1).contiguous().view(*lead, tiles, k // fmt.group_size, 8, 4)
+    if codes.is_cuda:
+        torch.cuda.synchronize(codes.device)  # kernels read weights before they wait for earlier kernels
+    return Tiled(codes.view(*lead, tiles, units, fmt.bits, 32, 4), scales)
 
 
 def untile(tiled: Tiled, fmt: Format, n: int, groups: int) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,10 @@ def untile(tiled: Tiled, fmt: Format, n: int, groups: int) -> tuple[Tensor, Tens
     for (width, lowest), places in zip(_PLANES[fmt.bits], _places(fmt.bits), strict=True):
         plane = flat[..., 4 * begin : 4 * (begin + width)].view(count, units, 32, 4, width)
         for c, (word, position) in enumerate(places):
-            code[..., c] |= (((plane[..., word] >> position) & (2**width - 1)) << lowest).to(torch.uint8)
+            part = plane[..., word] >> position
+            if position + width > 32:  # the rest is in the next word
+                part = part & (2 ** (32 - position) - 1) | plane[..., word + 1] << (32 - position)
+            code[..., c] |= ((part & (2**width - 1)) << lowest).to(torch.uint8)
         begin += width
     code = _swap_signs(code, fmt.bits)
     back = _order(fmt.group_size, words.device).argsort()
@@ -106,7 +109,10 @@ def _words(packed: Tensor, k: int, fmt: Format) -> Tensor:
     for (width, lowest), places in zip(_PLANES[fmt.bits], _places(fmt.bits), strict=True):
         plane = codes.new_zeros(*codes.shape[:-1], width)
         for c, (word, position) in enumerate(places):
-            plane[..., word] |= ((codes[..., c] >> lowest) & (2**width - 1)) << position
+            part = (codes[..., c] >> lowest) & (2**width - 1)
+            plane[..., word] |= part << position
+            if position + width > 32:
+                plane[..., word + 1] |= part >> (32 - position)
         planes.append(plane.flatten(-2))
     flat = torch.cat(planes, dim=-1)
     return flat.view(*flat.shape[:2], 32, fmt.bits, 4).transpose(2, 3)
@@ -138,12 +144,10 @@ def _places(bits: int) -> list[list[tuple[int, int]]]:
         for c in range(32):
             q, j = divmod(c, 4)
             nibble, part = q % 2 * 4 + j, q % 4 // 2
-            if width == 8:
-                places.append((q, 8 * j))
+            if width > 4:
+                places.append(divmod(width * c, 32))
             elif width == 4:
                 places.append((q // 2, 4 * nibble))
-            elif width == 2 and bits == 6:
-                places.append((c // 16, 2 * (c % 16)))
             elif width == 2:
                 places.append((q // 4, 4 * nibble + 2 * part))
             elif bits == 5:
@@ -169,18 +173,12 @@ def int8_table(codebook: Sequence[float], bits: int) -> tuple[list[int], float]:
 
 
 def half_table(codebook: Sequence[float], bits: int) -> tuple[list[int], float]:
-    """(table words, scale): float16 entries, their low bytes and high bytes apart up to 5 bits, all pairs for 6, one a word above."""
+    """(table words, scale): float16 entries, their low bytes and high bytes apart up to 5 bits, one a word above."""
     scale = max(codebook)
     entries = torch.tensor(_entries(codebook, bits), dtype=torch.float64) / scale
     raw = [value & 0xFFFF for value in entries.to(torch.float16).view(torch.int16).tolist()]
-    if bits > 6:
+    if bits > 5:
         return raw, scale
-    if bits == 6:  # two codes: their low four bits, then their high two
-        low, high = (
-            (i % 16 + i // 256 % 4 * 16 for i in range(4096)),
-            (i // 16 % 16 + i // 1024 * 16 for i in range(4096)),
-        )
-        return [raw[a] | raw[b] << 16 for a, b in zip(low, high, strict=True)], scale
     words: list[int] = []
     for start in range(0, len(raw), 8):
         eight = (raw[start : start + 8] + [0] * 8)[:8]

@@ -8,7 +8,7 @@
 
 struct Table {
     u32 bytes[8];       // int8: entries, four a word. float16: low bytes of eight entries, then their high bytes; twice for 16
-    const u32* half;    // float16 entries: one a word for 7 and 8 bits; for 6, every pair of entries
+    const u32* half;    // float16 entries for 6 to 8 bits, one a word
     float scale;        // entry * scale = centroid
 };
 
@@ -41,6 +41,14 @@ __device__ __forceinline__ u32 choose(u32 low, u32 high, u32 bit3, bool upper) {
 // The table's bytes for the low, or the upper, four of eight selectors
 __device__ __forceinline__ u32 look_up(u32 low, u32 high, u32 selectors, bool upper) {
     return permute(low, high, upper ? selectors >> 16 : selectors);
+}
+
+// Of the words that a lane holds for four rows, those of one row: plane after plane, as decoding wants them.
+template <int BITS>
+__device__ __forceinline__ void row_words(const u32* words, int row, u32* mine) {
+    constexpr int FIRST = BITS >= 6 ? BITS : BITS >= 4 ? 4 : 2;
+#pragma unroll
+    for (int w = 0; w < BITS; w++) mine[w] = w < FIRST ? words[row * FIRST + w] : words[4 * FIRST + row + w - FIRST];
 }
 
 template <int BITS>
@@ -123,35 +131,21 @@ __device__ __forceinline__ void decode_half(const u32* words, const Table& table
                 interleave(low, high ^ ((words[4] << q) & 0x80808080u), out + 2 * q);
             }
         }
-    } else if constexpr (BITS == 6) {
-        // two codes a look-up: the byte of their low bits, then the nibble of their high bits
-#pragma unroll
-        for (int pair = 0; pair < 16; pair++) {
-            int low = 8 * (pair % 4) - 2, high = 4 * (pair % 8) - 10;
-            u32 offset = (low < 0 ? words[pair / 4] << (-low & 31) : words[pair / 4] >> (low & 31)) & 0x3fcu;
-            offset |= (high < 0 ? words[4 + pair / 8] << (-high & 31) : words[4 + pair / 8] >> (high & 31)) & 0x3c00u;
-            out[pair] = *reinterpret_cast<const u32*>(reinterpret_cast<const char*>(shared) + offset);
-        }
     } else {
-        // a copy of the table for each lane, in a bank of its own: entry code of this lane is at word code * 32 + lane
-        const char* mine = reinterpret_cast<const char*>(shared + (threadIdx.x & 31));
+        // a copy of the table for each lane, in a bank of its own: entry code of this lane is at byte 128 * code + 4 * lane
+        const u32 lane4 = 4 * (threadIdx.x & 31);
 #pragma unroll
         for (int pair = 0; pair < 16; pair++) {
             u32 found[2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                int c = 2 * pair + i, q = c / 4, j = c % 4, nibble = q % 2 * 4 + j;
-                u32 offset;
-                if constexpr (BITS == 8) {
-                    offset = (j ? words[q] >> (8 * j - 7 & 31) : words[q] << 7) & 0x7f80u;
-                } else {
-                    int low = 4 * nibble - 7, part = q % 4 / 2, middle = 4 * nibble + 2 * part - 11;
-                    offset = (low < 0 ? words[q / 2] << (-low & 31) : words[q / 2] >> (low & 31)) & 0x780u;
-                    offset |= (middle < 0 ? words[4 + q / 4] << (-middle & 31) : words[4 + q / 4] >> (middle & 31)) & 0x1800u;
-                    int top = 4 * nibble + (q < 4 ? 2 - part : 3 - 3 * part) - 13;
-                    offset |= (top < 0 ? words[6] << (-top & 31) : words[6] >> (top & 31)) & 0x2000u;
-                }
-                found[i] = *reinterpret_cast<const u32*>(mine + offset);
+                constexpr u32 MASK = ((1u << BITS) - 1) << 7;
+                int bit = BITS * (2 * pair + i), w = bit / 32, low = bit % 32;
+                u32 code;
+                if (low < 7) code = words[w] << (7 - low);
+                else if (low + BITS <= 32) code = words[w] >> (low - 7);
+                else code = __funnelshift_r(words[w], words[w + 1], low - 7);
+                found[i] = *reinterpret_cast<const u32*>(reinterpret_cast<const char*>(shared) + ((code & MASK) | lane4));
             }
             out[pair] = permute(found[0], found[1], 0x5410u);
         }

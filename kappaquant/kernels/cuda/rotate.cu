@@ -1,8 +1,10 @@
 // The input side of a codebook layer in one kernel: (residual add, RMS norm | silu(gate) * up), rotation, int8 or float16.
 //
 // A block per token, a warp per group, GROUP / 32 neighbouring inputs per lane; butterflies inside a lane, then across lanes.
-// Values are rounded where the unfused torch modules round, so that both give the same token.
+// With a warp for every group each input is read once, in one go. Values are rounded where the unfused torch modules round,
+// so that both give the same token.
 
+#include "launch.cuh"
 #include "numbers.cuh"
 
 struct Rotate {
@@ -10,64 +12,138 @@ struct Rotate {
     const void* other;     // residual to add, or the up half; may be null
     void* sum;             // x + residual, where there is a residual
     const void* gain;      // of the norm, [width]
+    void* normed;          // [tokens, width] what is rotated, for layers that are not quantized; may be null
     const float* signs;    // [2, GROUP]: s1, then s2 / sqrt(GROUP)
     void* out;             // [tokens, k] int8 or float16
     float* scales;         // [k / GROUP, tokens_padded]
     float* halves;         // the same shape: half the sum of a group's int8
     long long stride;      // elements from one token to the next in x and other
-    int width, k, tokens_padded;
+    int width, k, tokens_padded, aligned;  // aligned: a lane's inputs lie in one run of memory that it may read at once
     float epsilon;
+    const int* positions;  // TOKENS: [tokens, copies] where each token goes, or null: its own place
+    int copies, blocks;
 };
 
-// NORM: 0 none, 1 gain * x, 2 (1 + gain) * x. GATED: silu(x) * other, else x + other.
-template <int GROUP, int IN, bool HALF, int NORM, bool GATED>
-__global__ void __launch_bounds__(256) rotate(const __grid_constant__ Rotate p) {
+// two neighbouring inputs of a token, or the only one of a lane, in the core matrices that products of many tokens read
+template <int GROUP, int EACH>
+__device__ __forceinline__ void to_core(void* out, int blocks, int position, int input, u32 pair) {
+    constexpr int SUB = GROUP < 128 ? GROUP : 128, RUN = SUB / 4;
+    int i = input % SUB, c = input % 128 / SUB * RUN + i % RUN;
+    unsigned short* to = reinterpret_cast<unsigned short*>(out)
+        + (((size_t)(input / 128) * blocks + position / 8) * 16 + c / 2) * 64 + position % 8 * 8 + i / RUN * 2 + c % 2;
+    if constexpr (EACH == 1) *to = (unsigned short)pair;
+    else *reinterpret_cast<u32*>(to) = pair;
+}
+
+template <typename T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Run { T at[N]; };
+
+// NORM: 0 none, 1 gain * x, 2 (1 + gain) * x. GATED: silu(x) * other, else x + other. TOKENS: the output is float16
+// [k / 128, blocks, 16, 8, 8] with one scale a token, else [tokens, k] with one a group.
+template <int GROUP, int IN, bool HALF, int NORM, bool GATED, bool TOKENS = false>
+__global__ void __launch_bounds__(1024) rotate(const __grid_constant__ Rotate p) {
     typedef typename Number<IN>::type T;
     constexpr int EACH = GROUP / 32;
+    typedef Run<T, EACH> Values;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, token = blockIdx.x;
     const T* x = reinterpret_cast<const T*>(p.x) + token * p.stride;
     const T* other = p.other ? reinterpret_cast<const T*>(p.other) + token * p.stride : nullptr;
 
-    auto read = [&](int i) -> float {
-        if (i >= p.width) return 0.f;
-        float v = widen<IN>(x[i]);
-        if constexpr (GATED) {
-            v = rounded<IN>(v / (1.f + expf(-v)));
-            return rounded<IN>(v * widen<IN>(other[i]));
+    float s1[EACH], s2[EACH];
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        s1[j] = p.signs[lane * EACH + j];
+        s2[j] = p.signs[GROUP + lane * EACH + j];
+    }
+    let_next_start();
+    wait_for_earlier();
+
+    auto fetch = [&](const T* from, int i) -> Values {
+        if (p.aligned && i + EACH <= p.width) return *reinterpret_cast<const Values*>(from + i);
+        Values v;
+#pragma unroll
+        for (int j = 0; j < EACH; j++) v.at[j] = i + j < p.width ? from[i + j] : narrow<IN>(0.f);
+        return v;
+    };
+    auto put = [&](T* to, int i, const Values& v) {
+        if (p.aligned && i + EACH <= p.width) *reinterpret_cast<Values*>(to + i) = v;
+        else
+#pragma unroll
+            for (int j = 0; j < EACH; j++)
+                if (i + j < p.width) to[i + j] = v.at[j];
+    };
+    auto read = [&](int i) -> Values {
+        Values v = fetch(x, i);
+        if (GATED || other) {
+            Values o = fetch(other, i);
+#pragma unroll
+            for (int j = 0; j < EACH; j++) {
+                float a = widen<IN>(v.at[j]), b = widen<IN>(o.at[j]);
+                v.at[j] = narrow<IN>(GATED ? rounded<IN>(a / (1.f + expf(-a))) * b : a + b);
+            }
         }
-        return other ? rounded<IN>(v + widen<IN>(other[i])) : v;
+        return v;
     };
 
+    __shared__ float sums[32];
+    auto block_sum = [&](float v) -> float {
+#pragma unroll
+        for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
+        if (lane == 0) sums[warp] = v;
+        __syncthreads();
+        v = lane < warps ? sums[lane] : 0.f;
+#pragma unroll
+        for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
+        return v;
+    };
+
+    Values first;
     float inverse = 1.f;
     if constexpr (NORM != 0) {
-        __shared__ float sums[8];
         float square = 0.f;
-        for (int i = threadIdx.x; i < p.width; i += blockDim.x) {
-            float v = read(i);
-            square += v * v;
-            if (other) reinterpret_cast<T*>(p.sum)[(size_t)token * p.width + i] = narrow<IN>(v);
-        }
+        for (int group = warp; group < p.k / GROUP; group += warps) {
+            int i = group * GROUP + lane * EACH;
+            Values v = read(i);
 #pragma unroll
-        for (int d = 16; d; d >>= 1) square += __shfl_xor_sync(0xffffffffu, square, d);
-        if (lane == 0) sums[warp] = square;
-        __syncthreads();
-        square = 0.f;
-        for (int w = 0; w < warps; w++) square += sums[w];
-        inverse = rsqrtf(square / p.width + p.epsilon);
+            for (int j = 0; j < EACH; j++) square += widen<IN>(v.at[j]) * widen<IN>(v.at[j]);
+            if (other) put(reinterpret_cast<T*>(p.sum) + (size_t)token * p.width, i, v);
+            if (group == warp) first = v;
+        }
+        inverse = rsqrtf(block_sum(square) / p.width + p.epsilon);
+    }
+    auto ready = [&](int group) -> Values {  // for the rotation
+        const int i = group * GROUP + lane * EACH;
+        Values in = NORM != 0 && group == warp ? first : read(i);
+        if constexpr (NORM != 0) {
+            Values gain = fetch(reinterpret_cast<const T*>(p.gain), i);
+#pragma unroll
+            for (int j = 0; j < EACH; j++) {
+                float n = widen<IN>(in.at[j]) * inverse, g = widen<IN>(gain.at[j]);
+                in.at[j] = narrow<IN>(NORM == 1 ? g * rounded<IN>(n) : n * (1.f + g));
+            }
+        }
+        return in;
+    };
+
+    float length = 0.f, over_length = 0.f;  // of the token: no rotated value is larger
+    if constexpr (TOKENS) {
+        float square = 0.f;
+        for (int group = warp; group < p.k / GROUP; group += warps) {
+            Values v = ready(group);
+#pragma unroll
+            for (int j = 0; j < EACH; j++) square += widen<IN>(v.at[j]) * widen<IN>(v.at[j]);
+        }
+        __syncthreads();  // sums of the norm are read
+        length = sqrtf(block_sum(square));
+        over_length = length > 0.f ? 1.f / length : 0.f;
     }
 
     for (int group = warp; group < p.k / GROUP; group += warps) {
+        Values in = ready(group);
+        if constexpr (NORM != 0)
+            if (p.normed) put(reinterpret_cast<T*>(p.normed) + (size_t)token * p.width, group * GROUP + lane * EACH, in);
         float v[EACH];
 #pragma unroll
-        for (int j = 0; j < EACH; j++) {
-            int i = group * GROUP + lane * EACH + j;
-            v[j] = read(i);
-            if constexpr (NORM != 0) {
-                float gain = i < p.width ? widen<IN>(reinterpret_cast<const T*>(p.gain)[i]) : 0.f;
-                v[j] = NORM == 1 ? rounded<IN>(gain * rounded<IN>(v[j] * inverse)) : rounded<IN>(v[j] * inverse * (1.f + gain));
-            }
-            v[j] *= p.signs[lane * EACH + j];
-        }
+        for (int j = 0; j < EACH; j++) v[j] = widen<IN>(in.at[j]) * s1[j];
 #pragma unroll
         for (int h = 1; h < EACH; h *= 2)
 #pragma unroll
@@ -84,10 +160,23 @@ __global__ void __launch_bounds__(256) rotate(const __grid_constant__ Rotate p) 
                 float b = __shfl_xor_sync(0xffffffffu, v[j], h);
                 v[j] = lane & h ? b - v[j] : v[j] + b;
             }
+        if constexpr (TOKENS) {
+#pragma unroll
+            for (int j = 0; j < EACH; j += 2) {
+                u32 pair = narrow<1>(v[j] * s2[j] * over_length);
+                if constexpr (EACH > 1) pair |= (u32)narrow<1>(v[j + 1] * s2[j + 1] * over_length) << 16;
+                for (int copy = 0; copy < p.copies; copy++) {
+                    int position = p.positions ? p.positions[token * p.copies + copy] : token;
+                    to_core<GROUP, EACH>(p.out, p.blocks, position, group * GROUP + lane * EACH + j, pair);
+                    if (threadIdx.x == 0 && j == 0) p.scales[position] = length;
+                }
+            }
+            continue;
+        }
         float most = 0.f;
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
-            v[j] *= p.signs[GROUP + lane * EACH + j];
+            v[j] *= s2[j];
             most = fmaxf(most, fabsf(v[j]));
         }
 #pragma unroll

@@ -1,0 +1,94 @@
+"""Models of any size with random weights, in bfloat16 or packed, made where they run and never held twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kappaquant import codec
+from kappaquant.architecture import model_class
+from kappaquant.format import Format, TensorInfo
+from kappaquant.loading import Assembler
+from kappaquant.plan import Plan, make_plan
+
+_SAMPLE = 256  # rows that are encoded; a large weight repeats them in random order, as fast to read as any
+
+
+class RandomCheckpoint:
+    """What ``loading.Assembler`` reads of a checkpoint, made up when it is asked for."""
+
+    format = "kappaquant"
+    path = "random weights"
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], plan: Plan, device: str) -> None:
+        self.shapes = shapes
+        self.plan = plan
+        self.device = device
+        self._encoded: tuple[str, codec.Encoded] | None = None
+
+    def keys(self) -> list[str]:
+        return list(self.shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def format_of(self, name: str) -> Format | None:
+        return self.plan.format_of(name)
+
+    def codebook(self, name: str) -> tuple[float, ...]:
+        fmt = self.format_of(name)
+        return fmt.codebook if fmt else ()
+
+    def packed(self, name: str) -> Tensor:
+        return self._part(name, "packed")
+
+    def norms(self, name: str) -> Tensor:
+        return self._part(name, "norms")
+
+    def tensor(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        return torch.randn(shape, dtype=torch.bfloat16, device=self.device) * shape[-1] ** -0.5
+
+    def _part(self, name: str, part: str) -> Tensor:
+        if self._encoded is None or self._encoded[0] != name:
+            fmt = self.format_of(name)
+            assert fmt is not None
+            wide = self.shapes[name][-1]
+            weight = torch.randn(_SAMPLE, wide, device=self.device) * wide**-0.5
+            self._encoded = name, codec.encode(weight, fmt, "fast")
+        sample: Tensor = getattr(self._encoded[1], part)
+        rows = self.shapes[name][:-1]
+        return sample[torch.randint(_SAMPLE, rows, device=self.device)]
+
+
+def plain(config: Any, device: str) -> Any:
+    """A model of this configuration in bfloat16."""
+    model = _empty(config).to_empty(device=device)
+    with torch.no_grad():
+        model.init_weights()
+    return model
+
+
+def packed(config: Any, device: str, **policy: Any) -> Any:
+    """The same with packed weights, as ``make_plan`` with this policy chooses."""
+    model = _empty(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    plan = make_plan({n: TensorInfo(n, "BF16", s) for n, s in shapes.items()}, config.to_dict(), **policy)
+    assembler = Assembler(model, RandomCheckpoint(shapes, plan, device))  # type: ignore[arg-type]
+    assembler.replace()
+    model.to_empty(device=device)
+    with torch.no_grad():
+        model.init_weights()
+        assembler.fill()
+    if device != "cpu":
+        from kappaquant.fused import fuse
+
+        fuse(model)  # as kappaquant.load does
+    return model
+
+
+def _empty(config: Any) -> Any:
+    with torch.device("meta"):
+        return model_class(config)._from_config(config, dtype=torch.bfloat16).eval()

@@ -1,0 +1,164 @@
+// Products of 8 * NT tokens with tiles of 32 codebook rows (tiles.py), on tensor cores.
+//
+// A warp multiplies tiles of 32 rows x 128 inputs: codes become operand A in registers, tokens are operand B, read through
+// the L1 cache.
+
+#include "decode.cuh"
+#include "launch.cuh"
+
+__device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+// of the table in shared memory: a copy for each lane
+__device__ constexpr int table_words(int bits) { return bits > 5 ? 32 << bits : 0; }
+
+template <int N> struct Constant { static constexpr int value = N; };
+
+struct Codes {
+    const uint4* codes;   // [tiles, units, BITS, 32 lanes]
+    const uint2* norms;   // [tiles, groups, 8] float16 of rows r, r + 8, r + 16, r + 24
+    Table table;
+};
+
+struct Inputs {
+    const void* x;        // [M, K] int8 or float16
+    const float* scales;  // [K / GROUP, padded] of x
+    const float* halves;  // the same shape: half the sum of the int8 of a token's group
+    int padded, k;
+};
+
+__device__ __forceinline__ void store(void* out, size_t i, float value, int kind) {
+    if (kind == 0) as<0>(out)[i] = value;
+    else if (kind == 1) as<1>(out)[i] = narrow<1>(value);
+    else as<2>(out)[i] = narrow<2>(value);
+}
+
+__device__ __forceinline__ float load(const void* in, size_t i, int kind) {
+    return kind == 0 ? as<0>(in)[i] : kind == 1 ? widen<1>(as<1>(in)[i]) : widen<2>(as<2>(in)[i]);
+}
+
+__device__ __forceinline__ uint4 stream(const uint4* p) {  // read once: L1 is left to x
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ void mma(int* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+template <bool HALF> struct Sum { typedef int type; };
+template <> struct Sum<true> { typedef float type; };
+
+// this lane's share of x for one token: WORDS words in runs of RUN bytes, STRIDE bytes apart
+template <int WORDS, int RUN, int STRIDE>
+__device__ __forceinline__ void load_x(const char* p, u32* out) {
+    constexpr int STEP = RUN >= 16 ? 16 : 8;
+#pragma unroll
+    for (int at = 0; at < 4 * WORDS; at += STEP) {
+        const char* from = p + at / RUN * STRIDE + at % RUN;
+        if constexpr (STEP == 16) *reinterpret_cast<uint4*>(out + at / 4) = __ldg(reinterpret_cast<const uint4*>(from));
+        else *reinterpret_cast<uint2*>(out + at / 4) = __ldg(reinterpret_cast<const uint2*>(from));
+    }
+}
+
+// The block copies the table of wide codes to shared memory.
+template <int BITS, bool HALF, int THREADS>
+__device__ __forceinline__ void copy_table(const Table& table, u32* lut) {
+    if constexpr (HALF && BITS > 5) {
+        for (int i = threadIdx.x; i < table_words(BITS); i += THREADS) lut[i] = __ldg(table.half + i / 32);
+        __syncthreads();
+    }
+}
+
+// out[pair][n][i]: rows r + 16 * pair + 8 * (i >> 1), token token0 + 8 * n + 2 * t + (i & 1), over units first,
+// first + step, ... of one tile. Tokens that are not there are read as the last; ONE: all are token0, at any place.
+template <int BITS, int GROUP, bool HALF, int NT, bool ONE>
+__device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, const u32* lut, int tile, int token0, int tokens,
+                                           int first, int step, float (&out)[2][NT][4]) {
+    typedef typename Sum<HALF>::type Acc;
+    constexpr int SUB = GROUP < 128 ? GROUP : 128;        // inputs of one group in a unit
+    constexpr int GROUPS = 128 / SUB;                     // groups in a unit
+    constexpr int SIZE = HALF ? 2 : 1;                    // bytes of an input
+    constexpr int WORDS = HALF ? 16 : 8;                  // words of a row's 32 codes, or of a token's inputs
+    constexpr int STEPS = WORDS / 2 / GROUPS;             // products of one group
+    const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3, units = in.k / 128;
+    const uint4* codes = w.codes + (size_t)tile * units * BITS * 32 + lane;
+    const uint2* norms = w.norms + (size_t)tile * (in.k / GROUP) * 8 + r;
+
+    // with so few codes on their way, norms that come only when they are needed would be waited for
+    constexpr bool NORMS_AHEAD = BITS == 2 && GROUPS == 1;
+    uint4 next[BITS];
+    uint2 next_norm;
+    if (first < units) {
+#pragma unroll
+        for (int i = 0; i < BITS; i++) next[i] = stream(codes + ((size_t)first * BITS + i) * 32);
+        if constexpr (NORMS_AHEAD) next_norm = __ldg(norms + (size_t)first * 128 / GROUP * 8);
+    }
+    wait_for_earlier();  // weights come first: no kernel writes them
+    for (int unit = first; unit < units; unit += step) {
+        u32 words[4 * BITS];
+#pragma unroll
+        for (int i = 0; i < BITS; i++) *reinterpret_cast<uint4*>(words + 4 * i) = next[i];
+        uint2 norm[GROUPS];
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++)
+            norm[g] = NORMS_AHEAD ? next_norm : __ldg(norms + ((size_t)unit * 128 / GROUP + g) * 8);
+        if (unit + step < units) {
+#pragma unroll
+            for (int i = 0; i < BITS; i++) next[i] = stream(codes + ((size_t)(unit + step) * BITS + i) * 32);
+            if constexpr (NORMS_AHEAD) next_norm = __ldg(norms + (size_t)(unit + step) * 128 / GROUP * 8);
+        }
+
+        u32 a[4][WORDS];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            u32 mine[BITS];
+            row_words<BITS>(words, i, mine);
+            if constexpr (HALF) decode_half<BITS>(mine, w.table, lut, a[i]);
+            else decode_int8<BITS>(mine, w.table, a[i]);
+        }
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            int token = ONE ? token0 : token0 + 8 * n + r;
+            if (!ONE) token = token < tokens ? token : tokens - 1;
+            u32 b[WORDS];
+            load_x<WORDS, SUB / 4 * SIZE, SUB * SIZE>(
+                reinterpret_cast<const char*>(in.x) + ((size_t)token * in.k + unit * 128 + t * (SUB / 4)) * SIZE, b);
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++) {
+                size_t at = ((size_t)unit * 128 / GROUP + g) * in.padded;
+                float2 scale, half = {0.f, 0.f};
+                // a group of 256 is met twice and corrected once
+                const bool corrected = !HALF && BITS >= 4 && (GROUP <= 128 || unit % 2 == 0);
+                if constexpr (ONE) {
+                    scale.x = scale.y = __ldg(in.scales + at + token0);
+                    if (corrected) half.x = half.y = __ldg(in.halves + at + token0);
+                } else {
+                    at += token0 + 8 * n + 2 * t;
+                    scale = __ldg(reinterpret_cast<const float2*>(in.scales + at));
+                    if (corrected) half = __ldg(reinterpret_cast<const float2*>(in.halves + at));
+                }
+#pragma unroll
+                for (int pair = 0; pair < 2; pair++) {
+                    Acc sum[4] = {};
+#pragma unroll
+                    for (int step = g * STEPS; step < (g + 1) * STEPS; step++)
+                        mma(sum, a[2 * pair][2 * step], a[2 * pair + 1][2 * step], a[2 * pair][2 * step + 1],
+                            a[2 * pair + 1][2 * step + 1], b[2 * step], b[2 * step + 1]);
+                    u32 both = pair ? norm[g].y : norm[g].x;
+                    float n0 = widen<1>((unsigned short)both), n1 = widen<1>((unsigned short)(both >> 16));
+                    out[pair][n][0] += ((float)sum[0] + half.x) * (n0 * scale.x);
+                    out[pair][n][1] += ((float)sum[1] + half.y) * (n0 * scale.y);
+                    out[pair][n][2] += ((float)sum[2] + half.x) * (n1 * scale.x);
+                    out[pair][n][3] += ((float)sum[3] + half.y) * (n1 * scale.y);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,79 @@
+// Around products of many tokens with routed experts: slots (token, choice) in the order of their experts, and the weighted
+// sum of a token's outputs. A slot's place among those of its expert may change from run to run; no product depends on it.
+
+#include "numbers.cuh"
+
+struct Sort {
+    const long long* experts;  // [slots]
+    int* positions;            // [slots] where each slot goes; an expert begins at a multiple of 8
+    int* rows_of;              // the inverse
+    int4* work;                // [items] (expert, first position, positions, 0), up to `each` positions; the rest is empty
+    int slots, expert_count, items, each;
+};
+
+// One block. Shared memory: for each expert its count, first position, first item.
+__global__ void __launch_bounds__(1024) sort_experts(const __grid_constant__ Sort p) {
+    extern __shared__ int counts[];
+    __shared__ int total;
+    int *next = counts + p.expert_count, *first_item = next + p.expert_count;
+    for (int e = threadIdx.x; e < p.expert_count; e += blockDim.x) counts[e] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < p.slots; i += blockDim.x) atomicAdd(counts + p.experts[i], 1);
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        int position = 0, item = 0;
+        for (int begin = 0; begin < p.expert_count; begin += 32) {
+            int e = begin + threadIdx.x, count = e < p.expert_count ? counts[e] : 0;
+            int blocks = (count + 7) / 8, items = (count + p.each - 1) / p.each, blocks_to = blocks, items_to = items;
+#pragma unroll
+            for (int d = 1; d < 32; d *= 2) {
+                int b = __shfl_up_sync(0xffffffffu, blocks_to, d), i = __shfl_up_sync(0xffffffffu, items_to, d);
+                if (threadIdx.x >= d) blocks_to += b, items_to += i;
+            }
+            if (e < p.expert_count) next[e] = position + 8 * (blocks_to - blocks), first_item[e] = item + items_to - items;
+            position += 8 * __shfl_sync(0xffffffffu, blocks_to, 31);
+            item += __shfl_sync(0xffffffffu, items_to, 31);
+        }
+        if (threadIdx.x == 0) total = item;
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < p.expert_count; e += blockDim.x)
+        for (int done = 0, item = first_item[e]; done < counts[e]; done += p.each, item++)
+            p.work[item] = int4{e, next[e] + done, min(p.each, counts[e] - done), 0};
+    for (int item = total + threadIdx.x; item < p.items; item += blockDim.x) p.work[item] = int4{0, 0, 0, 0};
+    __syncthreads();
+    for (int i = threadIdx.x; i < p.slots; i += blockDim.x) {
+        int position = atomicAdd(next + p.experts[i], 1);
+        p.positions[i] = position;
+        p.rows_of[position] = i;
+    }
+}
+
+struct Combine {
+    const void* y;        // [tokens, top_k, width]
+    const void* weights;  // [tokens, top_k]
+    void* out;            // [tokens, width]
+    int top_k, width;
+};
+
+template <int KIND, int N> struct alignas(sizeof(typename Number<KIND>::type) * N) Run { typename Number<KIND>::type at[N]; };
+
+// out = the sum over a token's choices of weight * y, in float32 and in their order. EACH divides width.
+template <int KIND, int WEIGHT_KIND, int EACH>
+__global__ void __launch_bounds__(256) combine(const __grid_constant__ Combine p) {
+    typedef Run<KIND, EACH> Values;
+    const size_t token = blockIdx.x;
+    for (int i = threadIdx.x * EACH; i < p.width; i += blockDim.x * EACH) {
+        float sums[EACH] = {};
+        for (int k = 0; k < p.top_k; k++) {
+            float weight = widen<WEIGHT_KIND>(as<WEIGHT_KIND>(p.weights)[token * p.top_k + k]);
+            Values v = *reinterpret_cast<const Values*>(as<KIND>(p.y) + (token * p.top_k + k) * p.width + i);
+#pragma unroll
+            for (int j = 0; j < EACH; j++) sums[j] += weight * widen<KIND>(v.at[j]);
+        }
+        Values out;
+#pragma unroll
+        for (int j = 0; j < EACH; j++) out.at[j] = narrow<KIND>(sums[j]);
+        *reinterpret_cast<Values*>(as<KIND>(p.out) + token * p.width + i) = out;
+    }
+}

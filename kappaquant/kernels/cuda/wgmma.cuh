@@ -1,0 +1,97 @@
+// Hopper's warpgroup products, bulk copies and the barriers they meet at (sm_90a).
+
+typedef unsigned long long u64;
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
+        ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// bytes from global to shared memory; the barrier's phase ends when they have arrived
+__device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// four floats at an address of this block's shared memory, in block `rank` of the cluster
+__device__ __forceinline__ float4 load_remote(u32 address, u32 rank) {
+    float4 v;
+    asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+        "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there];\n}"
+        : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
+    return v;
+}
+
+// registers that a product reads are ready here, wherever the compiler would compute them
+template <int N> __device__ __forceinline__ void keep_before(u32* registers) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+r"(registers[i])::"memory");
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Operand B in 8 x 8 core matrices of 128 contiguous bytes, K-major, no swizzle: `along_k` and `along_n` bytes from one to the
+// next. The upper bits of an address say which block of the cluster.
+__device__ __forceinline__ u64 core_matrices(u32 address, u32 along_k, u32 along_n) {
+    return (u64)((address & 0x3ffff) >> 4) | (u64)(along_k >> 4) << 16 | (u64)(along_n >> 4) << 32;
+}
+
+#define FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SIXTEEN(d, i) FOUR(d, i), FOUR(d, i + 4), FOUR(d, i + 8), FOUR(d, i + 12)
+#define A_AND_B(a, b) "r"((a)[0]), "r"((a)[1]), "r"((a)[2]), "r"((a)[3]), "l"(b)
+
+// d += a b: 64 x N sums of 16 products; a is the fragment of mma.m16n8k16 of each warp, float16
+template <int N> __device__ __forceinline__ void wgmma(float* d, const u32* a, u64 b) {
+    if constexpr (N == 8)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {"
+            "%0,%1,%2,%3"
+            "}, {%4,%5,%6,%7}, %8, 1, 1, 1, 0;"
+            : FOUR(d, 0) : A_AND_B(a, b));
+    else if constexpr (N == 16)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
+            "%0,%1,%2,%3,%4,%5,%6,%7"
+            "}, {%8,%9,%10,%11}, %12, 1, 1, 1, 0;"
+            : FOUR(d, 0), FOUR(d, 4) : A_AND_B(a, b));
+    else if constexpr (N == 32)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
+            "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+            "}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
+            : SIXTEEN(d, 0) : A_AND_B(a, b));
+    else if constexpr (N == 64)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+            "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+            "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
+            : SIXTEEN(d, 0), SIXTEEN(d, 16) : A_AND_B(a, b));
+    else {
+        static_assert(N == 128, "tokens of a product: 8, 16, 32, 64 or 128");
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+            "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+            "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+            "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
+            : SIXTEEN(d, 0), SIXTEEN(d, 16), SIXTEEN(d, 32), SIXTEEN(d, 48) : A_AND_B(a, b));
+    }
+}
+
+#undef FOUR
+#undef SIXTEEN
+#undef A_AND_B

@@ -1,0 +1,27 @@
+"""What a card must offer for the kernels of a decode step."""
+
+from __future__ import annotations
+
+import torch
+
+from kappaquant.kernels import nvrtc
+
+MOST_TOKENS = 16
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why kernels of compute capability 8.0 can not run on this device, or None."""
+    if device.type != "cuda":
+        return f"needs an NVIDIA GPU, the input is on {device}"
+    if torch.version.cuda is None:
+        return "needs a CUDA build of torch"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs compute capability 8.0, {} has {}.{}".format(
+            torch.cuda.get_device_name(device), *torch.cuda.get_device_capability(device)
+        )
+    return nvrtc.unavailable()
+
+
+def has_clusters(device: torch.device) -> bool:
+    """Whether blocks can share their memory."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
