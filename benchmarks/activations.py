@@ -1,7 +1,8 @@
 """What int8 and float16 inputs of the GPU kernels cost: KL divergence on the reference model, beside exact arithmetic.
 
 Each variant is compared with the bf16 original, all else in float32: once with its decoded weights and exact products, once
-with each kind of input. Needs an NVIDIA GPU. The smaller loss decides the default (kappaquant.gpu_ops.ACTIVATIONS).
+with each kind of input, every token by the kernels for few tokens, which a prompt would not use. Needs an NVIDIA GPU. The loss
+decides the default (kappaquant.gpu_ops.ACTIVATIONS).
 
 python -m benchmarks.activations
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -20,9 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kappaquant
 from benchmarks.environment import environment, save
-from kappaquant import evaluate
+from kappaquant import evaluate, gpu_ops
 from kappaquant.export import dequantize
 from kappaquant.gpu_ops import ACTIVATIONS
+from kappaquant.kernels import sorted_experts
 from scripts.demo import MODEL, HeldOut
 
 PLANS: dict[str, dict[str, Any]] = {
@@ -45,7 +48,10 @@ def measure(folder: Path, name: str, original: Any, sequences: list[list[int]]) 
             model = model.cuda().eval()
         else:
             model, _ = kappaquant.load(checkpoint, torch.float32, "cuda", inputs)
-        found = evaluate.kl_divergence(model, original, sequences)
+        few = mock.patch.multiple(gpu_ops, FEW_TOKENS=1 << 30, decodes_first=lambda *_: False)
+        unsorted = mock.patch.object(sorted_experts, "refusal", return_value="only kernels for few tokens are measured")
+        with few, unsorted:
+            found = evaluate.kl_divergence(model, original, sequences)
         rows.append({
             "plan": name, "inputs": inputs, "kld": found.mean, "kld_error": found.mean_error, "kld_p99": found.p99,
             "same_top": found.same_top, "perplexity": found.perplexity.value,

@@ -22,13 +22,13 @@ from rich.table import Table
 
 from benchmarks import gpu_peers as peers
 from benchmarks.environment import environment, save
-from benchmarks.gpu_peers import DEVICE, GROUP, activations, copies, read_ceiling, replay
+from benchmarks.gpu_peers import DEVICE, GROUP, activations, copies, matmul_ceiling, read_ceiling, replay
 from kappaquant import gpu_ops
 from kappaquant.format import BITS, Format
-from kappaquant.kernels import tensor_cores
+from kappaquant.kernels import decoded, tensor_cores
 
 LARGE, SMALL, SQUARE = (28672, 4096), (8192, 2048), (4096, 4096)
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 4096)
+BATCHES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 EXPERTS, TOP_K, HIDDEN, INNER = 256, 8, 2048, 512
 EXPERT_TOKENS = (1, 8, 64, 2048)
 
@@ -54,6 +54,8 @@ def codebook(bits: int, n: int, k: int, m: int, half: bool) -> tuple[float, floa
     fmt, shape = Format(bits, GROUP), (n, k)
     weights = [random_weight(bits, *shape) for _ in range(copies(fmt.nbytes(shape)))]
     x = activations(m, k)
+    if gpu_ops.decodes_first(m, x.device):
+        return replay([partial(decoded.linear, x, w) for w in weights]), 0.0
     quantized = gpu_ops.quantize_input(x, GROUP, half)
     calls = [
         partial(gpu_ops.tiled_linear, quantized, w.tiled.codes, w.tiled.norms, w.codebook, fmt, shape, None, x.dtype)
@@ -204,7 +206,8 @@ def main() -> None:
             f"{'met   ' if aim['met'] else 'missed'} {aim['what']}: {aim['reached']} ({aim['aim']})", highlight=False
         )
     result = {
-        "environment": about, "read_ceiling_tb_per_s": round(ceiling, 3), "rows": found, "experts": of_experts,
+        "environment": about, "read_ceiling_tb_per_s": round(ceiling, 3),
+        "matmul_ceiling_tflops": round(matmul_ceiling(), 1), "rows": found, "experts": of_experts,
         "aims": reached,
     }  # fmt: skip
     console.print(f"written: {save('gpu_kernels', result)}")

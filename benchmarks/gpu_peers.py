@@ -54,6 +54,12 @@ def read_ceiling() -> float:
     return data.nbytes / replay([partial(data.sum, dtype=torch.int32)] * 3) / 1e6
 
 
+def matmul_ceiling() -> float:
+    """TFLOP/s of cuBLAS on 8192 x 8192 x 8192 in bf16."""
+    a, b = activations(8192, 8192), activations(8192, 8192)
+    return 2 * 8192**3 / replay([partial(torch.mm, a, b)] * 3) / 1e6
+
+
 def activations(m: int, k: int) -> torch.Tensor:
     return torch.randn(m, k, dtype=torch.bfloat16, device=DEVICE)
 

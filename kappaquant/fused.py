@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,16 +38,19 @@ def fuse(model: nn.Module) -> list[str]:
         The names of the fused layers.
     """
     fused, starts = [], Starts()
+    unfused: dict[str, list[str]] = defaultdict(list)
     for name, layer in model.named_modules():
         if type(layer).__name__ != _LAYER or not any(isinstance(m, PackedWeight) for m in layer.modules()):
             continue
         reason = _refusal(layer)
         if reason:
-            logger.warning("%s runs unfused: %s", name, reason)
+            unfused[reason].append(name)
             continue
         if not isinstance(layer.__dict__.get("forward"), FusedLayer):
             layer.forward = FusedLayer(layer, starts)
         fused.append(name)
+    for reason, names in unfused.items():
+        logger.warning("%s%s: not fused: %s", names[0], f" and {len(names) - 1} more" if names[1:] else "", reason)
     return fused
 
 
@@ -72,9 +76,9 @@ def _refusal(layer: Any) -> str | None:
     if not isinstance(mlp.gate._parameters.get("weight"), nn.Parameter):
         return "its router is packed"
     dtype = layer.input_layernorm.weight.dtype
-    odd = {p.dtype for n, p in layer.named_parameters() if p.dim() > 1 and "conv1d" not in n} - {dtype}
-    if odd or dtype not in (torch.bfloat16, torch.float16):
-        return f"it mixes {', '.join(map(str, sorted({dtype, *odd}, key=str)))}; one 16-bit dtype is needed"
+    found = {p.dtype for n, p in layer.named_parameters() if p.dim() > 1 and "conv1d" not in n} | {dtype}
+    if len(found) > 1 or dtype not in (torch.bfloat16, torch.float16):
+        return f"its weights are {', '.join(sorted(map(str, found)))}; one 16-bit dtype is needed"
     groups = {m.fmt.group_size for m in layer.modules() if isinstance(m, PackedWeight)}
     if len(groups) > 1:
         return f"groups of {', '.join(map(str, sorted(groups)))}"
@@ -109,7 +113,7 @@ class Projections:
             outs |= {i: y for (i, _, _), y in zip(some, made, strict=True)}
         if self._plain:
             kept: list[Any] = [self.layers[i] for i in self._plain]
-            made = dense.dense(plain, [m.weight for m in kept], [m.bias for m in kept])
+            made = dense.dense(plain, [m.weight for m in kept], [m.bias for m in kept], early=True)
             outs |= dict(zip(self._plain, made, strict=True))
         return [outs[i] for i in range(len(self.layers))]
 
@@ -196,7 +200,7 @@ class FusedLayer:
             qkv, z, b, a = made
             core = deltanet.step(
                 qkv, z, a, b, m.conv1d.weight, m.conv1d.bias, held.conv_states[0], held.recurrent_states[0],
-                m.A_log, m.dt_bias, m.norm.weight, m.norm.variance_epsilon,
+                m.A_log, m.dt_bias, m.norm.weight, m.norm.variance_epsilon, early=True,
             )  # fmt: skip
         else:
             q, k, v = made
@@ -219,7 +223,7 @@ class FusedLayer:
         )  # fmt: skip
         gate_weight = mlp.shared_expert_gate.weight
         kept = [] if isinstance(gate_weight, PackedWeight) else [gate_weight]
-        index, weights, logits = route.route(plain, mlp.gate.weight, mlp.gate.top_k, others=kept)
+        index, weights, logits = route.route(plain, mlp.gate.weight, mlp.gate.top_k, others=kept, early=True)
         gate_logit = logits[0] if kept else mlp.shared_expert_gate(plain)
         if not self._shared:
             inner = experts.gate_up(rotated, index, self._gate_up, None, plain.dtype)

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.format import Format
+from kappaquant.kernels import decoded, gemm, inputs, sorted_experts, tensor_cores, tiles
 from kappaquant.kernels import experts as few_experts
-from kappaquant.kernels import gemm, inputs, sorted_experts, tensor_cores, tiles
 
 ACTIVATIONS = ("int8", "bf16")  # the default first: see docs/kernels.md for what each loses
 FEW_TOKENS = 16  # up to which weights are decoded anew for every 8; beyond, Hopper's wider products are faster
+DECODED_TOKENS = (
+    2048  # from which reading a decoded weight back costs less than decoding it for every 128; elsewhere 128
+)
 _FEW_SLOTS = 256  # (token, expert) pairs up to which an expert is read again for each of its tokens
 
 
@@ -153,6 +156,43 @@ def tiled_linear(
 ) -> Tensor:
     """A quantized input of m tokens times a weight of ``shape`` [n, in]: [m, n] in ``dtype``."""
     return _tiled_linear(*x, codes, norms, centroids, fmt.bits, fmt.group_size, *shape, bias, dtype)
+
+
+def decodes_first(tokens: int, device: torch.device) -> bool:
+    """Whether so many tokens are multiplied by a decoded weight, and need not be quantized."""
+    return tokens >= (DECODED_TOKENS if gemm.refusal(device) is None else 128)
+
+
+@torch.library.custom_op("kappaquant::decoded_linear", mutates_args=())
+def decoded_linear(
+    x: Tensor,
+    codes: Tensor,
+    norms: Tensor,
+    centroids: Sequence[float],
+    bits: int,
+    group_size: int,
+    n: int,
+    in_features: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """x [m, in] times a weight [n, in] that is decoded piece by piece: [m, n] in x's dtype."""
+    weight = _weight(codes, norms, centroids, bits, group_size, n, in_features)
+    return decoded.linear(x, weight, bias)
+
+
+@decoded_linear.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    norms: Tensor,
+    centroids: Sequence[float],
+    bits: int,
+    group_size: int,
+    n: int,
+    in_features: int,
+    bias: Tensor | None,
+) -> Tensor:
+    return x.new_empty(x.shape[0], n)
 
 
 @torch.library.custom_op("kappaquant::tiled_experts", mutates_args=())

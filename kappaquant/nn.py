@@ -148,6 +148,10 @@ class PackedWeight(nn.Module):
         """[..., in] -> [..., out] in x's dtype, for a weight [out, in]."""
         fmt = self.fmt
         if self.tiled:
+            flat = x.reshape(-1, x.shape[-1])
+            if gpu_ops.decodes_first(flat.shape[0], x.device):
+                held = (self.codes, self.tile_norms, self.centroids, fmt.bits, fmt.group_size)
+                return gpu_ops.decoded_linear(flat, *held, *self.shape, bias).view(*x.shape[:-1], -1)
             quantized = rotation.quantized(x, fmt)
             args = (quantized, self.codes, self.tile_norms, self.centroids, fmt, self.shape, bias, x.dtype)
             return gpu_ops.tiled_linear(*args).view(*x.shape[:-1], -1)

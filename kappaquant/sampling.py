@@ -1,7 +1,7 @@
 """From logits to the next token of each row, on the device and without waiting for it.
 
-Sampling stays outside the captured graph: it is a few kernels that overlap with nothing else, and its options may then
-change from prompt to prompt.
+Sampling stays outside the captured graph, so that options may differ from prompt to prompt; docs/generation.md says what
+draws take.
 """
 
 from __future__ import annotations

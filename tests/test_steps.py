@@ -140,7 +140,8 @@ def test_deltanet_equals_the_torch_form(sizes: Any, slices: int | None) -> None:
         inputs = net.inputs()
         wanted, state = net.torch_step(inputs, conv, state)
         found = net.step(inputs, slices)
-        assert apart(found, wanted) < LOOSE[net.dtype]
+        # the norm enlarges one rounding of a channel where q and k are nearly orthogonal
+        assert apart(found, wanted) < (1e-5 if net.dtype == torch.float32 else 6e-3)
         assert torch.equal(net.conv, conv)
         assert apart(net.state, state) < (1e-5 if net.dtype == torch.float32 else 2e-3)
 

@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from kappaquant.checkpoint import Checkpoint, check_quantization_config, open_checkpoint
 from kappaquant.errors import UnsupportedError
 from kappaquant.format import MANIFEST_NAME, QUANT_METHOD
+from kappaquant.fused import fuse
 from kappaquant.loading import Assembler
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class KappaquantQuantizer(HfQuantizer):
             if parameter.dtype != wanted and not any(re.search(pattern, name) for pattern in exempt):
                 parameter.data = parameter.data.to(wanted)
         del self._assembler, self._declared
+        if model.device.type == "cuda":
+            fuse(model)
         return model
 
     def _open(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> Checkpoint:

@@ -145,6 +145,7 @@ def step(
             rotary if cos.shape[0] == batch else 0, query_heads, kv_heads, slots, rotary, gated,
             2 if one_plus_norm else 1, start is not None and start.dtype == torch.int64, eps, scaling,
         ),
+        early=True,
     )  # fmt: skip
     return out
 

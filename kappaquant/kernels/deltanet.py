@@ -19,7 +19,6 @@ NAME = "deltanet"
 HEAD_DIMS = (32, 64, 128, 256)
 TAPS = (2, 3, 4)
 _COUNTERS = 8192  # of deltanet.cu
-_MOST_BLOCKS = 128  # above, whole heads keep every multiprocessor busy; below, columns are divided
 
 
 class _DeltaNet(ctypes.Structure):
@@ -71,6 +70,8 @@ def step(
     norm_weight: Tensor,
     eps: float,
     slices: int | None = None,
+    *,
+    early: bool = False,
 ) -> Tensor:
     """The layer's output before its last projection, [B, value_heads * dv]; both states are advanced in place.
 
@@ -82,7 +83,7 @@ def step(
         conv_state: [B, conv_dim, taps], of the activations' dtype.
         recurrent_state: float32 [B, value_heads, dk, dv].
         a_log, dt_bias: [value_heads]; norm_weight: [dv]; in float32 or the activations' dtype.
-        slices: blocks per value head, 1, 2 or 4; more than one needs compute capability 9.0. Chosen by the batch.
+        slices: blocks per value head, 1, 2 or 4; more than one needs compute capability 9.0. By default more only for the largest heads.
 
     Raises:
         UnsupportedError: see ``refusal``, or a tensor's shape, dtype, strides or device do not fit the others.
@@ -128,7 +129,7 @@ def step(
     if not batch:
         return out
     if slices is None:
-        slices = 1 if not gpu.has_clusters(device) else _slices(batch * value_heads, dk, dv)
+        slices = 1 if not gpu.has_clusters(device) else _slices(dk, dv)
     run = nvrtc.kernel("deltanet.cu", f"deltanet{slices}<{KINDS[kind]}, {dk}, {dv}, {taps}>", device.index)
     run(
         (value_heads * slices, batch, 1), _threads(dk, dv // slices),
@@ -138,14 +139,14 @@ def step(
             norm_weight.data_ptr(), out.data_ptr(), mixed_qkv.stride(0), z.stride(0), a.stride(0), b.stride(0),
             key_heads, value_heads, KINDS[a_log.dtype], KINDS[dt_bias.dtype], KINDS[norm_weight.dtype], eps,
         ),
+        early,
     )  # fmt: skip
     return out
 
 
-def _slices(heads: int, dk: int, dv: int) -> int:
-    if dk * dv > 1 << 15:  # a thread holds no more than 16 float4
-        return 4
-    return 4 if heads < _MOST_BLOCKS else 1
+def _slices(dk: int, dv: int) -> int:
+    """Whole heads were measured to be as fast as divided ones at batch 1 and faster above, where a thread can hold its share."""
+    return 4 if dk * dv > 1 << 15 else 1
 
 
 def _threads(dk: int, columns: int) -> int:

@@ -47,8 +47,8 @@ class Tokens:
     """A rotated input for products of many tokens: float16, ordered as Hopper's tensor cores take it.
 
     Attributes:
-        values: [k / 128, blocks, 16, 8 tokens, 8]: blocks of 8 tokens; of 128 inputs, the code c of quarter t (see tiles.py)
-            is at [c // 2, token, 2 * t + c % 2]. Tokens that fill up a block are not defined.
+        values: [k / 128, blocks, 16, 8, 8]: blocks of 8 tokens; of 128 inputs, the code c of quarter t (see tiles.py) is
+            at [c // 16 * 8 + token, c // 2 % 8 ^ token, 2 * t + c % 2]. Tokens that fill up a block are not defined.
         scales: float32 [8 * blocks], one a token.
         count: tokens.
     """

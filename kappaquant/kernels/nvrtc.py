@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kappaquant.errors import UnsupportedError
+from kappaquant.kernels import cubins
 
 _FOLDER = resources.files("kappaquant.kernels") / "cuda"
 _HEADERS = ("numbers.cuh", "launch.cuh", "decode.cuh", "product.cuh", "wgmma.cuh", "step.cuh", "dense.cuh")
@@ -92,7 +93,17 @@ def kernel(file: str, instance: str, device: int, shared_bytes: int = 0) -> Kern
     """
     major, minor = torch.cuda.get_device_capability(device)
     with _LOCK, torch.cuda.device(device):
-        return Kernel(*compiled(file, instance, architecture(major, minor)), device, shared_bytes)
+        arch = architecture(major, minor)
+        code, name = cubins.kept(_inputs(file, instance, arch), lambda: compiled(file, instance, arch))
+        return Kernel(code, name, device, shared_bytes)
+
+
+def _inputs(file: str, instance: str, arch: str) -> list[str]:
+    """All that machine code depends on."""
+    from cuda.bindings import nvrtc
+
+    compiler = str(_check(nvrtc.nvrtcVersion()))
+    return [compiler, arch, instance, str(_OPTIONS.get(file, ())), _read(file), *map(_read, _HEADERS)]
 
 
 def architecture(major: int, minor: int) -> str:

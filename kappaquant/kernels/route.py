@@ -18,7 +18,7 @@ from kappaquant.kernels import dense, nvrtc
 from kappaquant.kernels.inputs import KINDS
 
 NAME = "route"
-MOST_EXPERTS, MOST_CHOSEN, _MOST_TOKENS = 1024, 64, 16384
+MOST_EXPERTS, MOST_CHOSEN, _MOST_TOKENS = 1024, 64, 128
 _WARPS = 16  # of route.cu
 
 
@@ -45,17 +45,24 @@ def refusal(x: Tensor, weight: Tensor, top_k: int, others: Sequence[Tensor] = ()
 
 
 def route(
-    x: Tensor, weight: Tensor, top_k: int, normalize: bool = True, others: Sequence[Tensor] = ()
+    x: Tensor,
+    weight: Tensor,
+    top_k: int,
+    normalize: bool = True,
+    others: Sequence[Tensor] = (),
+    *,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(experts int64 [M, top_k], their weights [M, top_k] in the dtype of x, [x times each of ``others``]).
 
-    Launches on one device share counters: those that may overlap must wait for each other.
+    Launches on one device share what they wait on: those that may overlap must wait for each other.
 
     Args:
         x: float16 or bfloat16 [M, hidden].
         weight: [E, hidden].
         normalize: divide the chosen probabilities by their sum.
         others: up to three weights [n, hidden], as the gate of a shared expert.
+        early: start while earlier kernels run; none of them may still be writing the weights.
 
     Raises:
         UnsupportedError: see ``refusal``.
@@ -66,16 +73,16 @@ def route(
     tokens, experts = x.shape[0], weight.shape[0]
     index = torch.empty(tokens, top_k, dtype=torch.int64, device=x.device)
     chosen = torch.empty(tokens, top_k, dtype=x.dtype, device=x.device)
-    out = [torch.empty(tokens, w.shape[0], dtype=x.dtype, device=x.device) for w in (weight, *others)]
+    out = [torch.empty(tokens, w.shape[0], dtype=x.dtype, device=x.device) for w in others]
     if not tokens:
-        return index, chosen, out[1:]
+        return index, chosen, out
     parameters = _Route(
-        inputs=dense.Tokens(x.data_ptr(), x.stride(0), *x.shape), count=len(out), experts=experts, top_k=top_k,
+        inputs=dense.Tokens(x.data_ptr(), x.stride(0), *x.shape), count=1 + len(out), experts=experts, top_k=top_k,
         normalize=normalize, index=index.data_ptr(), weights=chosen.data_ptr(),
     )  # fmt: skip
-    blocks = dense.place(parameters.parts, [weight, *others], (), out, 8)
+    blocks = dense.place(parameters.parts, [weight, *others], (), [weight, *out], 8)
     each = 1 << max(0, -(-experts // 32) - 1).bit_length()
     instance = f"route<{KINDS[x.dtype]}, {each}, {str(tokens > 8).lower()}>"
     run = nvrtc.kernel("route.cu", instance, x.device.index)
-    run((blocks, -(-tokens // 16), 1), 32 * _WARPS, parameters)
-    return index, chosen, out[1:]
+    run((blocks, -(-tokens // 16), 1), 32 * _WARPS, parameters, early)
+    return index, chosen, out

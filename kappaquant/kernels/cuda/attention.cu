@@ -26,38 +26,47 @@ struct Attention {
 
 __device__ u32 arrivals[16384];  // by sequence, grid.y and rank; 0 between launches
 
-// one head of D numbers, EACH neighbours per lane: norm and rotation as the torch modules round, into 16 bits in `into`
+// a lane's share of a head
+template <int EACH> struct __align__(2 * EACH) Share { unsigned short v[EACH]; };
+
+template <int EACH> __device__ __forceinline__ Share<EACH> share(const void* head) {
+    return head ? reinterpret_cast<const Share<EACH>*>(head)[threadIdx.x & 31] : Share<EACH>{};
+}
+
+// one head of D numbers: norm and rotation as the torch modules round, into 16 bits in `into`
 template <int KIND, int D>
-__device__ __forceinline__ void prepare(const Attention& p, const unsigned short* x, const void* gain, int sequence, float* work, unsigned short* into) {
+__device__ __forceinline__ void prepare(const Attention& p, const Share<D / 32>& x, const Share<D / 32>& gain, const Share<D / 32>& cos,
+                                        const Share<D / 32>& sin, float* work, unsigned short* into) {
     constexpr int EACH = D / 32;
     const int lane = threadIdx.x & 31, half = p.rotary / 2;
-    float v[EACH], g[EACH], square = 0.f;
+    float v[EACH], square = 0.f;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        v[i] = widen<KIND>(x[lane * EACH + i]);
-        g[i] = gain ? widen<KIND>(as<KIND>(gain)[lane * EACH + i]) : 0.f;
+        v[i] = widen<KIND>(x.v[i]);
         square += v[i] * v[i];
     }
-    if (gain) {
+    if (p.q_gain) {
         float inverse = rsqrtf(warp_sum(square) / D + p.epsilon);
 #pragma unroll
-        for (int i = 0; i < EACH; i++)
-            v[i] = p.norm == 1 ? rounded<KIND>(g[i] * rounded<KIND>(v[i] * inverse)) : rounded<KIND>(v[i] * inverse * (1.f + g[i]));
+        for (int i = 0; i < EACH; i++) {
+            float g = widen<KIND>(gain.v[i]);
+            v[i] = p.norm == 1 ? rounded<KIND>(g * rounded<KIND>(v[i] * inverse)) : rounded<KIND>(v[i] * inverse * (1.f + g));
+        }
     }
 #pragma unroll
     for (int i = 0; i < EACH; i++) work[lane * EACH + i] = v[i];
     __syncwarp();
+    Share<EACH> out;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         int d = lane * EACH + i;
         if (d < p.rotary) {
             float other = d < half ? -work[d + half] : work[d - half];
-            float c = widen<KIND>(as<KIND>(p.cos)[sequence * p.rotary_stride + d]);
-            float s = widen<KIND>(as<KIND>(p.sin)[sequence * p.rotary_stride + d]);
-            v[i] = rounded<KIND>(rounded<KIND>(v[i] * c) + rounded<KIND>(other * s));
+            v[i] = rounded<KIND>(rounded<KIND>(v[i] * widen<KIND>(cos.v[i])) + rounded<KIND>(other * widen<KIND>(sin.v[i])));
         }
-        into[d] = narrow<KIND>(v[i]);
+        out.v[i] = narrow<KIND>(v[i]);
     }
+    reinterpret_cast<Share<EACH>*>(into)[lane] = out;
     __syncwarp();
 }
 
@@ -74,11 +83,39 @@ __device__ __forceinline__ void attention(const Attention& p) {
     const int per_kv = p.query_heads / p.kv_heads, groups = (per_kv + HEADS - 1) / HEADS;
     const int kv_head = blockIdx.y / groups, first_head = kv_head * per_kv + blockIdx.y % groups * HEADS;
     const int heads = (kv_head + 1) * per_kv - first_head < HEADS ? (kv_head + 1) * per_kv - first_head : HEADS;
-    after_previous();
     const int sequence = blockIdx.z, rank = blockIdx.x % CLUSTER, cluster = blockIdx.x / CLUSTER;
+    after_previous();
     const int position = (int)*p.position, clusters = position / (CHUNK * CLUSTER) + 1;
-    if (cluster >= clusters) return;
     const int start = !p.start ? 0 : p.start_long ? (int)reinterpret_cast<const long long*>(p.start)[sequence] : reinterpret_cast<const int*>(p.start)[sequence];
+
+    // everything that does not hang on the position is read while it comes: a warp's heads, then by warp 0 the new key
+    constexpr int EACH = D / 32, JOBS = HEADS / WARPS;
+    const unsigned short* q = reinterpret_cast<const unsigned short*>(p.q) + sequence * p.q_stride;
+    Share<EACH> heads_of_warp[JOBS], new_key = share<EACH>(reinterpret_cast<const unsigned short*>(p.k) + sequence * p.k_stride + kv_head * D);
+#pragma unroll
+    for (int i = 0; i < JOBS; i++) {
+        int head = warp + i * WARPS < heads ? warp + i * WARPS : 0;
+        heads_of_warp[i] = share<EACH>(q + (size_t)(first_head + head) * D * (1 + p.gated));
+    }
+    const Share<EACH> q_gain = share<EACH>(p.q_gain), k_gain = share<EACH>(p.k_gain);
+    const bool turns = lane * EACH < p.rotary;
+    Share<EACH> cos = {}, sin = {};
+    if (p.rotary % EACH) {  // rows of the tables are not aligned to shares
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+            if (lane * EACH + i < p.rotary) {
+                cos.v[i] = as<KIND>(p.cos)[sequence * p.rotary_stride + lane * EACH + i];
+                sin.v[i] = as<KIND>(p.sin)[sequence * p.rotary_stride + lane * EACH + i];
+            }
+    } else if (turns) {
+        cos = share<EACH>(as<KIND>(p.cos) + sequence * p.rotary_stride);
+        sin = share<EACH>(as<KIND>(p.sin) + sequence * p.rotary_stride);
+    }
+
+    // blocks of the cluster that have slots; the only one of all needs no other
+    const int last_block = position / CHUNK, members = last_block - cluster * CLUSTER + 1 < CLUSTER ? last_block - cluster * CLUSTER + 1 : CLUSTER;
+    const bool alone = last_block == 0, idle = rank >= members;
+    if (cluster >= clusters || alone && idle) return;
     const int first = blockIdx.x * CHUNK + warp * 16;
 
     const size_t row = ((size_t)sequence * p.kv_heads + kv_head) * p.slots;
@@ -103,16 +140,12 @@ __device__ __forceinline__ void attention(const Attention& p) {
             if (slot <= position && slot >= start && d < D) v[i][j] = stream16((slot == position ? new_value : values + (size_t)slot * D) + d);
         }
 
-    const bool newest = position / CHUNK == (int)blockIdx.x;
-    for (int job = warp; job < HEADS + newest; job += WARPS) {
-        float* work = sums[warp][0];
-        if (job == HEADS)
-            prepare<KIND, D>(p, reinterpret_cast<const unsigned short*>(p.k) + sequence * p.k_stride + kv_head * D, p.k_gain, sequence, work, key);
-        else if (job < heads)
-            prepare<KIND, D>(p, reinterpret_cast<const unsigned short*>(p.q) + sequence * p.q_stride + (size_t)(first_head + job) * D * (1 + p.gated), p.q_gain, sequence, work, query[job]);
-        else
-            for (int d = lane; d < D; d += 32) query[job][d] = 0;
-    }
+    const bool newest = last_block == (int)blockIdx.x;
+    float* work = sums[warp][0];
+#pragma unroll
+    for (int i = 0; i < JOBS; i++)
+        prepare<KIND, D>(p, heads_of_warp[i], q_gain, cos, sin, work, query[warp + i * WARPS]);
+    if (newest && warp == 0) prepare<KIND, D>(p, new_key, k_gain, cos, sin, work, key);
     __syncthreads();
     if (newest && blockIdx.y % groups == 0)
         for (int d = tid; d < D; d += 32 * WARPS) {
@@ -190,9 +223,11 @@ __device__ __forceinline__ void attention(const Attention& p) {
         for (int w = 0; w < WARPS; w++) y += weight[w][i / D] * sums[w][0][i];
         sums[0][0][i] = y;
     }
-    if constexpr (CLUSTER == 1) __syncthreads();
-    cluster_arrive<CLUSTER>();
-    cluster_wait<CLUSTER>();
+    __syncthreads();
+    if (!alone) {
+        cluster_arrive<CLUSTER>();
+        cluster_wait<CLUSTER>();
+    }
 
     const size_t place = (size_t)sequence * gridDim.y + blockIdx.y, capacity = gridDim.x / CLUSTER;
     auto finish = [&](int i, float y) {  // output i of 8 * D
@@ -205,16 +240,29 @@ __device__ __forceinline__ void attention(const Attention& p) {
         }
         as<KIND>(p.out)[((size_t)sequence * p.query_heads + first_head + head) * D + d] = narrow<KIND>(y);
     };
+    if (alone) {
+        for (int i = tid; i < heads * D; i += 32 * WARPS) finish(i, sums[0][0][i] / total[i / D]);
+        return;
+    }
     for (int i = rank * SHARE + tid; i < (rank + 1) * SHARE; i += 32 * WARPS) {
-        float m = NEVER, l = 0.f, y = 0.f, ms[CLUSTER];
+        float m = NEVER, l = 0.f, y = 0.f, ms[CLUSTER], ls[CLUSTER], ys[CLUSTER];
 #pragma unroll
-        for (int r = 0; r < CLUSTER; r++) m = fmaxf(m, ms[r] = peer<CLUSTER>(&most[i / D], r));
+        for (int r = 0; r < CLUSTER; r++)
+            if (r < members) {
+                ms[r] = peer<CLUSTER>(&most[i / D], r);
+                ls[r] = peer<CLUSTER>(&total[i / D], r);
+                ys[r] = peer<CLUSTER>(&sums[0][0][i], r);
+            }
 #pragma unroll
-        for (int r = 0; r < CLUSTER; r++) {
-            float scale = expf(ms[r] - m);
-            l += scale * peer<CLUSTER>(&total[i / D], r);
-            y += scale * peer<CLUSTER>(&sums[0][0][i], r);
-        }
+        for (int r = 0; r < CLUSTER; r++)
+            if (r < members) m = fmaxf(m, ms[r]);
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++)
+            if (r < members) {
+                float scale = expf(ms[r] - m);
+                l += scale * ls[r];
+                y += scale * ys[r];
+            }
         if (clusters == 1) finish(i, y / l);
         else {
             p.sums[(place * capacity + cluster) * HEADS * D + i] = y;
@@ -229,6 +277,7 @@ __device__ __forceinline__ void attention(const Attention& p) {
         if (before == (u32)clusters - 1)
             for (int i = rank * SHARE + tid; i < (rank + 1) * SHARE; i += 32 * WARPS) {
                 float m = NEVER, l = 0.f, y = 0.f;
+#pragma unroll 4
                 for (int c = 0; c < clusters; c++) {
                     float2 scale = __ldcg(reinterpret_cast<const float2*>(p.scales) + (place * capacity + c) * HEADS + i / D);
                     float part = __ldcg(p.sums + (place * capacity + c) * HEADS * D + i);

@@ -43,12 +43,15 @@ __device__ __forceinline__ u32 look_up(u32 low, u32 high, u32 selectors, bool up
     return permute(low, high, upper ? selectors >> 16 : selectors);
 }
 
-// Of the words that a lane holds for four rows, those of one row: plane after plane, as decoding wants them.
-template <int BITS>
+// Words of the first plane of a row: bit planes up to 5 bits, one dense stream above.
+__device__ constexpr int first_plane(int bits) { return bits >= 6 ? bits : bits >= 4 ? 4 : 2; }
+
+// Of the words that a lane holds for ROWS rows, those of one row: plane after plane, as decoding wants them.
+template <int BITS, int ROWS = 4>
 __device__ __forceinline__ void row_words(const u32* words, int row, u32* mine) {
-    constexpr int FIRST = BITS >= 6 ? BITS : BITS >= 4 ? 4 : 2;
+    constexpr int FIRST = first_plane(BITS);
 #pragma unroll
-    for (int w = 0; w < BITS; w++) mine[w] = w < FIRST ? words[row * FIRST + w] : words[4 * FIRST + row + w - FIRST];
+    for (int w = 0; w < BITS; w++) mine[w] = w < FIRST ? words[row * FIRST + w] : words[ROWS * FIRST + row + w - FIRST];
 }
 
 template <int BITS>

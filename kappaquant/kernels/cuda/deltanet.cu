@@ -50,6 +50,9 @@ __device__ constexpr int threads_of(int dk, int columns) {
     return wanted < 32 ? 32 : wanted > 512 ? 512 : wanted;
 }
 
+// blocks of a multiprocessor, where their registers allow
+__device__ constexpr int blocks_of(int dk, int columns) { return dk * columns > 32 * threads_of(dk, columns) ? 1 : 1024 / threads_of(dk, columns); }
+
 template <int KIND, int DK, int DV, int TAPS, int SLICES>
 __device__ __forceinline__ void deltanet(const DeltaNet& p) {
     constexpr int COLUMNS = DV / SLICES, T = threads_of(DK, COLUMNS), QUADS = COLUMNS / 4, GROUPS = T / QUADS;
@@ -73,39 +76,48 @@ __device__ __forceinline__ void deltanet(const DeltaNet& p) {
     for (int i = 0; i < ROWS; i++) s[i] = __ldcs(state + (size_t)(group + i * GROUPS) * (DV / 4));
 
     const int column = slice * COLUMNS + tid;  // of the first COLUMNS threads
-    float gate = 0.f, gain = tid < COLUMNS ? load(p.gain, column, p.gain_kind) : 0.f;
+    const int near_column = column < DV ? column : DV - 1;
+    const u32 gain = read_bits(p.gain, near_column, p.gain_kind);
+    const u32 dt_bias = read_bits(p.dt_bias, head, p.dt_bias_kind), a_log = read_bits(p.a_log, head, p.a_log_kind);
     Taps<KIND, TAPS> taps[EACH], weights[EACH];
     int index[EACH];
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        int c = tid + i * T;
+        int c = tid + i * T < CHANNELS ? tid + i * T : CHANNELS - 1;
         index[i] = c < DK ? key_head * DK + c : c < 2 * DK ? key_dim + key_head * DK + c - DK
                           : 2 * key_dim + head * DV + slice * COLUMNS + c - 2 * DK;
-        if (c >= CHANNELS) continue;
         taps[i] = read_taps<KIND, TAPS>(p.conv_state, (size_t)sequence * conv_dim + index[i]);
         weights[i] = read_taps<KIND, TAPS>(p.conv_weight, index[i]);
     }
-    after_previous();
-    if (tid < COLUMNS) gate = widen<KIND>(as<KIND>(p.z)[sequence * p.z_stride + head * DV + column]);
-    const float beta = rounded<KIND>(sigmoid(widen<KIND>(as<KIND>(p.b)[sequence * p.b_stride + head])));
-    const float rate = widen<KIND>(as<KIND>(p.a)[sequence * p.a_stride + head]) + load(p.dt_bias, head, p.dt_bias_kind);
-    const float decay = expf(-expf(load(p.a_log, head, p.a_log_kind)) * (rate > 20.f ? rate : log1pf(expf(rate))));
+    after_previous();  // which is no step of the same layer: its states were written longer ago
+    typename Number<KIND>::type x[EACH], bias[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        x[i] = as<KIND>(p.qkv)[sequence * p.qkv_stride + index[i]];
+        if (p.conv_bias) bias[i] = as<KIND>(p.conv_bias)[index[i]];
+    }
+    const auto gate_bits = as<KIND>(p.z)[sequence * p.z_stride + head * DV + near_column];
+    const auto beta_bits = as<KIND>(p.b)[sequence * p.b_stride + head], rate_bits = as<KIND>(p.a)[sequence * p.a_stride + head];
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         int c = tid + i * T;
         if (c >= CHANNELS) continue;
 #pragma unroll
         for (int j = 0; j < TAPS - 1; j++) taps[i].v[j] = taps[i].v[j + 1];
-        taps[i].v[TAPS - 1] = widen<KIND>(as<KIND>(p.qkv)[sequence * p.qkv_stride + index[i]]);
-        float y = p.conv_bias ? widen<KIND>(as<KIND>(p.conv_bias)[index[i]]) : 0.f;
+        taps[i].v[TAPS - 1] = widen<KIND>(x[i]);
+        float y = p.conv_bias ? widen<KIND>(bias[i]) : 0.f;
 #pragma unroll
         for (int j = 0; j < TAPS; j++) y += taps[i].v[j] * weights[i].v[j];
         y = rounded<KIND>(y);
         channel[c] = rounded<KIND>(y * sigmoid(y));
     }
+    const float beta = rounded<KIND>(sigmoid(widen<KIND>(beta_bits)));
+    const float rate = widen<KIND>(rate_bits) + number(dt_bias, p.dt_bias_kind);
+    const float decay = expf(-expf(number(a_log, p.a_log_kind)) * (rate > 20.f ? rate : log1pf(expf(rate))));
     __syncthreads();
     // every read of this block has arrived; a later write by the last of its peers can not reach it
-    if (tid == 0) before = atomicInc(&arrivals[sequence * p.key_heads + key_head], shared_by * SLICES - 1);
+    u32 came = 0;  // looked at late: it takes as long as a read
+    if (tid == 0) came = atomicInc(&arrivals[sequence * p.key_heads + key_head], shared_by * SLICES - 1);
 
     float qq = 0.f, kk = 0.f, qk = 0.f;
 #pragma unroll
@@ -182,6 +194,18 @@ __device__ __forceinline__ void deltanet(const DeltaNet& p) {
         s[i].x += k[i] * delta.x, s[i].y += k[i] * delta.y, s[i].z += k[i] * delta.z, s[i].w += k[i] * delta.w;
         __stcs(state + (size_t)(group + i * GROUPS) * (DV / 4), s[i]);
     }
+    cluster_wait<SLICES>();
+    float total = 0.f;
+#pragma unroll
+    for (int r = 0; r < SLICES; r++) total += peer<SLICES>(&square, r);
+    cluster_arrive<SLICES>();  // nobody leaves while its sum may still be read
+    if (tid < COLUMNS) {
+        float y = rounded<KIND>(o * rsqrtf(total / DV + p.epsilon)) * number(gain, p.gain_kind), gate = widen<KIND>(gate_bits);
+        if (p.gain_kind != 0) y = rounded<KIND>(y);
+        as<KIND>(p.out)[((size_t)sequence * p.value_heads + head) * DV + column] = narrow<KIND>(y * (gate * sigmoid(gate)));
+    }
+    if (tid == 0) before = came;
+    __syncthreads();
     const bool last = before == shared_by * SLICES - 1;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
@@ -189,33 +213,22 @@ __device__ __forceinline__ void deltanet(const DeltaNet& p) {
         if (c < CHANNELS && (c >= 2 * DK || last))
             write_taps<KIND, TAPS>(p.conv_state, (size_t)sequence * conv_dim + index[i], taps[i]);
     }
-
-    cluster_wait<SLICES>();
-    float total = 0.f;
-#pragma unroll
-    for (int r = 0; r < SLICES; r++) total += peer<SLICES>(&square, r);
-    if (tid < COLUMNS) {
-        float y = rounded<KIND>(o * rsqrtf(total / DV + p.epsilon)) * gain;
-        if (p.gain_kind != 0) y = rounded<KIND>(y);
-        as<KIND>(p.out)[((size_t)sequence * p.value_heads + head) * DV + column] = narrow<KIND>(y * (gate * sigmoid(gate)));
-    }
-    cluster_arrive<SLICES>();  // nobody leaves while its sum may still be read
     cluster_wait<SLICES>();
 }
 
 template <int KIND, int DK, int DV, int TAPS>
-__global__ void __launch_bounds__(threads_of(DK, DV)) deltanet1(const __grid_constant__ DeltaNet p) {
+__global__ void __launch_bounds__(threads_of(DK, DV), blocks_of(DK, DV)) deltanet1(const __grid_constant__ DeltaNet p) {
     deltanet<KIND, DK, DV, TAPS, 1>(p);
 }
 
 #if __CUDA_ARCH__ >= 900
 template <int KIND, int DK, int DV, int TAPS>
-__global__ void __cluster_dims__(2) __launch_bounds__(threads_of(DK, DV / 2)) deltanet2(const __grid_constant__ DeltaNet p) {
+__global__ void __cluster_dims__(2) __launch_bounds__(threads_of(DK, DV / 2), blocks_of(DK, DV / 2)) deltanet2(const __grid_constant__ DeltaNet p) {
     deltanet<KIND, DK, DV, TAPS, 2>(p);
 }
 
 template <int KIND, int DK, int DV, int TAPS>
-__global__ void __cluster_dims__(4) __launch_bounds__(threads_of(DK, DV / 4)) deltanet4(const __grid_constant__ DeltaNet p) {
+__global__ void __cluster_dims__(4) __launch_bounds__(threads_of(DK, DV / 4), blocks_of(DK, DV / 4)) deltanet4(const __grid_constant__ DeltaNet p) {
     deltanet<KIND, DK, DV, TAPS, 4>(p);
 }
 #endif

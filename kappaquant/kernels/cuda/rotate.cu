@@ -24,15 +24,11 @@ struct Rotate {
     int copies, blocks;
 };
 
-// two neighbouring inputs of a token, or the only one of a lane, in the core matrices that products of many tokens read
-template <int GROUP, int EACH>
-__device__ __forceinline__ void to_core(void* out, int blocks, int position, int input, u32 pair) {
+// Where input i of a unit lies among its 128 of a token: core matrices of products of many tokens, see inputs.py
+template <int GROUP> __device__ __forceinline__ int core_order(int i) {
     constexpr int SUB = GROUP < 128 ? GROUP : 128, RUN = SUB / 4;
-    int i = input % SUB, c = input % 128 / SUB * RUN + i % RUN;
-    unsigned short* to = reinterpret_cast<unsigned short*>(out)
-        + (((size_t)(input / 128) * blocks + position / 8) * 16 + c / 2) * 64 + position % 8 * 8 + i / RUN * 2 + c % 2;
-    if constexpr (EACH == 1) *to = (unsigned short)pair;
-    else *reinterpret_cast<u32*>(to) = pair;
+    int c = i / SUB * RUN + i % RUN, t = i % SUB / RUN;
+    return c / 2 * 8 + 2 * t + c % 2;
 }
 
 template <typename T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Run { T at[N]; };
@@ -161,15 +157,24 @@ __global__ void __launch_bounds__(1024) rotate(const __grid_constant__ Rotate p)
                 v[j] = lane & h ? b - v[j] : v[j] + b;
             }
         if constexpr (TOKENS) {
+            constexpr int CHUNKS = GROUP / 8;  // of 16 bytes, which a group has for itself
+            __shared__ __align__(16) unsigned short staged[32][GROUP];
+            const int first = GROUP < 128 ? group * GROUP % 128 : lane * EACH / 128 * 128;  // before this lane's part of the unit
+            __syncwarp();
 #pragma unroll
-            for (int j = 0; j < EACH; j += 2) {
-                u32 pair = narrow<1>(v[j] * s2[j] * over_length);
-                if constexpr (EACH > 1) pair |= (u32)narrow<1>(v[j + 1] * s2[j + 1] * over_length) << 16;
-                for (int copy = 0; copy < p.copies; copy++) {
-                    int position = p.positions ? p.positions[token * p.copies + copy] : token;
-                    to_core<GROUP, EACH>(p.out, p.blocks, position, group * GROUP + lane * EACH + j, pair);
-                    if (threadIdx.x == 0 && j == 0) p.scales[position] = length;
-                }
+            for (int j = 0; j < EACH; j++) {
+                int i = lane * EACH + j, at = GROUP < 128 ? core_order<GROUP>(first + i) - first : first + core_order<GROUP>(i - first);
+                staged[warp][at] = narrow<1>(v[j] * s2[j] * over_length);
+            }
+            __syncwarp();
+            for (int i = lane; i < CHUNKS * p.copies; i += 32) {
+                int chunk = group * CHUNKS + i % CHUNKS, copy = token * p.copies + i / CHUNKS;
+                int position = p.positions ? p.positions[copy] : token;
+                size_t block = (size_t)(chunk / 16) * p.blocks + position / 8;
+                int row = chunk / 8 % 2 * 8 + position % 8;
+                reinterpret_cast<uint4*>(p.out)[block * 128 + row * 8 + (chunk % 8 ^ position % 8)] =
+                    reinterpret_cast<const uint4*>(staged[warp])[i % CHUNKS];
+                if (group == 0 && i % CHUNKS == 0) p.scales[position] = length;
             }
             continue;
         }

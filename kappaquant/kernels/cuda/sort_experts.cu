@@ -2,6 +2,7 @@
 // sum of a token's outputs. A slot's place among those of its expert may change from run to run; no product depends on it.
 
 #include "numbers.cuh"
+#include "wgmma.cuh"
 
 struct Sort {
     const long long* experts;  // [slots]
@@ -11,42 +12,70 @@ struct Sort {
     int slots, expert_count, items, each;
 };
 
-// One block. Shared memory: for each expert its count, first position, first item.
-__global__ void __launch_bounds__(1024) sort_experts(const __grid_constant__ Sort p) {
+// act(slot, expert) for this block's share of the slots; several experts are read at once
+template <int BLOCKS, typename F> __device__ __forceinline__ void for_slots(const Sort& p, F act) {
+    constexpr int MANY = 8;
+    for (int begin = blockIdx.x * blockDim.x + threadIdx.x; begin < p.slots; begin += MANY * BLOCKS * blockDim.x) {
+        int experts[MANY];
+#pragma unroll
+        for (int j = 0; j < MANY; j++) {
+            int i = begin + j * BLOCKS * blockDim.x;
+            experts[j] = i < p.slots ? (int)__ldg(p.experts + i) : -1;
+        }
+#pragma unroll
+        for (int j = 0; j < MANY; j++)
+            if (experts[j] >= 0) act(begin + j * BLOCKS * blockDim.x, experts[j]);
+    }
+}
+
+// A cluster of BLOCKS blocks. Shared memory: for each expert this block's count, all blocks' count, and the next position.
+template <int BLOCKS>
+__global__ void __launch_bounds__(1024) __cluster_dims__(BLOCKS, 1, 1) sort_experts(const __grid_constant__ Sort p) {
     extern __shared__ int counts[];
-    __shared__ int total;
-    int *next = counts + p.expert_count, *first_item = next + p.expert_count;
+    int *totals = counts + p.expert_count, *next = totals + p.expert_count;
     for (int e = threadIdx.x; e < p.expert_count; e += blockDim.x) counts[e] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < p.slots; i += blockDim.x) atomicAdd(counts + p.experts[i], 1);
-    __syncthreads();
+    for_slots<BLOCKS>(p, [&](int, int e) { atomicAdd(counts + e, 1); });
+    cluster_sync();
+    for (int e = threadIdx.x; e < p.expert_count; e += blockDim.x) {
+        int total = 0, before = 0;
+        for (int block = 0; block < BLOCKS; block++) {
+            int count = load_remote(shared_address(counts + e), block);
+            if (block < (int)blockIdx.x) before += count;
+            total += count;
+        }
+        totals[e] = total, next[e] = before;
+    }
+    cluster_sync();  // no block reads another's counts from here on
     if (threadIdx.x < 32) {
         int position = 0, item = 0;
         for (int begin = 0; begin < p.expert_count; begin += 32) {
-            int e = begin + threadIdx.x, count = e < p.expert_count ? counts[e] : 0;
+            int e = begin + threadIdx.x, count = e < p.expert_count ? totals[e] : 0;
             int blocks = (count + 7) / 8, items = (count + p.each - 1) / p.each, blocks_to = blocks, items_to = items;
 #pragma unroll
             for (int d = 1; d < 32; d *= 2) {
                 int b = __shfl_up_sync(0xffffffffu, blocks_to, d), i = __shfl_up_sync(0xffffffffu, items_to, d);
                 if (threadIdx.x >= d) blocks_to += b, items_to += i;
             }
-            if (e < p.expert_count) next[e] = position + 8 * (blocks_to - blocks), first_item[e] = item + items_to - items;
+            if (e < p.expert_count) {
+                int first = position + 8 * (blocks_to - blocks);
+                next[e] += first;
+                if (blockIdx.x == 0)
+                    for (int done = 0, i = item + items_to - items; done < count; done += p.each, i++)
+                        p.work[i] = int4{e, first + done, min(p.each, count - done), 0};
+            }
             position += 8 * __shfl_sync(0xffffffffu, blocks_to, 31);
             item += __shfl_sync(0xffffffffu, items_to, 31);
         }
-        if (threadIdx.x == 0) total = item;
+        if (blockIdx.x == 0)
+            for (item += threadIdx.x; item < p.items; item += 32) p.work[item] = int4{0, 0, 0, 0};
     }
     __syncthreads();
-    for (int e = threadIdx.x; e < p.expert_count; e += blockDim.x)
-        for (int done = 0, item = first_item[e]; done < counts[e]; done += p.each, item++)
-            p.work[item] = int4{e, next[e] + done, min(p.each, counts[e] - done), 0};
-    for (int item = total + threadIdx.x; item < p.items; item += blockDim.x) p.work[item] = int4{0, 0, 0, 0};
-    __syncthreads();
-    for (int i = threadIdx.x; i < p.slots; i += blockDim.x) {
-        int position = atomicAdd(next + p.experts[i], 1);
-        p.positions[i] = position;
-        p.rows_of[position] = i;
-    }
+    for_slots<BLOCKS>(p, [&](int slot, int e) {
+        int position = atomicAdd(next + e, 1);
+        p.positions[slot] = position;
+        p.rows_of[position] = slot;
+    });
 }
 
 struct Combine {

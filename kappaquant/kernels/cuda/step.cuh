@@ -14,8 +14,13 @@ __device__ __forceinline__ uint4 stream16(const void* p) {  // read once: L1 is 
     return v;
 }
 
-__device__ __forceinline__ float load(const void* in, size_t i, int kind) {
-    return kind == 0 ? as<0>(in)[i] : kind == 1 ? widen<1>(as<1>(in)[i]) : widen<2>(as<2>(in)[i]);
+// a number in two steps: a conversion right after its read would hold up the reads that follow
+__device__ __forceinline__ u32 read_bits(const void* in, size_t i, int kind) {
+    return kind == 0 ? reinterpret_cast<const u32*>(in)[i] : reinterpret_cast<const unsigned short*>(in)[i];
+}
+
+__device__ __forceinline__ float number(u32 bits, int kind) {
+    return kind == 0 ? __uint_as_float(bits) : kind == 1 ? widen<1>((unsigned short)bits) : widen<2>((unsigned short)bits);
 }
 
 template <int KIND> __device__ __forceinline__ float low(u32 pair) { return widen<KIND>((unsigned short)(pair & 0xffff)); }

@@ -1,4 +1,4 @@
-// Hopper's warpgroup products, bulk copies and the barriers they meet at (sm_90a).
+// Hopper's warpgroup products, bulk copies and the barriers they meet at (sm_90a); clusters.
 
 typedef unsigned long long u64;
 
@@ -29,12 +29,22 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// four floats at an address of this block's shared memory, in block `rank` of the cluster
-__device__ __forceinline__ float4 load_remote(u32 address, u32 rank) {
+// a word, or four floats, at an address of this block's shared memory, in block `rank` of the cluster
+__device__ __forceinline__ u32 address_in(u32 address, u32 rank) {
+    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank));
+    return address;
+}
+
+__device__ __forceinline__ u32 load_remote(u32 address, u32 rank) {
+    u32 v;
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(address_in(address, rank)) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ float4 load_remote_four(u32 address, u32 rank) {
     float4 v;
-    asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
-        "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there];\n}"
-        : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+        : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address_in(address, rank)) : "memory");
     return v;
 }
 
@@ -50,10 +60,11 @@ template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Operand B in 8 x 8 core matrices of 128 contiguous bytes, K-major, no swizzle: `along_k` and `along_n` bytes from one to the
-// next. The upper bits of an address say which block of the cluster.
-__device__ __forceinline__ u64 core_matrices(u32 address, u32 along_k, u32 along_n) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)(along_k >> 4) << 16 | (u64)(along_n >> 4) << 32;
+// Operand B, K-major: 64 inputs of 8 tokens are 1024 bytes that begin at a multiple of 1024, a token's 128 bytes one after
+// another, their runs of 16 bytes permuted by exclusive or with the token's number; `along_n` bytes to the next 8 tokens.
+// The upper bits of an address say which block of the cluster.
+__device__ __forceinline__ u64 swizzled(u32 address, u32 along_n) {
+    return (u64)((address & 0x3ffff) >> 4) | 1ull << 16 | (u64)(along_n >> 4) << 32 | 1ull << 62;
 }
 
 #define FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -82,13 +93,21 @@ template <int N> __device__ __forceinline__ void wgmma(float* d, const u32* a, u
             "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
             "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
             : SIXTEEN(d, 0), SIXTEEN(d, 16) : A_AND_B(a, b));
-    else {
-        static_assert(N == 128, "tokens of a product: 8, 16, 32, 64 or 128");
+    else if constexpr (N == 128)
         asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
             "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
             "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
             "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
             : SIXTEEN(d, 0), SIXTEEN(d, 16), SIXTEEN(d, 32), SIXTEEN(d, 48) : A_AND_B(a, b));
+    else {
+        static_assert(N == 256, "tokens of a product: 8, 16, 32, 64, 128 or 256");
+        asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {"
+            "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+            "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+            "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+            "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+            "}, {%128,%129,%130,%131}, %132, 1, 1, 1, 0;"
+            : SIXTEEN(d, 0), SIXTEEN(d, 16), SIXTEEN(d, 32), SIXTEEN(d, 48), SIXTEEN(d, 64), SIXTEEN(d, 80), SIXTEEN(d, 96), SIXTEEN(d, 112) : A_AND_B(a, b));
     }
 }
 
