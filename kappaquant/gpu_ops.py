@@ -66,7 +66,7 @@ def untile(codes: Tensor, norms: Tensor, fmt: Format, shape: Sequence[int]) -> t
 @torch.library.custom_op("kappaquant::quantize_input", mutates_args=())
 def _quantize_input(x: Tensor, group_size: int, half: bool) -> tuple[Tensor, Tensor, Tensor]:
     flat = x.reshape(-1, x.shape[-1])
-    flat = flat if flat.dtype in inputs.KINDS else flat.float()
+    flat = (flat if flat.dtype in inputs.KINDS else flat.float()).contiguous()
     fmt = Format(2, group_size)  # any width: only groups matter to an input
     if _many(flat.shape[0], x.device):
         ordered, _ = inputs.rotate_tokens(flat, fmt)
@@ -219,7 +219,7 @@ def tiled_experts(
     hidden, first = x.shape[1], 2 ** bits[0]
     gate_up = _weight(codes[0], norms[0], centroids[:first], bits[0], group_size, 2 * inner, hidden)
     down = _weight(codes[1], norms[1], centroids[first:], bits[1], group_size, hidden, inner)
-    x, weights, index = x.to(dtype), top_k_weights.to(dtype).contiguous(), top_k_index.contiguous()
+    x, weights, index = x.to(dtype).contiguous(), top_k_weights.to(dtype).contiguous(), top_k_index.contiguous()
     if index.numel() > _FEW_SLOTS and sorted_experts.refusal(x, gate_up, down) is None:
         return sorted_experts.forward(x, index, weights, gate_up, down)
     outs, step = [], max(1, _FEW_SLOTS // index.shape[1])

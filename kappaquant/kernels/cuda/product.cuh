@@ -91,15 +91,10 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
     const uint4* codes = w.codes + (size_t)tile * units * BITS * 32 + lane;
     const uint2* norms = w.norms + (size_t)tile * (in.k / GROUP) * 8 + r;
 
-    // with so few codes on their way, norms that come only when they are needed would be waited for
-    constexpr bool NORMS_AHEAD = BITS == 2 && GROUPS == 1;
     uint4 next[BITS];
-    uint2 next_norm;
-    if (first < units) {
+    if (first < units)
 #pragma unroll
         for (int i = 0; i < BITS; i++) next[i] = stream(codes + ((size_t)first * BITS + i) * 32);
-        if constexpr (NORMS_AHEAD) next_norm = __ldg(norms + (size_t)first * 128 / GROUP * 8);
-    }
     wait_for_earlier();  // weights come first: no kernel writes them
     for (int unit = first; unit < units; unit += step) {
         u32 words[4 * BITS];
@@ -107,13 +102,10 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
         for (int i = 0; i < BITS; i++) *reinterpret_cast<uint4*>(words + 4 * i) = next[i];
         uint2 norm[GROUPS];
 #pragma unroll
-        for (int g = 0; g < GROUPS; g++)
-            norm[g] = NORMS_AHEAD ? next_norm : __ldg(norms + ((size_t)unit * 128 / GROUP + g) * 8);
-        if (unit + step < units) {
+        for (int g = 0; g < GROUPS; g++) norm[g] = __ldg(norms + ((size_t)unit * 128 / GROUP + g) * 8);
+        if (unit + step < units)
 #pragma unroll
             for (int i = 0; i < BITS; i++) next[i] = stream(codes + ((size_t)(unit + step) * BITS + i) * 32);
-            if constexpr (NORMS_AHEAD) next_norm = __ldg(norms + (size_t)(unit + step) * 128 / GROUP * 8);
-        }
 
         u32 a[4][WORDS];
 #pragma unroll
