@@ -22,6 +22,7 @@ DEVICE = "cuda"
 def replay(calls: Sequence[Callable[[], Any]], repeats: int = 30) -> float:
     """Median microseconds of one call, from a graph of all of them."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # what the calls read is written there
     with torch.cuda.stream(stream):
         for _ in range(2):
             for call in calls:

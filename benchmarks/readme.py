@@ -82,7 +82,62 @@ def codec() -> str:
     return _table(["bits", "bits/weight", "fast", "best"], rows)
 
 
-BLOCKS = {"demo": demo, "sizes": sizes, "cost": cost, "codec": codec}
+def gpu_kernels() -> str:
+    """Products of one large matrix, by batch."""
+    measured = result("gpu_kernels")
+    batches = sorted({row["batch"] for row in measured["rows"] if row["what"] == "bf16 (cuBLAS)"})
+    times: dict[str, dict[int, float]] = {}
+    for row in measured["rows"]:
+        name, kind = row["what"].partition(",")[0], row["what"].partition(", ")[2]
+        if (row["rows"], row["inputs"]) == (28672, 4096) and (kind != "float16" or row["batch"] > 16):
+            times.setdefault(name, {})[row["batch"]] = row["us"]
+    rows = [
+        [f"**{name}**" if "bits" in name else name, *(f"{at[b]:.1f}" if b in at else "–" for b in batches)]
+        for name, at in times.items()
+        if len(at) > 1
+    ]
+    blocks = ", ".join(
+        f"{e['us']:.0f} against {e['grouped_mm_bf16_us']:.0f} µs for {e['tokens']} token{'s'[: e['tokens'] > 1]}"
+        for e in measured["experts"]
+    )
+    return (
+        f"{_table(['µs, 28672 x 4096, tokens:', *map(str, batches)], rows)}\n\n"
+        f"A block of 256 experts, 8 a token (3 and 4 bits, 2048 / 512), against bf16 grouped_mm: {blocks}. "
+        f"{measured['environment']['device']}, read ceiling {measured['read_ceiling_tb_per_s']} TB/s "
+        "([gpu_kernels.json](benchmarks/results/gpu_kernels.json))."
+    )
+
+
+def gpu_decode() -> str:
+    """The 35 B model's shape on one card."""
+    measured = result("gpu_decode")
+    cases = ((1, 32), (1, 4096), (8, 32), (8, 4096))
+    models: dict[str, dict[tuple[int, int], dict[str, Any]]] = {}
+    for row in measured["rows"]:
+        models.setdefault(row["model"], {})[row["batch"], row["context"]] = row
+    rows = []
+    for name, at in models.items():
+        first = at[cases[0]]
+        speeds = [f"{at[case]['decode_tokens_per_s']:.0f}" if case in at else "–" for case in cases]
+        prompt = f"{at[1, 2048]['prefill_tokens_per_s']:.0f}" if (1, 2048) in at else "–"
+        kernels = first["kernels_per_step"] or "–"
+        rows.append([name, *speeds, prompt, f"{max(r['peak_gib'] for r in at.values()):.1f}", str(kernels)])
+    head = [
+        "tok/s at batch x context:",
+        *(f"{b} x {c}" for b, c in cases),
+        "prefill of 2048",
+        "peak GiB",
+        "kernels a step",
+    ]
+    return (
+        f"{_table(head, rows)}\n\n{measured['environment']['device']}, random weights "
+        "([gpu_decode.json](benchmarks/results/gpu_decode.json))."
+    )
+
+
+BLOCKS = {
+    "demo": demo, "sizes": sizes, "cost": cost, "codec": codec, "gpu_kernels": gpu_kernels, "gpu_decode": gpu_decode,
+}  # fmt: skip
 
 
 def render(text: str) -> str:
