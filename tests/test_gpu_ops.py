@@ -20,7 +20,7 @@ def test_which_inputs_a_width_wants() -> None:
 
 def test_a_weight_on_a_cpu_is_refused_with_the_reason() -> None:
     book = Format(3, 128).codebook
-    assert gpu_ops.refusal(torch.ones(2, 2).half(), book) == "tensor_cores: needs an NVIDIA GPU, the weight is on cpu"
+    assert gpu_ops.refusal(torch.ones(2, 2).half(), book) == "tensor_cores: needs an NVIDIA GPU, got a tensor on cpu"
 
 
 @gpu

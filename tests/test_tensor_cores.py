@@ -119,7 +119,7 @@ def test_inputs_that_do_not_go_together_are_refused() -> None:
         ("gate_of must lie as x does", x, {"gate_of": x.half()}),
         (r"gain must be torch.float32 \[256\]", x, {"gain": random(128)}),
         ("a residual is added before a norm", x, {"residual": x}),
-        ("needs an NVIDIA GPU, the input is on cpu", x, {"gain": gain}),
+        ("needs an NVIDIA GPU, got a tensor on cpu", x, {"gain": gain}),
     ]
     for message, given, others in wrong:
         with pytest.raises(UnsupportedError, match=message):

@@ -17,7 +17,7 @@ from kappaquant import codec
 from kappaquant.blocks import SCALES, Nearest, nearest
 from kappaquant.errors import UnsupportedError
 from kappaquant.format import BITS, Format, signs
-from kappaquant.kernels import nvrtc
+from kappaquant.kernels import gpu, nvrtc
 
 NAME = "cuda encoder"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as numbers.cuh counts them
@@ -38,15 +38,6 @@ class _Encode(ctypes.Structure):
 
 def refusal(weight: Tensor, effort: str = "fast", norm_dtype: torch.dtype = torch.float16) -> str | None:
     """Why a weight can not be encoded by this kernel, or None."""
-    device = weight.device
-    if device.type != "cuda":
-        return f"needs an NVIDIA GPU, the weight is on {device}"
-    if torch.version.cuda is None:
-        return "needs a CUDA build of torch"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs compute capability 8.0, {} has {}.{}".format(
-            torch.cuda.get_device_name(device), *torch.cuda.get_device_capability(device)
-        )
     if weight.dtype not in DTYPES:
         return f"takes weights in float32, float16 or bfloat16, not {weight.dtype}"
     if norm_dtype not in NORM_DTYPES:
@@ -55,7 +46,7 @@ def refusal(weight: Tensor, effort: str = "fast", norm_dtype: torch.dtype = torc
         return f"knows efforts {', '.join(codec.EFFORTS)}, not {effort!r}"
     if weight.numel() >= 1 << 36:
         return f"takes fewer than 2**36 weights, not {weight.numel()}"
-    return nvrtc.unavailable()
+    return gpu.refusal(weight.device)
 
 
 def encode(

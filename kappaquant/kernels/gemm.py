@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.kernels import nvrtc, tiles
+from kappaquant.kernels import gpu, nvrtc, tiles
 from kappaquant.kernels.inputs import KINDS, Tokens, address
 from kappaquant.kernels.tensor_cores import TABLE_BYTES, Codes, Weight
 
@@ -81,12 +81,13 @@ class Items:
 
 def refusal(device: torch.device) -> str | None:
     """Why products can not be made here, or None."""
-    if device.type != "cuda":
-        return f"needs an NVIDIA GPU, the weight is on {device}"
+    reason = gpu.refusal(device)
+    if reason:
+        return reason
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
         return f"needs compute capability 9.0 (Hopper), {torch.cuda.get_device_name(device)} has {major}.{minor}"
-    return nvrtc.unavailable()
+    return None
 
 
 def choose(tokens: int, row_count: int, units: int, multiprocessors: int) -> Launch:

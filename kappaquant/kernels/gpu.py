@@ -1,4 +1,4 @@
-"""What a card must offer for the kernels of a decode step."""
+"""What a card must offer for any kernel here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOST_TOKENS = 16
 def refusal(device: torch.device) -> str | None:
     """Why kernels of compute capability 8.0 can not run on this device, or None."""
     if device.type != "cuda":
-        return f"needs an NVIDIA GPU, the input is on {device}"
+        return f"needs an NVIDIA GPU, got a tensor on {device}"
     if torch.version.cuda is None:
         return "needs a CUDA build of torch"
     if torch.cuda.get_device_capability(device) < (8, 0):

@@ -176,7 +176,7 @@ def _check_input(
     if residual is not None and (gain is None or gate_of is not None):
         raise UnsupportedError("a residual is added before a norm; give gain, and not gate_of")
     if x.device.type != "cuda":
-        raise UnsupportedError(f"needs an NVIDIA GPU, the input is on {x.device}")
+        raise UnsupportedError(f"needs an NVIDIA GPU, got a tensor on {x.device}")
 
 
 def _aligned(group: int, x: Tensor, *others: Tensor | None) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.format import Format
-from kappaquant.kernels import nvrtc, tiles
+from kappaquant.kernels import gpu, nvrtc, tiles
 from kappaquant.kernels.inputs import KINDS, Input, address
 
 NAME = "tensor_cores"
@@ -194,14 +194,6 @@ def _check(x: Input, weights: Sequence[Weight]) -> None:
 
 def refusal(device: torch.device, codebook: Sequence[float]) -> str | None:
     """Why a weight can not be multiplied here, or None."""
-    if device.type != "cuda":
-        return f"needs an NVIDIA GPU, the weight is on {device}"
-    if torch.version.cuda is None:
-        return "needs a CUDA build of torch"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs compute capability 8.0, {} has {}.{}".format(
-            torch.cuda.get_device_name(device), *torch.cuda.get_device_capability(device)
-        )
     if any(a != -b for a, b in zip(codebook, reversed(codebook), strict=True)):
         return "the codebook is not symmetric about 0"
-    return nvrtc.unavailable()
+    return gpu.refusal(device)
