@@ -133,10 +133,15 @@ def squared_errors(
 
 
 def decode(
-    packed: Tensor, norms: Tensor, fmt: Format, in_features: int, codebook: Sequence[float] | None = None
+    packed: Tensor, norms: Tensor, fmt: Format, in_features: int, codebook: Sequence[float] | Tensor | None = None
 ) -> Tensor:
-    """The weight, float32 [..., out, in_features], from packed [..., out, G * bytes_per_group] and norms [..., out, G]."""
-    book = torch.tensor(tuple(codebook or fmt.codebook), dtype=torch.float32, device=packed.device)
+    """The weight, float32 [..., out, in_features], from packed [..., out, G * bytes_per_group] and norms [..., out, G].
+
+    A codebook that is a float32 tensor on the same device is used as it is: nothing then waits for a GPU.
+    """
+    book = codebook
+    if not isinstance(book, Tensor):
+        book = torch.tensor(tuple(book or fmt.codebook), dtype=torch.float32, device=packed.device)
     lead = packed.shape[:-1]
     rows = packed.reshape(-1, fmt.bytes_per_group)
     scales = norms.reshape(-1).float()

@@ -212,11 +212,13 @@ class QuantEmbedding(nn.Module):
         weight.disk_order = True
         self.weight = weight
         self.dtype = dtype
-        self.scale = scale
+        self.scale = torch.tensor(
+            scale, dtype=dtype, device="cpu"
+        ).item()  # rounded once, as the model's own tensor of it is
 
     def forward(self, ids: Tensor) -> Tensor:
         found = self.weight.rows(ids).to(self.dtype)
-        return found if self.scale == 1.0 else found * torch.tensor(self.scale, dtype=self.dtype, device=found.device)
+        return found if self.scale == 1.0 else found * self.scale
 
 
 def hold_packed(module: nn.Module, name: str, weight: PackedWeight, dtype: torch.dtype) -> None:

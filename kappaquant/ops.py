@@ -108,7 +108,7 @@ def _(
 @torch.library.custom_op("kappaquant::dequantize", mutates_args=())
 def dequantize(packed: Tensor, norms: Tensor, codebook: Tensor, bits: int, group_size: int, in_features: int) -> Tensor:
     """The weight itself, float32 [..., n, in_features]; for looking up rows, and for modules that want a plain tensor."""
-    return codec.decode(packed, norms, Format(bits, group_size), in_features, codebook.tolist()).contiguous()
+    return codec.decode(packed, norms, Format(bits, group_size), in_features, codebook).contiguous()
 
 
 @dequantize.register_fake
