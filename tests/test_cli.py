@@ -104,6 +104,7 @@ def test_verify_exits_1_and_names_the_tampered_tensor(quantized: Path, tmp_path:
         (("generate", "{model}", "hello", "--temperature", "-1"), "temperature = -1.0"),
         (("generate", "{model}", "hello", "--top-p", "0"), "top_p = 0.0"),
         (("chat", "{model}", "--min-p", "2"), "min_p = 2.0"),
+        (("generate", "{model}", "hello", "--activations", "fp8"), "activations 'fp8': must be one of int8, bf16"),
     ],
 )
 def test_bad_input_exits_2_with_one_line(model: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

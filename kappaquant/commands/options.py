@@ -20,6 +20,9 @@ RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit on 
 GroupOpt = Annotated[int, typer.Option(help="Weights per norm: 32, 64, 128 or 256.")]
 JobsOpt = Annotated[int | None, typer.Option(help="Worker processes; default one per core, up to 8.")]
 DeviceOpt = Annotated[str | None, typer.Option(help="cpu or cuda; default CUDA if there is one.")]
+ActivationsOpt = Annotated[
+    str, typer.Option(help="On NVIDIA GPUs: int8, or bf16 for float16 inputs with scales, which lose less.")
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 PolicyOpt = Annotated[str, typer.Option(help="uniform, recipe or kurtosis.")]
 BitsOpt = Annotated[int, typer.Option(help="Bits of the uniform policy, 2 to 8.")]

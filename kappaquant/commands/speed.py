@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kappaquant.commands.options import CheckpointArg, DeviceOpt, JsonOpt
+from kappaquant.commands.options import ActivationsOpt, CheckpointArg, DeviceOpt, JsonOpt
 from kappaquant.commands.terminal import show
 from kappaquant.commands.text import default_device, load_quantized
 
@@ -26,6 +26,7 @@ def bench(
     steps: Annotated[int, typer.Option(help="Tokens decoded and timed per row.")] = 32,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result (JSON) here.")] = None,
     device: DeviceOpt = None,
+    activations: ActivationsOpt = "int8",
     as_json: JsonOpt = False,
 ) -> None:
     """Measure decoding and prefill: tokens/s, time to first token, peak memory, kernels per step. Contexts 32 and 2048, batch 1."""
@@ -40,7 +41,7 @@ def bench(
     where = device or default_device()
     cases = [(rows, tokens) for rows in batch or [1] for tokens in context or [32, 2048]]
     found: list[tuple[str, Row]] = []
-    model, _ = load_quantized(checkpoint, where)
+    model, _ = load_quantized(checkpoint, where, activations)
     found += [(str(checkpoint), row) for row in measure(model, cases, steps=steps)]
     if against:
         del model
@@ -48,6 +49,7 @@ def bench(
         found += [(against, row) for row in measure(load_original(against, where), cases, steps=steps)]
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if where.startswith("cuda") else "cpu",
+        "activations": activations,
         "kappaquant": kappaquant.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

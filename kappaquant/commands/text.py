@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kappaquant.commands.options import CheckpointArg, DeviceOpt
+from kappaquant.commands.options import ActivationsOpt, CheckpointArg, DeviceOpt
 from kappaquant.commands.terminal import console, emit
 
 TemperatureOpt = Annotated[float, typer.Option(help="0 takes the most likely token.")]
@@ -30,13 +30,14 @@ def generate(
     seed: SeedOpt = None,
     stop: StopOpt = None,
     device: DeviceOpt = None,
+    activations: ActivationsOpt = "int8",
 ) -> None:
     """Continue a prompt, token by token as they come."""
     from kappaquant.generate import stream
     from kappaquant.sampling import Sampling
 
     Sampling(temperature, top_p, top_k, min_p, seed)  # bad options are met before a model is loaded
-    model, tokenizer = load_quantized(checkpoint, device)
+    model, tokenizer = load_quantized(checkpoint, device, activations)
     emit(
         stream(
             model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
@@ -55,13 +56,14 @@ def chat(
     seed: SeedOpt = None,
     stop: StopOpt = None,
     device: DeviceOpt = None,
+    activations: ActivationsOpt = "int8",
 ) -> None:
     """Talk to the model; an empty line or end of input leaves."""
     from kappaquant.generate import chat as reply
     from kappaquant.sampling import Sampling
 
     Sampling(temperature, top_p, top_k, min_p, seed)
-    model, tokenizer = load_quantized(checkpoint, device)
+    model, tokenizer = load_quantized(checkpoint, device, activations)
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -78,13 +80,13 @@ def chat(
         messages.append({"role": "assistant", "content": emit(pieces)})
 
 
-def load_quantized(checkpoint: Path, device: str | None) -> tuple[Any, Any]:
+def load_quantized(checkpoint: Path, device: str | None, activations: str) -> tuple[Any, Any]:
     from transformers.utils import logging as transformers_logging
 
     from kappaquant import load
 
     transformers_logging.set_verbosity_error()  # hints at faster kernels would stand in the middle of the answer
-    return load(checkpoint, device=device or default_device())
+    return load(checkpoint, device=device or default_device(), activations=activations)
 
 
 def default_device() -> str:
