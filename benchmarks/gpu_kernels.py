@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -86,19 +86,15 @@ def experts(tokens: int) -> tuple[float, float]:
     return mine, replay([partial(peers.grouped_mm, plain[0], plain[1], x, route, weights) for route in routes])
 
 
-def rows(ceiling: float, others: Mapping[str, tuple[Peer, float]]) -> list[dict[str, Any]]:
+def rows(ceiling: float, others: Mapping[str, tuple[Peer, float]]) -> Iterator[dict[str, Any]]:
     """Every product that is compared, in the order of the table."""
-    found = []
 
-    def add(what: str, shape: tuple[int, int], m: int, bits: float, us: float, rotation: float | None = None) -> None:
+    def row(what: str, shape: tuple[int, int], m: int, bits: float, us: float) -> dict[str, Any]:
         rate = shape[0] * shape[1] * bits / 8 / us / 1e6
-        row: dict[str, Any] = {
+        return {
             "what": what, "rows": shape[0], "inputs": shape[1], "batch": m, "us": round(us, 2),
             "tb_per_s": round(rate, 3), "of_ceiling": round(rate / ceiling, 3),
         }  # fmt: skip
-        if rotation is not None:
-            row |= {"rotation_us": round(rotation, 2), "with_input_us": round(us + rotation, 2)}
-        found.append(row)
 
     for shape in (LARGE, SMALL, SQUARE):
         for m in BATCHES if shape == LARGE else (1,):
@@ -111,14 +107,15 @@ def rows(ceiling: float, others: Mapping[str, tuple[Peer, float]]) -> list[dict[
                     if (shape, m) == (LARGE, 1):
                         print(f"{name}: left out: {type(problem).__name__}: {problem}", file=sys.stderr)
                     continue
-                add(name, shape, m, bits, us)
+                yield row(name, shape, m, bits, us)
             for half in (False, True) if m <= gpu_ops.FEW_TOKENS else (True,):  # many tokens are float16 in any case
                 for width in BITS if m == 1 and shape == LARGE else (3, 4):
                     if half or width in tensor_cores.INT8_BITS:
+                        us, rotation = codebook(width, *shape, m, half)
                         kind = "float16" if half else "int8"
-                        add(f"{width} bits, {kind}", shape, m, width + 16 / GROUP, *codebook(width, *shape, m, half))
+                        beside = {"rotation_us": round(rotation, 2), "with_input_us": round(us + rotation, 2)}
+                        yield row(f"{width} bits, {kind}", shape, m, width + 16 / GROUP, us) | beside
             torch.cuda.empty_cache()
-    return found
 
 
 def blocks() -> list[dict[str, Any]]:
@@ -188,7 +185,14 @@ def main() -> None:
         sys.exit("needs an NVIDIA GPU")
     console, about = Console(width=130), environment(DEVICE)
     ceiling = statistics.median(read_ceiling() for _ in range(3))
-    found, of_experts = rows(ceiling, others), blocks()
+    result: dict[str, Any] = {
+        "environment": about, "read_ceiling_tb_per_s": round(ceiling, 3),
+        "matmul_ceiling_tflops": round(matmul_ceiling(), 1), "experts": blocks(), "rows": [],
+    }  # fmt: skip
+    found, of_experts = result["rows"], result["experts"]
+    for measured in rows(ceiling, others):
+        found.append(measured)
+        save("gpu_kernels", result)  # a run that is cut off keeps what it has
     table = Table("what", "rows x inputs", "batch", "us", "TB/s", "of ceiling", "rotation us", "with input us")
     for r in found:
         table.add_row(
@@ -205,12 +209,7 @@ def main() -> None:
         console.print(
             f"{'met   ' if aim['met'] else 'missed'} {aim['what']}: {aim['reached']} ({aim['aim']})", highlight=False
         )
-    result = {
-        "environment": about, "read_ceiling_tb_per_s": round(ceiling, 3),
-        "matmul_ceiling_tflops": round(matmul_ceiling(), 1), "rows": found, "experts": of_experts,
-        "aims": reached,
-    }  # fmt: skip
-    console.print(f"written: {save('gpu_kernels', result)}")
+    console.print(f"written: {save('gpu_kernels', result | {'aims': reached})}")
 
 
 if __name__ == "__main__":
