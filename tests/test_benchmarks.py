@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import gpu_plot
 from benchmarks.readme import README, render, result
 from kappaquant.format import BITS
 
@@ -39,3 +40,21 @@ def test_cost_keeps_its_bound_on_memory() -> None:
     for entry in result("quantize_cost")["results"]:
         assert entry["peak_gib"] <= entry["bound_gib"] <= 1.5
         assert entry["bound_seconds_per_gb"] == {"fast": 4, "best": 20}[entry["effort"]]
+
+
+def test_gpu_results_keep_their_bounds() -> None:
+    """What was reached once on an H200; whoever measures anew finds out here what became slower."""
+    assert all(aim["met"] for aim in result("gpu_decode")["aims"])
+    missed = [aim["what"] for aim in result("gpu_kernels")["aims"] if not aim["met"]]
+    assert all(any(f"batch {m}," in what for m in (128, 256, 512, 1024, 4096)) for what in missed), missed
+    for row in result("gpu_encode")["rows"]:
+        assert row.get("same_bytes", True)
+        assert row["kernel"] < 0.03
+
+
+def test_shares_of_the_roofline() -> None:
+    shares = gpu_plot.shares(result("gpu_kernels"))
+    assert {"bf16 (cuBLAS)", "3 bits", "4 bits"} <= set(shares)
+    for name, points in shares.items():
+        assert len({batch for batch, _ in points}) == len(points) > 3, name
+        assert all(0.2 < share < 1.1 for _, share in points), name
