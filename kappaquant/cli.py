@@ -8,7 +8,9 @@ import sys
 import typer
 
 from kappaquant.commands.checkpoints import dequantize, inspect, verify
+from kappaquant.commands.evaluation import evaluate
 from kappaquant.commands.plans import plan, quantize, scan
+from kappaquant.commands.publishing import card, compare, push
 from kappaquant.commands.speed import bench
 from kappaquant.commands.terminal import errors
 from kappaquant.commands.text import chat, generate
@@ -20,7 +22,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (scan, plan, quantize, inspect, verify, dequantize, generate, chat, bench):
+for command in (
+    scan, plan, quantize, inspect, verify, dequantize, generate, chat, bench, evaluate, compare, card, push,
+):  # fmt: skip
     app.command()(command)
 
 

@@ -31,6 +31,10 @@ class OutputError(KappaquantError):
     """The output folder cannot be used or the disk is full."""
 
 
+class PublishError(KappaquantError):
+    """A checkpoint is not fit to be published as it is, or the Hub refused it or could not be reached."""
+
+
 class UnsupportedError(KappaquantError):
     """No kernel, architecture or option fits the request; the message lists every reason."""
 

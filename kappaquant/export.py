@@ -11,7 +11,7 @@ from typing import Any
 
 from kappaquant.checkpoint import Checkpoint
 from kappaquant.errors import OutputError, PlanError
-from kappaquant.format import LEGACY_CONFIG_NAME, MANIFEST_NAME, TensorInfo
+from kappaquant.format import CARD_MARK, EVALUATION_NAME, LEGACY_CONFIG_NAME, MANIFEST_NAME, TensorInfo
 from kappaquant.journal import Partial, reserve
 from kappaquant.layout import ShardLayout
 from kappaquant.manifest import index, json_text
@@ -75,7 +75,13 @@ def _write(
                     progress(done, total)
     for path in checkpoint.path.rglob("*"):
         relative = path.relative_to(checkpoint.path)
-        own = relative.name in (MANIFEST_NAME, LEGACY_CONFIG_NAME, INDEX_NAME, "config.json")
+        own = _is_card(path) or relative.name in (
+            MANIFEST_NAME,
+            LEGACY_CONFIG_NAME,
+            EVALUATION_NAME,
+            INDEX_NAME,
+            "config.json",
+        )
         if path.is_file() and not own and path.suffix != ".safetensors":
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / relative)
@@ -110,3 +116,8 @@ def _layouts(infos: list[TensorInfo]) -> dict[str, ShardLayout]:
         name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         layouts[name] = ShardLayout(header, stored, file_size(stored, header))
     return layouts
+
+
+def _is_card(path: Path) -> bool:
+    """Whether it describes the quantized checkpoint, and so not a plain copy."""
+    return path.name == "README.md" and CARD_MARK in path.read_text(encoding="utf-8", errors="replace")

@@ -16,7 +16,14 @@ from typing import Any
 from kappaquant import manifest as documents
 from kappaquant.codec import EFFORTS, Effort
 from kappaquant.errors import NonFiniteError, OutputError, PlanError
-from kappaquant.format import LEGACY_CONFIG_NAME, LEGACY_FORMAT, MANIFEST_NAME, QUANT_METHOD, legacy_codebook
+from kappaquant.format import (
+    EVALUATION_NAME,
+    LEGACY_CONFIG_NAME,
+    LEGACY_FORMAT,
+    MANIFEST_NAME,
+    QUANT_METHOD,
+    legacy_codebook,
+)
 from kappaquant.journal import Partial, is_reserved, reserve
 from kappaquant.layout import ShardLayout, Target, check_target, shard_layout, stored_names
 from kappaquant.plan import Choice, Plan, check_legacy
@@ -222,7 +229,7 @@ class _Run:
     def _write_documents(self, hashes: dict[str, str]) -> None:
         source, folder, tensors = self.source, self.partial.folder, self.source.tensors
         for name in source.side_files:
-            if name in (MANIFEST_NAME, LEGACY_CONFIG_NAME):
+            if name in (MANIFEST_NAME, LEGACY_CONFIG_NAME, EVALUATION_NAME):
                 continue
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.fetch(name), folder / name)

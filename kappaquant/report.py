@@ -12,17 +12,18 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from kappaquant import contents
 from kappaquant.checkpoint import Checkpoint
-from kappaquant.model_map import family_of
 from kappaquant.plan import Plan
 from kappaquant.scanner import Profile
 from kappaquant.sizes import Summary, Total
 
 
 class ProgressBar:
-    """A bar per stage, with GB, GB/s and the time left; called as report(stage, done bytes, total bytes)."""
+    """A bar per stage, with amount, speed and the time left; called as report(stage, done, total), in bytes or ``unit``."""
 
-    def __init__(self, title: str, console: Console) -> None:
+    def __init__(self, title: str, console: Console, unit: str | None = None) -> None:
+        self._unit = unit
         speed = TextColumn("{task.fields[rate]}")
         self._progress = Progress(
             TextColumn(f"{title}: {{task.description}}"), BarColumn(), TextColumn("{task.fields[amount]}"), speed,
@@ -44,10 +45,11 @@ class ProgressBar:
             self._tasks[stage] = self._progress.add_task(stage, total=total, amount="", rate="")
         task = self._tasks[stage]
         speed = self._progress.tasks[task].speed
-        self._progress.update(
-            task, completed=done, total=total, amount=f"{decimal(done)} of {decimal(total)}",
-            rate=f"{speed / 1e9:.2f} GB/s" if speed else "",
-        )  # fmt: skip
+        if self._unit:
+            amount, rate = f"{done:,}/{total:,}", f"{speed or 0:,.0f} {self._unit}/s"
+        else:
+            amount, rate = f"{decimal(done)} of {decimal(total)}", f"{(speed or 0) / 1e9:.2f} GB/s"
+        self._progress.update(task, completed=done, total=total, amount=amount, rate=rate if speed else "")
 
 
 def profile_table(profile: Profile) -> Table:
@@ -123,7 +125,9 @@ def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
         "path": str(checkpoint.path),
         "format": checkpoint.format,
         "notices": checkpoint.notices,
-        "families": {family: asdict(total) for family, total in _families(checkpoint).items()},
+        "families": {
+            family: asdict(contents.total(checkpoint, names)) for family, names in contents.families(checkpoint).items()
+        },
         "tensors": tensors,
     }
 
@@ -133,35 +137,13 @@ def checkpoint_table(checkpoint: Checkpoint) -> Group:
     table = _table(
         f"{checkpoint.path.name}: {checkpoint.format}", ["tensors", "params", "size", "bits/weight", "widths"]
     )
-    families = _families(checkpoint)
-    for family, total in sorted(families.items(), key=lambda item: -item[1].output_bytes):
-        widths = sorted({checkpoint.bits(n) for n in checkpoint.keys() if _family(checkpoint, n) == family})
+    for family, names in contents.families(checkpoint).items():
+        sums = contents.total(checkpoint, names)
         table.add_row(
-            family, f"{total.tensors}", _count(total.params), decimal(total.output_bytes),
-            f"{total.bits_per_weight:.3f}", ", ".join(map(str, widths)),
+            family, f"{sums.tensors}", _count(sums.params), decimal(sums.output_bytes),
+            f"{sums.bits_per_weight:.3f}", ", ".join(map(str, contents.widths(checkpoint, names))),
         )  # fmt: skip
     return Group(table, *(Text(f"note: {notice}") for notice in checkpoint.notices))
-
-
-def _family(checkpoint: Checkpoint, name: str) -> str:
-    return family_of(name, checkpoint.entry(name).info, checkpoint.config)
-
-
-def _families(checkpoint: Checkpoint) -> dict[str, Total]:
-    rows: dict[str, list[str]] = {}
-    for name in checkpoint.keys():
-        rows.setdefault(_family(checkpoint, name), []).append(name)
-    return {
-        family: Total(
-            tensors=len(names),
-            params=sum(checkpoint.entry(n).info.numel for n in names),
-            source_bytes=sum(checkpoint.entry(n).info.nbytes for n in names),
-            output_bytes=sum(checkpoint.nbytes(n) for n in names),
-            active_params=0,
-            active_bytes=0,
-        )
-        for family, names in rows.items()
-    }
 
 
 def _table(title: str, columns: list[str], first: str = "family") -> Table:

@@ -10,7 +10,21 @@ from pathlib import Path
 import pytest
 from tiny_models import save_tiny
 
-COMMANDS = ("scan", "plan", "quantize", "inspect", "verify", "dequantize", "generate", "chat", "bench")
+COMMANDS = (
+    "scan",
+    "plan",
+    "quantize",
+    "inspect",
+    "verify",
+    "dequantize",
+    "generate",
+    "chat",
+    "bench",
+    "evaluate",
+    "compare",
+    "card",
+    "push",
+)
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

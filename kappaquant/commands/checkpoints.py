@@ -12,12 +12,21 @@ from kappaquant.commands.options import CheckpointArg, JsonOpt, OriginalOpt
 from kappaquant.commands.terminal import console, errors, progress, show
 
 
-def inspect(checkpoint: CheckpointArg, source: OriginalOpt = None, as_json: JsonOpt = False) -> None:
+def inspect(
+    checkpoint: CheckpointArg,
+    source: OriginalOpt = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw bits by layer and family (PNG; needs matplotlib).")] = None,
+    as_json: JsonOpt = False,
+) -> None:
     """Show what a quantized checkpoint holds, by family."""
     from kappaquant.checkpoint import open_checkpoint
     from kappaquant.report import checkpoint_json, checkpoint_table
 
     opened = open_checkpoint(checkpoint, source=source)
+    if plot:
+        from kappaquant.plots import bits_map
+
+        bits_map(opened, plot)
     show(json.dumps(checkpoint_json(opened), indent=1) if as_json else checkpoint_table(opened), as_json)
 
 

@@ -35,7 +35,7 @@ def errors() -> Any:
     return console(stderr=True)
 
 
-def progress(title: str) -> Any:
+def progress(title: str, unit: str | None = None) -> Any:
     from kappaquant.report import ProgressBar
 
-    return ProgressBar(title, errors())
+    return ProgressBar(title, errors(), unit)

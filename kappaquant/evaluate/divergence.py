@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +67,9 @@ def perplexity(model: Any, sequences: Sequence[Sequence[int]], *, max_logits_byt
         UnsupportedError: no sequences, or one of a single token.
     """
     losses: dict[int, Tensor] = {}
-    for index, predicted, (logits,) in _scored([model], sequences, max_logits_bytes):
-        parts = [_losses(torch.log_softmax(logits[part].float(), -1), predicted[part]) for part in _parts(logits)]
-        losses[index] = torch.cat(parts)
+    for index, predicted, (logits,) in scored([model], sequences, max_logits_bytes):
+        pieces = [_losses(torch.log_softmax(logits[part].float(), -1), predicted[part]) for part in parts(logits)]
+        losses[index] = torch.cat(pieces)
     return _perplexity(losses)
 
 
@@ -90,14 +90,14 @@ def kl_divergence(
     losses: dict[int, Tensor] = {}
     original_losses: dict[int, Tensor] = {}
     agreed = 0
-    for index, predicted, (there, here) in _scored([original, variant], sequences, max_logits_bytes):
+    for index, predicted, (there, here) in scored([original, variant], sequences, max_logits_bytes):
         if there.shape != here.shape:
             raise UnsupportedError(
                 f"the variant's vocabulary has {here.shape[-1]} entries, the original's {there.shape[-1]}; "
                 "compare a model with the one it was made from"
             )
         klds[index], losses[index], original_losses[index] = torch.empty(3, len(there)).unbind()
-        for part in _parts(there):
+        for part in parts(there):
             p = torch.log_softmax(there[part].float(), -1)
             q = torch.log_softmax(here[part].to(p.device).float(), -1)
             klds[index][part] = (p.exp() * (p - q)).sum(-1).cpu()
@@ -114,19 +114,25 @@ def kl_divergence(
 
 
 @torch.no_grad()
-def _scored(
-    models: Sequence[Any], sequences: Sequence[Sequence[int]], max_logits_bytes: int
+def scored(
+    models: Sequence[Any],
+    sequences: Sequence[Sequence[int]],
+    max_logits_bytes: int = _LOGITS_BYTES,
+    batches: Iterable[Sequence[int]] | None = None,
 ) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
     """(index, its tokens but the first [n - 1], each model's logits for them [n - 1, vocabulary]) of every sequence.
 
     Batches are padded on the right, where a causal model never looks: positions are as without padding.
+
+    Args:
+        batches: indices of sequences that run together; default those of similar length, as ``max_logits_bytes`` allows.
     """
     short = [i for i, sequence in enumerate(sequences) if len(sequence) < 2]
     if short or not sequences:
         what = f"sequence {short[0]} has {len(sequences[short[0]])}" if short else "there is no sequence"
         raise UnsupportedError(f"{what}: every sequence needs at least 2 tokens, one to predict the next")
     row = max(m.config.get_text_config().vocab_size * m.dtype.itemsize for m in models)
-    for batch in by_length(sequences, max_logits_bytes // row):
+    for batch in by_length(sequences, max_logits_bytes // row) if batches is None else batches:
         ids, mask = pad([sequences[i] for i in batch], "right")
         logits = [
             m(input_ids=ids.to(m.device), attention_mask=mask.to(m.device), use_cache=False).logits for m in models
@@ -136,7 +142,8 @@ def _scored(
             yield index, ids[place, 1:n], [each[place, : n - 1] for each in logits]
 
 
-def _parts(logits: Tensor) -> list[slice]:
+def parts(logits: Tensor) -> list[slice]:
+    """Slices of rows that are brought to float32 at a time."""
     size = max(1, _CHUNK // logits.shape[-1])
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 

@@ -1,0 +1,90 @@
+"""How far a checkpoint is from its original: evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kappaquant.commands.options import ActivationsOpt, DeviceOpt, JsonOpt, RevisionOpt
+from kappaquant.commands.terminal import errors, progress
+from kappaquant.commands.text import default_device
+from kappaquant.errors import OutputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from kappaquant.evaluate.pair import Pair
+
+
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Quantized checkpoint folder, or one of plain safetensors.")],
+    against: Annotated[str, typer.Option(help="The original it was made from: folder or Hub id.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Plain text to read; default evaluation.txt in the original's folder.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Read so many tokens of the text; default all.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens of a sequence; each is read from its own first token.")] = 512,
+    top_k: Annotated[
+        int, typer.Option(help="Probabilities of the original kept for each token; all make the divergence exact.")
+    ] = 256,
+    dtype: Annotated[str, typer.Option(help="float32, or auto for that of config.json.")] = "auto",
+    by_layer: Annotated[
+        bool, typer.Option("--by-layer", help="Also each tensor family alone, in the otherwise original model.")
+    ] = False,
+    noise_floor: Annotated[
+        bool, typer.Option("--noise-floor/--no-noise-floor", help="Also the original against itself in other batches.")
+    ] = True,
+    logits: Annotated[
+        Path | None,
+        typer.Option(help="Keep predictions here, to go on after an interruption and for other checkpoints."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The report; default evaluation.json in the checkpoint.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables here too.")] = None,
+    device: DeviceOpt = None,
+    activations: ActivationsOpt = "int8",
+    revision: RevisionOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Measure KL divergence, agreement and perplexity against the original, with intervals; each model is loaded alone."""
+    from transformers.utils import logging as transformers_logging
+
+    from kappaquant.evaluate.against import Options, evaluate_against
+    from kappaquant.evaluate.evaluation import write_whole
+    from kappaquant.evaluate.markdown import markdown as tables
+    from kappaquant.evaluate.pair import open_pair
+    from kappaquant.format import EVALUATION_NAME
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # there is one
+    options = Options(
+        window, tokens, top_k, dtype, device or default_device(), activations, noise_floor=noise_floor, by_layer=by_layer
+    )  # fmt: skip
+    pair = open_pair(checkpoint, against, revision)
+    for notice in pair.notices:
+        errors().print(f"note: {notice}", markup=False, highlight=False, soft_wrap=True)
+    report = output or pair.path / EVALUATION_NAME
+    for path in (report, markdown):
+        if path and not path.parent.is_dir():
+            raise OutputError(f"{path}: its folder does not exist; nothing was measured yet")
+    beside = output.parent if output else pair.path.absolute().parent
+    kept = logits or beside / f"{pair.name}.logits"
+    with progress("evaluate", "tokens") as bar:
+        found = evaluate_against(pair, _text(pair, text), kept, options, bar)
+    found.save(report)
+    shown = tables(found)
+    if markdown:
+        write_whole(markdown, shown.encode())
+    typer.echo(found.to_json() if as_json else shown, nl=False)
+    errors().print(f"{report}; predictions are kept in {kept}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _text(pair: Pair, given: Path | None) -> Path:
+    from kappaquant.evaluate.against import TEXT_NAME
+
+    if given is None and not (pair.source.folder / TEXT_NAME).exists():
+        raise UnsupportedError(
+            f"{pair.source.label}: has no {TEXT_NAME}; give --text FILE, plain text that the model was not trained on"
+        )
+    return given or pair.source.folder / TEXT_NAME

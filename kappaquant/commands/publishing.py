@@ -1,0 +1,134 @@
+"""Evaluated checkpoints side by side, and on the Hub: compare, card, push."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kappaquant.commands.options import CheckpointArg, JsonOpt, RevisionOpt
+from kappaquant.commands.terminal import console, errors, show
+
+if TYPE_CHECKING:
+    from kappaquant.evaluate.compare import Comparison
+    from kappaquant.evaluate.evaluation import Measured
+
+
+def compare(
+    checkpoints: Annotated[
+        list[Path], typer.Argument(help="Checkpoint folders that hold an evaluation.json, or such files themselves.")
+    ],
+    against: Annotated[
+        str | None, typer.Option(help="The original (folder or Hub id) that all must have been measured against.")
+    ] = None,
+    revision: RevisionOpt = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw divergence against size (PNG; needs matplotlib).")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Set evaluated checkpoints of one original side by side: size, KL divergence, agreement, perplexity."""
+    from kappaquant.evaluate.compare import compare as run
+    from kappaquant.evaluate.compare import report_path
+    from kappaquant.evaluate.evaluation import Evaluation
+    from kappaquant.evaluate.pair import source_facts
+    from kappaquant.plots import pareto
+    from kappaquant.source import LocalSource, open_source
+
+    evaluations = {str(path): Evaluation.load(report_path(path)) for path in checkpoints}
+    facts = None
+    if against:
+        source = open_source(against, revision)
+        assert isinstance(source, LocalSource)  # only a streamed source is another
+        facts = source_facts(source)
+    comparison = run(evaluations, facts)
+    if plot:
+        pareto(comparison, plot)
+    show(json.dumps(asdict(comparison), indent=1, ensure_ascii=False) if as_json else _table(comparison), as_json)
+
+
+def _table(comparison: Comparison) -> Any:
+    from rich.filesize import decimal
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(f"against {comparison.original.path}"), title_justify="left")
+    for column in ("checkpoint", "size", "bits/weight", "KLD, nats", "same top token", "perplexity"):
+        table.add_column(column, justify="left" if column == "checkpoint" else "right")
+    original = comparison.original
+    table.add_row("original", decimal(original.bytes), "", "", "", _cell(comparison.original_perplexity, "{:.4f}"))
+    table.add_section()
+    for row in comparison.rows:
+        table.add_row(
+            escape(row.name) + " *" * row.pareto, decimal(row.nbytes), f"{row.bits_per_weight:.3f}",
+            _cell(row.divergence, "{:.3g}"), _cell(row.agreement, "{:.2%}"), _cell(row.perplexity, "{:.4f}"),
+        )  # fmt: skip
+    floor = (
+        f"\nnoise floor of the original: {comparison.noise_floor:.3g} nats"
+        if comparison.noise_floor is not None
+        else ""
+    )
+    table.caption = (
+        f"{comparison.text.tokens:,} predicted tokens of {escape(comparison.text.name)}; in brackets 95 % intervals; "
+        f"*: none is both smaller and closer{floor}"
+    )
+    return table
+
+
+def _cell(measured: Measured, form: str) -> str:
+    value = form.format(measured.value)
+    if measured.interval_95 is None:
+        return value
+    low, high = map(form.format, measured.interval_95)
+    return f"{value} [{low}, {high}]"
+
+
+def card(
+    checkpoint: CheckpointArg,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Default README.md in the checkpoint.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="The checkpoint's evaluation; default its evaluation.json, if there is one.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the original, if it was a local folder.")] = None,
+    source_license: Annotated[
+        str | None,
+        typer.Option(help="Licence of the original, as the Hub calls it, e.g. apache-2.0; default by its card."),
+    ] = None,
+    quantized_by: Annotated[str | None, typer.Option(help="Who made the checkpoint.")] = None,
+    repo: Annotated[
+        str | None, typer.Option(help="Hub id the checkpoint will have, for the lines that load it.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a README.md that kappaquant did not write.")] = False,
+) -> None:
+    """Write the checkpoint's model card from its manifest and evaluation."""
+    from kappaquant.card import CARD_NAME, make_card, write_card
+    from kappaquant.checkpoint import open_checkpoint
+    from kappaquant.format import EVALUATION_NAME
+
+    default = checkpoint / EVALUATION_NAME
+    made = make_card(
+        open_checkpoint(checkpoint), report or (default if default.exists() else None), base_model=base_model,
+        source_license=source_license, quantized_by=quantized_by, repo=repo,
+    )  # fmt: skip
+    path = output or checkpoint / CARD_NAME
+    write_card(made, path, force=force)
+    for notice in made.notices:
+        errors().print(f"note: {notice}", markup=False, highlight=False, soft_wrap=True)
+    console().print(str(path), highlight=False, markup=False)
+
+
+def push(
+    checkpoint: CheckpointArg,
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hub; made if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to upload to; made if it does not exist.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Upload in spite of what speaks against it, and name it.")
+    ] = False,
+) -> None:
+    """Upload the checkpoint and its card; refused when verify fails or the card has no evaluation. Run again to resume."""
+    from kappaquant.publish import push as run
+
+    url = run(checkpoint, repo, private=private, revision=revision, force=force)
+    console().print(url, highlight=False, markup=False)
