@@ -55,7 +55,7 @@ def test_quantize_and_scan_write_what_the_cpu_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("activations", "most"), [("bf16", 4e-3), ("int8", 0.05)])
-@pytest.mark.parametrize("architecture", ["qwen3_5_moe_text", "mixtral", "llama", "gemma3"])
+@pytest.mark.parametrize("architecture", ["qwen3_5_moe_text", "mixtral", "llama", "gemma3", "qwen3", "qwen3_moe"])
 def test_loaded_model_gives_the_same_logits(architecture: str, activations: str, most: float, tmp_path: Path) -> None:
     source = kappaquant.open_source(save_tiny(architecture, tmp_path / "source"))
     plan = kappaquant.make_plan(source.tensors, source.config, "recipe")
@@ -67,6 +67,7 @@ def test_loaded_model_gives_the_same_logits(architecture: str, activations: str,
         with torch.no_grad():
             logits.append(model(input_ids=ids.to(device)).logits.cpu())
     assert any(isinstance(m, PackedWeight) and m.tiled for m in model.modules())
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"cuda"}
     error = (logits[0] - logits[1]).norm(dim=-1) / logits[0].norm(dim=-1)
     assert error.median() <= most  # of tokens: where two experts are near equal, the slightest change swaps them
     with torch.no_grad():

@@ -206,16 +206,6 @@ def test_the_language_model_alone_of_a_multimodal_checkpoint(tmp_path: Path) -> 
     assert torch.allclose(_logits(text), _logits(whole), atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe", "mixtral"])
-def test_on_cuda(architecture: str, tmp_path: Path) -> None:
-    folder = _quantize(save_tiny(architecture, tmp_path / "source"), tmp_path / "quantized")
-    ids = torch.arange(3, 20)[None]
-    on_cpu, on_gpu = _logits(kappaquant.load(folder)[0], input_ids=ids), kappaquant.load(folder, device="cuda")[0]
-    assert {t.device.type for t in (*on_gpu.parameters(), *on_gpu.buffers())} == {"cuda"}
-    torch.testing.assert_close(_logits(on_gpu, input_ids=ids.cuda()).cpu(), on_cpu, rtol=1e-4, atol=1e-4)
-
-
 def test_a_device_map_places_packed_weights(tmp_path: Path) -> None:
     folder = _quantize(save_tiny("qwen3_moe", tmp_path / "source"), tmp_path / "quantized")
     mapped = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="auto")

@@ -39,7 +39,7 @@ def test_linear_is_the_product_with_the_decoded_weight(fmt: Format, m: int, n: i
     assert float(((y - x @ decoded.T).abs() / scale).max()) < 3e-6
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=lambda fmt: fmt.id)
 def test_the_torch_kernel_on_cuda(fmt: Format) -> None:
     encoded, codebook, decoded = _quantized(fmt, 6, 37, fmt.group_size + 3)
