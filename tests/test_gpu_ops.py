@@ -8,6 +8,7 @@ from test_tensor_cores import ALL, error, gpu, random
 
 from kappaquant import codec, gpu_ops
 from kappaquant.format import Format
+from kappaquant.kernels import tiles
 
 BATCHES = (1, 2, 7, 8, 9, 16, 17, 31, 64, 129, 500, 1025, 4096)
 
@@ -82,6 +83,7 @@ def test_experts_at_every_batch(half: bool) -> None:
 @gpu
 def test_compilers_accept_the_ops() -> None:
     fmt = Format(3, 128)
+    book = fmt.codebook  # modules hold theirs, too
     encoded = codec.encode(random(64, 256).cuda(), fmt, "fast")
     codes, norms = gpu_ops.tile(encoded.packed, encoded.norms, fmt)
     x = random(8, 256).cuda()  # a whole block of tokens: what fills up a block is not defined
@@ -89,6 +91,28 @@ def test_compilers_accept_the_ops() -> None:
 
     def product(x: torch.Tensor) -> torch.Tensor:
         quantized = gpu_ops.quantize_input(x, 128, False)
-        return gpu_ops.tiled_linear(quantized, codes, norms, fmt.codebook, fmt, (64, 256), None, x.dtype)
+        return gpu_ops.tiled_linear(quantized, codes, norms, book, fmt, (64, 256), None, x.dtype)
 
     torch.testing.assert_close(torch.compile(product, fullgraph=True)(x), product(x))
+
+
+def test_a_compiler_sees_one_graph_of_two_ops() -> None:
+    """Traced through the ops' shapes alone, so without a GPU."""
+    fmt, shape = Format(3, 128), (64, 256)
+    tiled = tiles.tile(torch.zeros(fmt.packed_shape(shape), dtype=torch.uint8), torch.zeros(64, 2).half(), fmt)
+    book, seen = fmt.codebook, []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> object:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return lambda *_: (torch.zeros(8, 64),)
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def product(x: torch.Tensor) -> torch.Tensor:
+        quantized = gpu_ops.quantize_input(x, 128, False)
+        return gpu_ops.tiled_linear(quantized, tiled.codes, tiled.norms, book, fmt, shape, None, x.dtype)
+
+    assert product(random(8, 256)).shape == (8, 64)
+    assert [name for name in seen if name.startswith("kappaquant")] == [
+        "kappaquant.quantize_input.default",
+        "kappaquant.tiled_linear.default",
+    ]
