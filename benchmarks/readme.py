@@ -119,13 +119,13 @@ def gpu_decode() -> str:
     for name, at in models.items():
         first = at[cases[0]]
         speeds = [f"{at[case]['decode_tokens_per_s']:.0f}" if case in at else "–" for case in cases]
-        prompt = f"{at[1, 2048]['prefill_tokens_per_s']:.0f}" if (1, 2048) in at else "–"
+        prompts = [f"{at[c]['prefill_tokens_per_s']:.0f}" if c in at else "–" for c in ((1, 32), (1, 2048), (1, 4096))]
         kernels = first["kernels_per_step"] or "–"
-        rows.append([name, *speeds, prompt, f"{max(r['peak_gib'] for r in at.values()):.1f}", str(kernels)])
+        rows.append([name, *speeds, *prompts, f"{max(r['peak_gib'] for r in at.values()):.1f}", str(kernels)])
     head = [
         "tok/s at batch x context:",
         *(f"{b} x {c}" for b, c in cases),
-        "prefill of 2048",
+        *(f"prompt of {n}" for n in (32, 2048, 4096)),
         "peak GiB",
         "kernels a step",
     ]
