@@ -46,10 +46,21 @@ def needs_half(activations: str, bits: int) -> bool:
 
 def refusal(norms: Tensor, centroids: Sequence[float]) -> str | None:
     """Why a weight stays in the order of the disk and runs in torch, or None."""
-    reason = tensor_cores.refusal(norms.device, centroids)
-    if reason is None and norms.dtype != torch.float16 and not bool((norms.half().isfinite()).all()):
-        reason = f"a norm is {norms.max().item():.6g}, more than float16 holds"
+    reason = tensor_cores.refusal(norms.device, centroids) or norms_refusal(norms)
     return reason and f"{tensor_cores.NAME}: {reason}"
+
+
+def norms_refusal(norms: Tensor) -> str | None:
+    """Why norms can not be held in float16, or None: none may become infinite, zero, or lose digits as a subnormal."""
+    if norms.dtype == torch.float16 or not norms.numel():
+        return None
+    size = norms.abs()
+    most, least = torch.finfo(torch.float16).max, torch.finfo(torch.float16).tiny
+    if bool((size > most).any()):
+        return f"a norm is {size.max().item():.6g}, float16 holds at most {most:g}"
+    if bool(((size > 0) & (size < least)).any()):
+        return f"a norm is {size[size > 0].min().item():.6g}, float16 loses digits below {least:.6g}"
+    return None
 
 
 def tile(packed: Tensor, norms: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:

@@ -24,10 +24,23 @@ def test_a_weight_on_a_cpu_is_refused_with_the_reason() -> None:
     assert gpu_ops.refusal(torch.ones(2, 2).half(), book) == "tensor_cores: needs an NVIDIA GPU, got a tensor on cpu"
 
 
+def test_norms_that_float16_can_not_hold_are_refused() -> None:
+    """A loader never zeroes: 1e-9 would become 0, 1e-6 would lose most of its digits."""
+    fine = torch.tensor([[1.0, 0.0], [6.2e-5, 65504.0]])
+    assert gpu_ops.norms_refusal(fine) is None
+    assert gpu_ops.norms_refusal(torch.tensor([1e-6]).half()) is None  # as it stands on disk
+    for bad, message in (
+        (1e-9, "a norm is 1e-09, float16 loses digits"),
+        (1e-6, "1e-06"),
+        (1e6, "1e+06, float16 holds at most 65504"),
+    ):
+        assert message in str(gpu_ops.norms_refusal(torch.tensor([[1.0, bad]])))
+
+
 @gpu
-def test_norms_beyond_float16_are_refused() -> None:
+def test_a_weight_is_refused_for_its_norms_or_its_codebook() -> None:
     norms = torch.full((2, 2), 1e6, device="cuda")
-    assert "a norm is 1e+06, more than float16 holds" in str(gpu_ops.refusal(norms, Format(3, 128).codebook))
+    assert "a norm is 1e+06, float16 holds at most 65504" in str(gpu_ops.refusal(norms, Format(3, 128).codebook))
     assert gpu_ops.refusal(norms / 1e6, Format(3, 128).codebook) is None
     assert "not symmetric" in str(gpu_ops.refusal(norms.half(), (-1.0, 0.0, 0.5, 1.0)))
 
