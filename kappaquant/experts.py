@@ -117,7 +117,7 @@ class QuantExperts(nn.Module):
         """(gate and up, down), if kernels can take each as one weight of all experts; else their parts stay in disk order."""
         blocks = [*self.gate_up_proj.blocks, *self.down_proj.blocks]
         packed = [block.weight for block in blocks if isinstance(block.weight, PackedWeight)]
-        probe = torch.linspace(-4, 4, 9)
+        probe = torch.linspace(-4, 4, 9, device="cpu")
         if (
             len(blocks) == len(packed) == 2
             and packed[0].fmt.group_size == packed[1].fmt.group_size

@@ -87,8 +87,9 @@ def _refusal(layer: Any) -> str | None:
 
 def _linears(layer: Any) -> list[Any]:
     mixer = layer.linear_attn if hasattr(layer, "linear_attn") else layer.self_attn
+    shared = layer.mlp.shared_expert
     own = [m for n, m in mixer.named_children() if n.endswith("_proj") or n.startswith("in_proj")]
-    return [*own, *layer.mlp.shared_expert.children(), layer.mlp.shared_expert_gate][: len(own) + 3]
+    return [*own, shared.gate_proj, shared.up_proj, shared.down_proj, layer.mlp.shared_expert_gate]
 
 
 class Projections:
@@ -104,10 +105,11 @@ class Projections:
         self.half = any(needs_half(self.activations, bits) for bits in self.bits)
         self.fmt = self._packed[0][1].fmt if packed else Format(2, 128)
 
-    def __call__(self, rotated: inputs.Input, plain: Tensor) -> list[Tensor]:
-        """Outputs in the order of the layers, of an input that is given both rotated and as it is."""
+    def __call__(self, rotated: inputs.Input | None, plain: Tensor) -> list[Tensor]:
+        """Outputs in the order of the layers, of an input as it is and, for packed layers, rotated."""
         outs: dict[int, Tensor] = {}
         for at in range(0, len(self._packed), _MOST_OUTPUTS):
+            assert rotated is not None
             some = self._packed[at : at + _MOST_OUTPUTS]
             made = tensor_cores.linear(rotated, [w for _, w, _ in some], plain.dtype, [bias for _, _, bias in some])
             outs |= {i: y for (i, _, _), y in zip(some, made, strict=True)}
@@ -120,7 +122,7 @@ class Projections:
     def alone(self, x: Tensor) -> list[Tensor]:
         """The same for an input that nothing has rotated yet."""
         rotated = inputs.rotate(x, self.fmt, self.half)[0] if self._packed else None
-        return self(rotated, x)  # type: ignore[arg-type]
+        return self(rotated, x)
 
 
 class Starts:
@@ -145,16 +147,17 @@ class FusedLayer:
         self._starts = starts
         self._recurrent = hasattr(layer, "linear_attn")
         self._mixer = layer.linear_attn if self._recurrent else layer.self_attn
-        self._made_of: Tensor | None = None
+        self._made_of: tuple[Tensor, str] | None = None
 
     def _prepare(self) -> bool:
         """Take the weights from where they lie now; False while they are not tiled."""
         mlp, mixer = self._layer.mlp, self._mixer
         if not all(weight.tiled for weight in mlp.experts.whole):
             return False
-        if self._made_of is mlp.experts.whole[0].codes:
+        codes, activations = mlp.experts.whole[0].codes, mlp.experts.rotation.activations
+        if self._made_of and self._made_of[0] is codes and self._made_of[1] == activations:
             return True
-        self._made_of = mlp.experts.whole[0].codes
+        self._made_of = codes, activations
         names = (
             ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
             if self._recurrent
