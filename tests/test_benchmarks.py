@@ -45,8 +45,11 @@ def test_cost_keeps_its_bound_on_memory() -> None:
 def test_gpu_results_keep_their_bounds() -> None:
     """What was reached once on an H200; whoever measures anew finds out here what became slower."""
     assert all(aim["met"] for aim in result("gpu_decode")["aims"])
-    missed = [aim["what"] for aim in result("gpu_kernels")["aims"] if not aim["met"]]
-    assert all(any(f"batch {m}," in what for m in (128, 256, 512, 1024, 4096)) for what in missed), missed
+    aims = result("gpu_kernels")["aims"]
+    assert any(aim["what"].startswith("2 bits") for aim in aims)  # a miss is listed as one
+    missed = {aim["what"].partition(" bits")[0] + aim["what"].partition("batch")[2] for aim in aims if not aim["met"]}
+    many = {f"{bits} {m}, of bf16's time" for bits in (3, 4) for m in (128, 256, 512, 1024, 4096)}
+    assert missed <= many | {"2 1, share of the read ceiling"}, missed
     for row in result("gpu_encode")["rows"]:
         assert row.get("same_bytes", True)
         assert row["kernel"] < 0.03
