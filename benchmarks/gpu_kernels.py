@@ -108,7 +108,7 @@ def rows(ceiling: float, others: Mapping[str, tuple[Peer, float]]) -> Iterator[d
                         print(f"{name}: left out: {type(problem).__name__}: {problem}", file=sys.stderr)
                     continue
                 yield row(name, shape, m, bits, us)
-            for half in (False, True) if m <= gpu_ops.FEW_TOKENS else (True,):  # many tokens are float16 in any case
+            for half in (False, True) if not gpu_ops.needs_half("int8", 3, m, shape[0]) else (True,):
                 for width in BITS if m == 1 and shape == LARGE else (3, 4):
                     if half or width in tensor_cores.INT8_BITS:
                         us, rotation = codebook(width, *shape, m, half)
@@ -142,7 +142,7 @@ def aims(found: list[dict[str, Any]], of_experts: list[dict[str, Any]]) -> list[
         )
 
     def ratio(bits: int, m: int) -> float:
-        kind = "int8" if m <= gpu_ops.FEW_TOKENS else "float16"
+        kind = "float16" if gpu_ops.needs_half("int8", bits, m, LARGE[0]) else "int8"
         return us(f"{bits} bits, {kind}", LARGE, m) / us("bf16 (cuBLAS)", LARGE, m)
 
     three, four = "3 bits, int8", "4 bits, int8"

@@ -41,6 +41,9 @@ class RandomCheckpoint:
         fmt = self.format_of(name)
         return fmt.codebook if fmt else ()
 
+    def norm_dtype(self, name: str) -> torch.dtype:
+        return torch.float16
+
     def packed(self, name: str) -> Tensor:
         return self._part(name, "packed")
 

@@ -6,8 +6,9 @@ an input [..., in] is quantized once for all weights that read it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +20,30 @@ from kappaquant.kernels import experts as few_experts
 
 ACTIVATIONS = ("int8", "bf16")  # the default first: see docs/kernels.md for what each loses
 FEW_TOKENS = 16  # up to which weights are decoded anew for every 8; beyond, Hopper's wider products are faster
+INT8_TOKENS = (64, 128)  # of many rows, of few: up to which wider products take int8; beyond, scaling their sums costs too much
+INT8_ROWS = 16384  # that count as few
 DECODED_TOKENS = (
-    2048  # from which reading a decoded weight back costs less than decoding it for every 128; elsewhere 128
+    2048  # from which reading a decoded weight back costs less than decoding it for every 256; elsewhere 128
 )
 _FEW_SLOTS = 256  # (token, expert) pairs up to which an expert is read again for each of its tokens
+
+
+_LIBRARY = torch.library.Library("kappaquant", "FRAGMENT")
+
+
+def _op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as a custom op without what ``torch.library.custom_op`` adds for gradients, which costs as much as
+    a launch; ``fake`` is its form without data."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = function.__name__.lstrip("_")
+        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"kappaquant::{name}", fake, lib=_LIBRARY)
+        op: Callable[..., Any] = getattr(torch.ops.kappaquant, name).default
+        return op
+
+    return register
 
 
 class QuantizedInput(NamedTuple):
@@ -39,9 +60,9 @@ def check_activations(activations: str) -> None:
         raise UnsupportedError(f"activations {activations!r}: must be one of {', '.join(ACTIVATIONS)}")
 
 
-def needs_half(activations: str, bits: int) -> bool:
-    """Whether a weight of this width is multiplied by float16 inputs, not int8."""
-    return activations != "int8" or bits not in tensor_cores.INT8_BITS
+def needs_half(activations: str, bits: int, tokens: int = 1, rows: int = 1) -> bool:
+    """Whether ``tokens`` of float16 inputs, not int8, multiply a weight of this width with so many rows."""
+    return activations != "int8" or bits not in tensor_cores.INT8_BITS or tokens > INT8_TOKENS[rows <= INT8_ROWS]
 
 
 def refusal(norms: Tensor, centroids: Sequence[float]) -> str | None:
@@ -74,28 +95,26 @@ def untile(codes: Tensor, norms: Tensor, fmt: Format, shape: Sequence[int]) -> t
     return tiles.untile(tiles.Tiled(codes, norms), fmt, shape[-2], fmt.groups(shape[-1]))
 
 
-@torch.library.custom_op("kappaquant::quantize_input", mutates_args=())
-def _quantize_input(x: Tensor, group_size: int, half: bool) -> tuple[Tensor, Tensor, Tensor]:
-    flat = x.reshape(-1, x.shape[-1])
-    flat = (flat if flat.dtype in inputs.KINDS else flat.float()).contiguous()
-    fmt = Format(2, group_size)  # any width: only groups matter to an input
-    if _many(flat.shape[0], x.device):
-        ordered, _ = inputs.rotate_tokens(flat, fmt)
-        return ordered.values, ordered.scales, ordered.scales.new_empty(0)
-    made, _ = inputs.rotate(flat, fmt, half)
-    return made.values, made.scales, made.scales.new_empty(0) if half else made.halves
-
-
-@_quantize_input.register_fake
-def _(x: Tensor, group_size: int, half: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_input_fake(x: Tensor, group_size: int, half: bool) -> tuple[Tensor, Tensor, Tensor]:
     tokens, k = x.numel() // x.shape[-1], tiles.padded(x.shape[-1], Format(2, group_size))
     if _many(tokens, x.device):
-        blocks = -(-tokens // 8)
-        values = x.new_empty(k // tiles.INPUTS, blocks, 16, 8, 8, dtype=torch.float16)
-        return values, x.new_empty(8 * blocks, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
+        made = inputs.Tokens.empty(k, -(-tokens // 8), group_size, tokens, half, x.device)
+        return made.values, made.scales, made.scales.new_empty(0)
     values = x.new_empty(tokens, k, dtype=torch.float16 if half else torch.int8)
     scales = x.new_empty(k // group_size, inputs.padded_tokens(tokens), dtype=torch.float32)
     return values, scales, scales.new_empty(0) if half else torch.empty_like(scales)
+
+
+@_op(_quantize_input_fake)
+def _quantize_input(x: Tensor, group_size: int, half: bool) -> tuple[Tensor, Tensor, Tensor]:
+    flat = x.reshape(-1, x.shape[-1])
+    flat = (flat if flat.dtype in inputs.KINDS else flat.float()).contiguous()
+    fmt = _format(2, group_size)  # any width: only groups matter to an input
+    if _many(flat.shape[0], x.device):
+        ordered, _ = inputs.rotate_tokens(flat, fmt, half)
+        return ordered.values, ordered.scales, ordered.scales.new_empty(0)
+    made, _ = inputs.rotate(flat, fmt, half)
+    return made.values, made.scales, made.scales.new_empty(0) if half else made.halves
 
 
 def _many(tokens: int, device: torch.device) -> bool:
@@ -104,12 +123,30 @@ def _many(tokens: int, device: torch.device) -> bool:
 
 
 def quantize_input(x: Tensor, group_size: int, half: bool) -> QuantizedInput:
-    """x [..., in], rotated: float16 if ``half`` or if there are many tokens, else int8."""
+    """x [..., in], rotated: float16 if ``half``, else int8."""
     values, scales, halves = _quantize_input(x, group_size, half)
     return QuantizedInput(values, scales, halves, x.numel() // x.shape[-1])
 
 
-@torch.library.custom_op("kappaquant::tiled_linear", mutates_args=())
+def _tiled_linear_fake(
+    values: Tensor,
+    scales: Tensor,
+    halves: Tensor,
+    tokens: int,
+    codes: Tensor,
+    norms: Tensor,
+    centroids: Sequence[float],
+    bits: int,
+    group_size: int,
+    n: int,
+    in_features: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return values.new_empty(tokens, n, dtype=dtype)
+
+
+@_op(_tiled_linear_fake)
 def _tiled_linear(
     values: Tensor,
     scales: Tensor,
@@ -136,25 +173,6 @@ def _tiled_linear(
     return y.to(dtype)
 
 
-@_tiled_linear.register_fake
-def _(
-    values: Tensor,
-    scales: Tensor,
-    halves: Tensor,
-    tokens: int,
-    codes: Tensor,
-    norms: Tensor,
-    centroids: Sequence[float],
-    bits: int,
-    group_size: int,
-    n: int,
-    in_features: int,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return values.new_empty(tokens, n, dtype=dtype)
-
-
 def tiled_linear(
     x: QuantizedInput,
     codes: Tensor,
@@ -174,7 +192,21 @@ def decodes_first(tokens: int, device: torch.device) -> bool:
     return tokens >= (DECODED_TOKENS if gemm.refusal(device) is None else 128)
 
 
-@torch.library.custom_op("kappaquant::decoded_linear", mutates_args=())
+def _decoded_linear_fake(
+    x: Tensor,
+    codes: Tensor,
+    norms: Tensor,
+    centroids: Sequence[float],
+    bits: int,
+    group_size: int,
+    n: int,
+    in_features: int,
+    bias: Tensor | None,
+) -> Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+@_op(_decoded_linear_fake)
 def decoded_linear(
     x: Tensor,
     codes: Tensor,
@@ -191,22 +223,22 @@ def decoded_linear(
     return decoded.linear(x, weight, bias)
 
 
-@decoded_linear.register_fake
-def _(
+def _tiled_experts_fake(
     x: Tensor,
-    codes: Tensor,
-    norms: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    codes: Sequence[Tensor],
+    norms: Sequence[Tensor],
     centroids: Sequence[float],
-    bits: int,
+    bits: Sequence[int],
     group_size: int,
-    n: int,
-    in_features: int,
-    bias: Tensor | None,
+    inner: int,
+    half: bool,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], n)
+    return torch.empty_like(x)
 
 
-@torch.library.custom_op("kappaquant::tiled_experts", mutates_args=())
+@_op(_tiled_experts_fake)
 def tiled_experts(
     x: Tensor,
     top_k_index: Tensor,
@@ -240,23 +272,12 @@ def tiled_experts(
     return torch.cat(outs) if outs else torch.empty_like(x)
 
 
-@tiled_experts.register_fake
-def _(
-    x: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    codes: Sequence[Tensor],
-    norms: Sequence[Tensor],
-    centroids: Sequence[float],
-    bits: Sequence[int],
-    group_size: int,
-    inner: int,
-    half: bool,
-) -> Tensor:
-    return torch.empty_like(x)
-
-
 def _weight(
     codes: Tensor, norms: Tensor, centroids: Sequence[float], bits: int, group_size: int, n: int, in_features: int
 ) -> tensor_cores.Weight:
-    return tensor_cores.Weight(tiles.Tiled(codes, norms), Format(bits, group_size), n, in_features, tuple(centroids))
+    return tensor_cores.Weight(tiles.Tiled(codes, norms), _format(bits, group_size), n, in_features, tuple(centroids))
+
+
+@cache
+def _format(bits: int, group_size: int) -> Format:
+    return Format(bits, group_size)

@@ -46,9 +46,9 @@ class SharedRotation:
         """``ops.rotate(x, group_size)``: [..., in] -> float32 [..., G * group_size]."""
         return self._once(x, ("float32", group_size), lambda: ops.rotate(x, group_size))
 
-    def quantized(self, x: Tensor, fmt: Format) -> gpu_ops.QuantizedInput:
-        """``gpu_ops.quantize_input`` of x [..., in] for a weight of this format."""
-        half = gpu_ops.needs_half(self.activations, fmt.bits)
+    def quantized(self, x: Tensor, fmt: Format, rows: int) -> gpu_ops.QuantizedInput:
+        """``gpu_ops.quantize_input`` of x [..., in] for a weight [rows, in] of this format."""
+        half = gpu_ops.needs_half(self.activations, fmt.bits, x.numel() // x.shape[-1], rows)
         return self._once(x, ("kernel", fmt.group_size, half), lambda: gpu_ops.quantize_input(x, fmt.group_size, half))
 
     def _once(self, x: Tensor, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
@@ -100,7 +100,9 @@ class PackedWeight(nn.Module):
         # not persistent until filled: transformers then allocates them on the right device but does not miss them
         self.register_buffer("tq_packed", packed, persistent=False)
         self.register_buffer("tq_norms", norms, persistent=False)
-        self.register_buffer("codebook", torch.empty(len(centroids), device=device), persistent=False)
+        self.register_buffer(
+            "codebook", torch.empty(len(centroids), dtype=torch.float32, device=device), persistent=False
+        )
 
     @property
     def device(self) -> torch.device:
@@ -116,7 +118,7 @@ class PackedWeight(nn.Module):
 
     def finish(self) -> None:
         """All parts are filled: set the codebook, and let the state dict hold the bytes from now on."""
-        self.codebook.copy_(torch.tensor(self.centroids))
+        self.codebook.copy_(torch.tensor(self.centroids, dtype=torch.float32))
         self._non_persistent_buffers_set -= {"tq_packed", "tq_norms"}
         self.arrange()
 
@@ -152,7 +154,7 @@ class PackedWeight(nn.Module):
             if gpu_ops.decodes_first(flat.shape[0], x.device):
                 held = (self.codes, self.tile_norms, self.centroids, fmt.bits, fmt.group_size)
                 return gpu_ops.decoded_linear(flat, *held, *self.shape, bias).view(*x.shape[:-1], -1)
-            quantized = rotation.quantized(x, fmt)
+            quantized = rotation.quantized(x, fmt, self.shape[0])
             args = (quantized, self.codes, self.tile_norms, self.centroids, fmt, self.shape, bias, x.dtype)
             return gpu_ops.tiled_linear(*args).view(*x.shape[:-1], -1)
         rotated = rotation(x, fmt.group_size)
@@ -184,7 +186,7 @@ class PackedWeight(nn.Module):
         if getattr(self, name).dtype != norms.dtype:
             setattr(self, name, norms.to(self.device))
         if self.codebook.dtype != torch.float32:
-            self.codebook = torch.tensor(self.centroids, device=self.device)
+            self.codebook = torch.tensor(self.centroids, dtype=torch.float32, device=self.device)
         self.arrange()
         return self
 

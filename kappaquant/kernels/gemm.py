@@ -1,7 +1,8 @@
-"""Codebook products of many tokens on NVIDIA Hopper GPUs: weights are decoded once for up to 256 tokens, in float16.
+"""Codebook products of many tokens on NVIDIA Hopper GPUs: weights are decoded once for up to 256 tokens.
 
-Nothing is scaled after the products: a weight's operand is its table entry times its group's norm, and a token has one scale.
-So the error is that of float16, whatever the format: about 4e-4 of a product's size.
+float16 inputs serve all widths. Nothing is scaled after their products: a weight's operand is its table entry times its
+group's norm, and a token has one scale. So the error is that of float16, whatever the format: about 4e-4 of a product's size.
+int8 inputs serve 2 to 5 bits (int8_gemm.py).
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ import torch
 from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.kernels import gpu, nvrtc, tiles
+from kappaquant.kernels import gpu, int8_gemm, nvrtc, tiles
 from kappaquant.kernels.inputs import KINDS, Tokens, address
-from kappaquant.kernels.tensor_cores import TABLE_BYTES, Codes, Weight
+from kappaquant.kernels.tensor_cores import INT8_BITS, TABLE_BYTES, Codes, Weight
 
 NAME = "gemm"
 _MOST_OUTPUTS = 4
-_UNIT_BYTES = 2 * tiles.INPUTS  # of a token
-_BARRIER_BYTES = 128
+BARRIER_BYTES = 128
 
 
 class _Segment(ctypes.Structure):
@@ -36,18 +36,19 @@ class _Gemm(ctypes.Structure):
     _fields_ = (
         ("segments", _Segment * _MOST_OUTPUTS), ("x", ctypes.c_void_p), ("scales", ctypes.c_void_p),
         ("items", ctypes.c_void_p), ("rows_of", ctypes.c_void_p), ("tokens", ctypes.c_int), ("blocks", ctypes.c_int),
-        ("k", ctypes.c_int), ("out_kind", ctypes.c_int),
+        ("k", ctypes.c_int), ("out_kind", ctypes.c_int), ("whole", ctypes.c_int), ("row_blocks", ctypes.c_int),
+        ("token_blocks", ctypes.c_int),
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a product is spread over the card.
+    """How a product of float16 inputs is spread over the card.
 
     Attributes:
         tokens: of a thread block: 8, 16, 32, 64, 128 or 256.
-        warpgroups: of a thread block, 128 rows each, or 64 with 256 tokens, when there are two.
-        split: thread blocks of a cluster that share the input axis.
+        warpgroups: of a thread block, 128 rows each, or 64 with 256 tokens.
+        split: thread blocks of a cluster that share the input axis, where they would not fill the card once more.
         stages: units of the input on their way to shared memory or in it.
         resident: thread blocks that a multiprocessor must hold, which bounds registers.
     """
@@ -58,10 +59,24 @@ class Launch:
     stages: int
     resident: int
 
+    file = "gemm.cu"
+    half = True
+
     @property
     def rows(self) -> int:
         """Of a thread block."""
         return (64 if self.tokens == 256 else 128) * self.warpgroups
+
+    def instance(self, bits: Sequence[int], group_size: int, items: bool = False) -> str:
+        """Of the kernel template, for outputs of these widths, 0 for none."""
+        flags = f"{self.tokens}, {self.warpgroups}, {self.split}, {self.stages}, {self.resident}"
+        return f"gemm<{', '.join(map(str, bits))}, {group_size}, {str(items).lower()}, {flags}>"
+
+    def shared_bytes(self, bits: int, group_size: int) -> int:
+        """Shared memory of a thread block whose widest codes have ``bits``."""
+        staged = self.stages * self.tokens * 2 * tiles.INPUTS
+        sums = 4 * self.tokens * (self.rows + 4)
+        return BARRIER_BYTES + TABLE_BYTES.get(bits, 0) + max(staged, sums)
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,7 @@ class Items:
     rows: int
 
 
+@cache
 def refusal(device: torch.device) -> str | None:
     """Why products can not be made here, or None."""
     reason = gpu.refusal(device)
@@ -90,33 +106,35 @@ def refusal(device: torch.device) -> str | None:
     return None
 
 
+@cache
 def choose(tokens: int, row_count: int, units: int, multiprocessors: int) -> Launch:
-    """The launch for ``tokens`` of products with ``row_count`` rows in all, as measured on an H200.
+    """The launch of float16 inputs for ``tokens`` of products with ``row_count`` rows in all, as measured on an H200.
 
-    Blocks of 256 tokens beat those of 128 by 3 to 14 % from 256 tokens on. Splitting the input axis until the card is full
-    takes three quarters off the time of 2048 x 4096 at 16 to 128 tokens, a third at 512; a step further loses.
+    Blocks of 256 tokens beat those of 128 by 3 to 14 % from 256 tokens on. Few rows want small blocks: at 32 to 128 tokens
+    8192 x 2048 takes two thirds of the time with 128 rows in a block that it takes with 256.
     """
     block = next((n for n in (16, 32, 64, 128) if tokens <= n), 256)
-    use = Launch(block, 2, 1, 3 if block == 256 else 4, 2 if block == 16 else 1)
-    blocks, split = -(-row_count // use.rows) * -(-tokens // block), 1
-    while split < 8 and 2 * split * blocks <= multiprocessors * use.resident and 4 * split <= units:
-        split *= 2
-    return replace(use, split=split)
+    if block <= 128 and row_count < 128 * multiprocessors:
+        use = Launch(block, 1, 1, 3 if block == 128 else 4, 1 if block == 128 else 2)
+    else:
+        use = Launch(block, 2, 1, 3 if block == 256 else 4, 2 if block == 16 else 1)
+    blocks = -(-row_count // use.rows) * -(-tokens // block)
+    return replace(use, split=int8_gemm.split_of(blocks, units, multiprocessors, use.resident))
 
 
 def linear(
     x: Tokens, weights: Sequence[Weight], dtype: torch.dtype, biases: Sequence[Tensor | None] | None = None,
-    launch: Launch | None = None, items: Items | None = None,
+    launch: Launch | int8_gemm.Launch | None = None, items: Items | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """x times each weight, [tokens, rows] each, in one launch; the weights share group size and width, not bits.
 
     Args:
         biases: [rows] in ``dtype``, or None, for each weight.
-        launch: by default as ``choose`` says.
+        launch: for float16 or int8 as x is; by default as ``choose`` says.
         items: for weights of experts [E, rows, in_features]: which positions of x meet which expert.
 
     Raises:
-        UnsupportedError: more than four weights, widths that the input does not have, or no Hopper GPU.
+        UnsupportedError: more than four weights, shapes or widths that the input does not serve, or no Hopper GPU.
     """
     _check(x, weights, items)
     device, units = x.values.device, x.values.shape[0]
@@ -124,7 +142,10 @@ def linear(
     outs = [torch.empty(count, w.rows, dtype=dtype, device=device) for w in weights]
     if not count:
         return outs
-    use = launch or choose(x.count, sum(w.rows for w in weights), units, _multiprocessors(device))
+    row_count = sum(w.rows for w in weights)
+    use = launch or (choose if x.half else int8_gemm.choose)(x.count, row_count, units, _multiprocessors(device))
+    if use.half != x.half:
+        raise UnsupportedError(f"{NAME}: {use} is not for inputs in {x.values.dtype}")
     parameters = _Gemm(
         x=x.values.data_ptr(), scales=x.scales.data_ptr(), items=address(items.work if items else None),
         rows_of=address(items.rows_of if items else None), tokens=x.count, blocks=x.values.shape[1],
@@ -133,22 +154,17 @@ def linear(
     blocks = 0
     for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
         bias = address(biases[i] if biases else None)
-        parameters.segments[i] = _Segment(weight.parameters(True), out.data_ptr(), bias, weight.rows, blocks)
+        parameters.segments[i] = _Segment(weight.parameters(x.half), out.data_ptr(), bias, weight.rows, blocks)
         blocks += -(-weight.rows // use.rows)
+    parameters.row_blocks = blocks
+    parameters.token_blocks = items.work.shape[0] if items else -(-x.count // use.tokens)
+    every = parameters.row_blocks * parameters.token_blocks
+    parameters.whole = int8_gemm.whole_blocks(every, use.split, _multiprocessors(device) * use.resident)
     bits = [w.fmt.bits for w in weights] + [0] * (_MOST_OUTPUTS - len(weights))
-    flags = f"{use.tokens}, {use.warpgroups}, {use.split}, {use.stages}, {use.resident}"
-    instance = f"gemm<{', '.join(map(str, bits))}, {x.group_size}, {str(items is not None).lower()}, {flags}>"
-    run = nvrtc.kernel("gemm.cu", instance, device.index, shared_bytes(use, max(bits)))
-    work = items.work.shape[0] if items else -(-x.count // use.tokens)
-    run((blocks * use.split, work, 1), 128 * use.warpgroups, parameters, early=True)
+    run = _kernel(use, tuple(bits), x.group_size, items is not None, device.index)
+    grid = parameters.whole + (every - parameters.whole) * use.split
+    run((grid, 1, 1), 128 * use.warpgroups, parameters, early=True)
     return outs
-
-
-def shared_bytes(launch: Launch, bits: int) -> int:
-    """Shared memory of a thread block whose widest codes have ``bits``."""
-    inputs = launch.stages * launch.tokens * _UNIT_BYTES
-    sums = 4 * launch.tokens * (launch.rows + 4)
-    return _BARRIER_BYTES + TABLE_BYTES.get(bits, 0) + max(inputs, sums)
 
 
 def _check(x: Tokens, weights: Sequence[Weight], items: Items | None) -> None:
@@ -164,9 +180,23 @@ def _check(x: Tokens, weights: Sequence[Weight], items: Items | None) -> None:
                 f"{NAME}: the input is [{k}] in groups of {x.group_size}; a weight [{weight.rows}, {weight.in_features}] "
                 f"is {weight.fmt.id}"
             )
+        if not x.half and weight.fmt.bits not in INT8_BITS:
+            raise UnsupportedError(
+                f"{NAME}: int8 inputs serve {', '.join(map(str, INT8_BITS))} bits, not {weight.fmt.bits}; float16 inputs serve all"
+            )
         experts = weight.tiled.codes.dim() == 6
         if experts != (items is not None):
             raise UnsupportedError(f"{NAME}: weights of experts need items, and others take none")
+    if items is not None and not x.half:
+        raise UnsupportedError(f"{NAME}: experts take float16 inputs, got {x.values.dtype}")
+
+
+@cache
+def _kernel(
+    use: Launch | int8_gemm.Launch, bits: tuple[int, ...], group_size: int, items: bool, device: int
+) -> nvrtc.Kernel:
+    instance = use.instance(bits, group_size, items) if isinstance(use, Launch) else use.instance(bits, group_size)
+    return nvrtc.kernel(use.file, instance, device, use.shared_bytes(max(bits), group_size))
 
 
 @cache

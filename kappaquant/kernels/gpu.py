@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from kappaquant.kernels import nvrtc
@@ -9,6 +11,7 @@ from kappaquant.kernels import nvrtc
 MOST_TOKENS = 16
 
 
+@cache
 def refusal(device: torch.device) -> str | None:
     """Why kernels of compute capability 8.0 can not run on this device, or None."""
     if device.type != "cuda":

@@ -44,12 +44,15 @@ class Input:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A rotated input for products of many tokens: float16, ordered as Hopper's tensor cores take it.
+    """A rotated input for products of many tokens, float16 or int8, ordered as Hopper's tensor cores take it.
+
+    Blocks of 8 tokens; code c of quarter t of 128 inputs is as tiles.py says. Tokens that fill up a block are not defined.
 
     Attributes:
-        values: [k / 128, blocks, 16, 8, 8]: blocks of 8 tokens; of 128 inputs, the code c of quarter t (see tiles.py) is
-            at [c // 16 * 8 + token, c // 2 % 8 ^ token, 2 * t + c % 2]. Tokens that fill up a block are not defined.
-        scales: float32 [8 * blocks], one a token.
+        values: float16 [k / 128, blocks, 16, 8, 8]: the code at [c // 16 * 8 + token, c // 2 % 8 ^ token, 2 * t + c % 2].
+            int8 [k / 128, blocks, 8, 8, 16]: the code at [token, c // 4 ^ token, 4 * t + c % 4].
+        scales: float32, of float16 [8 * blocks], one a token; of int8 [k / group_size, blocks, 4, 2, 2], for pairs of tokens
+            their scales in a group, then half the sums of what they scale.
         count: tokens.
     """
 
@@ -57,6 +60,20 @@ class Tokens:
     scales: Tensor
     group_size: int
     count: int
+
+    @property
+    def half(self) -> bool:
+        return self.values.dtype == torch.float16
+
+    @classmethod
+    def empty(cls, k: int, blocks: int, group_size: int, count: int, half: bool, device: torch.device) -> Tokens:
+        """Room for ``count`` tokens of k inputs."""
+        within = (16, 8, 8) if half else (8, 8, 16)
+        values = torch.empty(
+            k // tiles.INPUTS, blocks, *within, dtype=torch.float16 if half else torch.int8, device=device
+        )
+        shape = (8 * blocks,) if half else (k // group_size, blocks, 4, 2, 2)
+        return cls(values, torch.empty(shape, dtype=torch.float32, device=device), group_size, count)
 
 
 def rotate(
@@ -111,6 +128,7 @@ def rotate(
 def rotate_tokens(
     x: Tensor,
     fmt: Format,
+    half: bool,
     *,
     residual: Tensor | None = None,
     gain: Tensor | None = None,
@@ -129,26 +147,25 @@ def rotate_tokens(
     tokens, width = x.shape
     k, group = tiles.padded(width, fmt), fmt.group_size
     blocks = -(-tokens // 8) if blocks is None else blocks
-    values = torch.empty(k // tiles.INPUTS, blocks, 16, 8, 8, dtype=torch.float16, device=x.device)
-    scales = torch.empty(8 * blocks, device=x.device)
+    made = Tokens.empty(k, blocks, group, tokens, half, x.device)
     other = gate_of if gate_of is not None else residual
     total = torch.empty_like(x) if residual is not None else None
     norm = 0 if gain is None else 2 if one_plus_gain else 1
     if tokens:
-        flags = f"true, {norm}, {str(gate_of is not None).lower()}, true"
+        flags = f"{str(half).lower()}, {norm}, {str(gate_of is not None).lower()}, true"
         run = nvrtc.kernel("rotate.cu", f"rotate<{group}, {KINDS[x.dtype]}, {flags}>", x.device.index)
         run(
             (tokens, 1, 1), 32 * min(k // group, 32 if tokens <= _FEW else 8),
             _Rotate(
                 x=x.data_ptr(), other=address(other), sum=address(total), gain=address(gain),
-                signs=_signs(group, x.device).data_ptr(), out=values.data_ptr(), scales=scales.data_ptr(),
+                signs=_signs(group, x.device).data_ptr(), out=made.values.data_ptr(), scales=made.scales.data_ptr(),
                 stride=x.stride(0), width=width, k=k, epsilon=epsilon, positions=address(positions),
                 copies=1 if positions is None else positions.shape[1], blocks=blocks,
                 aligned=_aligned(group, x, other, total, gain),
             ),
             early=True,
         )  # fmt: skip
-    return Tokens(values, scales, group, tokens), total
+    return made, total
 
 
 def padded_tokens(tokens: int) -> int:

@@ -17,7 +17,7 @@ from kappaquant.errors import UnsupportedError
 from kappaquant.kernels import cubins
 
 _FOLDER = resources.files("kappaquant.kernels") / "cuda"
-_HEADERS = ("numbers.cuh", "launch.cuh", "decode.cuh", "product.cuh", "wgmma.cuh", "step.cuh", "dense.cuh")
+_HEADERS = ("numbers.cuh", "launch.cuh", "decode.cuh", "product.cuh", "wgmma.cuh", "gemm.cuh", "step.cuh", "dense.cuh")
 _OPTIONS = {"encode.cu": (b"--fmad=false",)}  # its codes are the codec's only where each product is rounded by itself
 _LOCK = threading.Lock()
 
@@ -61,16 +61,18 @@ class Kernel:
         Args:
             early: the kernel may start while earlier ones run, for it waits for them itself (launch.cuh).
         """
+        if torch.cuda.current_device() != self._device:  # asked first, for a change costs more than the launch
+            with torch.cuda.device(self._device):
+                return self(grid, threads, parameters, early)
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        with torch.cuda.device(self._device):
-            config = self._driver.CUlaunchConfig()
-            config.gridDimX, config.gridDimY, config.gridDimZ = grid
-            config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-            config.sharedMemBytes = self._shared
-            config.hStream = torch.cuda.current_stream().cuda_stream
-            if early and self._overlaps:
-                config.attrs, config.numAttrs = [_early()], 1
-            _check(self._driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(arguments), 0))
+        config = self._driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = self._shared
+        config.hStream = torch._C._cuda_getCurrentRawStream(self._device)  # current_stream() makes an object each time
+        if early and self._overlaps:
+            config.attrs, config.numAttrs = [_early()], 1
+        _check(self._driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(arguments), 0))
 
 
 @cache

@@ -125,9 +125,11 @@ def forward(
     expert_count = gate_up.tiled.codes.shape[0]
     first, second = launches or (choose(top_k_index.numel(), expert_count),) * 2
     plan = sort(top_k_index.contiguous(), expert_count, first.tokens)
-    rotated, _ = rotate_tokens(x, gate_up.fmt, positions=plan.positions, blocks=plan.blocks)
+    rotated, _ = rotate_tokens(x, gate_up.fmt, True, positions=plan.positions, blocks=plan.blocks)
     (inner,) = gemm.linear(rotated, [gate_up], x.dtype, launch=first, items=plan.items)
     gate, up = inner.chunk(2, dim=-1)
-    rotated, _ = rotate_tokens(gate, down.fmt, gate_of=up, positions=plan.positions.view(-1, 1), blocks=plan.blocks)
+    rotated, _ = rotate_tokens(
+        gate, down.fmt, True, gate_of=up, positions=plan.positions.view(-1, 1), blocks=plan.blocks
+    )
     (y,) = gemm.linear(rotated, [down], x.dtype, launch=second, items=plan.items)
     return combine(y, top_k_weights.contiguous())

@@ -30,7 +30,10 @@ __device__ __forceinline__ float with_sign(float v, u32 signs, int c) {
 template <int BITS, int GROUP>
 __global__ void __launch_bounds__(128) decoded(const __grid_constant__ Decoded p) {
     constexpr int SUB = GROUP < 128 ? GROUP : 128, RUN = SUB / 4, UNITS = GROUP > 128 ? 2 : 1;
+    constexpr int CHUNKS = 17;  // of 16 bytes, of a row's 128 values, and one against bank conflicts
     extern __shared__ u32 lut[];
+    __shared__ uint4 of_warps[4][8 * CHUNKS];
+    uint4* staged = of_warps[threadIdx.x >> 5];
     copy_table<BITS, true, 128>(p.weight.table, lut);
     const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3, units = p.k / 128, groups = p.k / GROUP;
     const int tile = p.first_tile + blockIdx.x, unit0 = (blockIdx.y * 4 + (threadIdx.x >> 5)) * UNITS;
@@ -72,22 +75,22 @@ __global__ void __launch_bounds__(128) decoded(const __grid_constant__ Decoded p
                     v[u][c] = t & h ? other - v[u][c] : v[u][c] + other;
                 }
         }
-        if constexpr (UNITS == 2)
+        if constexpr (UNITS == 2) {
 #pragma unroll
             for (int c = 0; c < 32; c++) {
                 float a = v[0][c], b = v[1][c];
                 v[0][c] = a + b;
                 v[1][c] = a - b;
             }
-        const int row = 32 * blockIdx.x + r + 8 * i;
+        }
+        // eight rows side by side in shared memory, so that they leave in whole lines
 #pragma unroll
         for (int u = 0; u < UNITS; u++) {
             const u32 s1 = lane_signs<GROUP>(p.s1, t, unit0 + u);
+            __syncwarp();
 #pragma unroll
             for (int run = 0; run < 32 / RUN; run++) {
-                const int input = (unit0 + u) * 128 + run * SUB + t * RUN;
-                const float scale = p.scale * widen<1>(__ldg(norms + input / GROUP * 32 + i));
-                unsigned short* to = p.out + (size_t)row * p.width + input;
+                const float scale = p.scale * widen<1>(__ldg(norms + ((unit0 + u) * 128 + run * SUB) / GROUP * 32 + i));
                 u32 packed[RUN / 2];
 #pragma unroll
                 for (int j = 0; j < RUN; j += 2) {
@@ -95,14 +98,27 @@ __global__ void __launch_bounds__(128) decoded(const __grid_constant__ Decoded p
                     u32 low = narrow<2>(with_sign(v[u][c] * scale, s1, c)), high = narrow<2>(with_sign(v[u][c + 1] * scale, s1, c + 1));
                     packed[j / 2] = low | high << 16;
                 }
+#pragma unroll
+                for (int j = 0; j < RUN / 8; j++) {  // eight inputs
+                    const int chunk = (run * SUB + t * RUN) / 8 + j;
+                    staged[r * CHUNKS + (chunk ^ chunk / 4 % 4)] = reinterpret_cast<uint4*>(packed)[j];
+                }
+            }
+            __syncwarp();
+#pragma unroll
+            for (int pass = 0; pass < 4; pass++) {
+                const int in_block = 2 * pass + lane / 16, chunk = lane % 16;
+                const int row = 32 * blockIdx.x + in_block + 8 * i, input = (unit0 + u) * 128 + 8 * chunk;
+                const uint4 eight = staged[in_block * CHUNKS + (chunk ^ chunk / 4 % 4)];
                 if (row >= p.rows) continue;
-                if (p.width % 8 == 0 && input + RUN <= p.width) {
-#pragma unroll
-                    for (int j = 0; j < RUN / 8; j++) reinterpret_cast<uint4*>(to)[j] = reinterpret_cast<uint4*>(packed)[j];
+                unsigned short* to = p.out + (size_t)row * p.width + input;
+                if (p.width % 8 == 0 && input < p.width) {
+                    *reinterpret_cast<uint4*>(to) = eight;
                 } else {
+                    const u32 words[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
-                    for (int j = 0; j < RUN; j++)
-                        if (input + j < p.width) to[j] = (unsigned short)(packed[j / 2] >> j % 2 * 16);
+                    for (int j = 0; j < 8; j++)
+                        if (input + j < p.width) to[j] = (unsigned short)(words[j / 2] >> j % 2 * 16);
                 }
             }
         }

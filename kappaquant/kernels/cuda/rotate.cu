@@ -24,17 +24,22 @@ struct Rotate {
     int copies, blocks;
 };
 
-// Where input i of a unit lies among its 128 of a token: core matrices of products of many tokens, see inputs.py
-template <int GROUP> __device__ __forceinline__ int core_order(int i) {
+// Where input i of a unit lies among its 128 of a token: core matrices of products of many tokens, see inputs.py.
+// EACH: neighbouring codes in a word of an operand, two float16 or four int8
+template <int GROUP, int EACH> __device__ __forceinline__ int core_order(int i) {
     constexpr int SUB = GROUP < 128 ? GROUP : 128, RUN = SUB / 4;
     int c = i / SUB * RUN + i % RUN, t = i % SUB / RUN;
-    return c / 2 * 8 + 2 * t + c % 2;
+    return c / EACH * 4 * EACH + EACH * t + c % EACH;
 }
+
+template <bool HALF> struct Operand { typedef signed char type; };
+template <> struct Operand<true> { typedef unsigned short type; };
 
 template <typename T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Run { T at[N]; };
 
-// NORM: 0 none, 1 gain * x, 2 (1 + gain) * x. GATED: silu(x) * other, else x + other. TOKENS: the output is float16
-// [k / 128, blocks, 16, 8, 8] with one scale a token, else [tokens, k] with one a group.
+// NORM: 0 none, 1 gain * x, 2 (1 + gain) * x. GATED: silu(x) * other, else x + other. TOKENS: the output is in blocks of 8
+// tokens, float16 [k / 128, blocks, 16, 8, 8] with one scale a token, or int8 [k / 128, blocks, 8, 8, 16] with one a group;
+// else [tokens, k] with one a group.
 template <int GROUP, int IN, bool HALF, int NORM, bool GATED, bool TOKENS = false>
 __global__ void __launch_bounds__(1024) rotate(const __grid_constant__ Rotate p) {
     typedef typename Number<IN>::type T;
@@ -80,17 +85,19 @@ __global__ void __launch_bounds__(1024) rotate(const __grid_constant__ Rotate p)
         return v;
     };
 
-    __shared__ float sums[32];
-    auto block_sum = [&](float v) -> float {
+    __shared__ float of_warps[32];
+    auto of_block = [&](float v, auto both) -> float {
 #pragma unroll
-        for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
-        if (lane == 0) sums[warp] = v;
+        for (int d = 16; d; d >>= 1) v = both(v, __shfl_xor_sync(0xffffffffu, v, d));
+        if (lane == 0) of_warps[warp] = v;
         __syncthreads();
-        v = lane < warps ? sums[lane] : 0.f;
+        v = lane < warps ? of_warps[lane] : 0.f;
 #pragma unroll
-        for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
+        for (int d = 16; d; d >>= 1) v = both(v, __shfl_xor_sync(0xffffffffu, v, d));
         return v;
     };
+    auto block_sum = [&](float v) -> float { return of_block(v, [](float a, float b) { return a + b; }); };
+    auto block_max = [&](float v) -> float { return of_block(v, [](float a, float b) { return fmaxf(a, b); }); };
 
     Values first;
     float inverse = 1.f;
@@ -120,17 +127,17 @@ __global__ void __launch_bounds__(1024) rotate(const __grid_constant__ Rotate p)
         return in;
     };
 
-    float length = 0.f, over_length = 0.f;  // of the token: no rotated value is larger
-    if constexpr (TOKENS) {
-        float square = 0.f;
+    float bound = 0.f, over_bound = 0.f;  // of the token: no rotated value is larger
+    if constexpr (TOKENS && HALF) {
+        float most = 0.f;
         for (int group = warp; group < p.k / GROUP; group += warps) {
             Values v = ready(group);
 #pragma unroll
-            for (int j = 0; j < EACH; j++) square += widen<IN>(v.at[j]) * widen<IN>(v.at[j]);
+            for (int j = 0; j < EACH; j++) most = fmaxf(most, fabsf(widen<IN>(v.at[j])));
         }
         __syncthreads();  // sums of the norm are read
-        length = sqrtf(block_sum(square));
-        over_length = length > 0.f ? 1.f / length : 0.f;
+        bound = block_max(most) * sqrtf(GROUP);
+        over_bound = bound > 1e-37f ? 1.f / bound : 0.f;
     }
 
     for (int group = warp; group < p.k / GROUP; group += warps) {
@@ -156,36 +163,57 @@ __global__ void __launch_bounds__(1024) rotate(const __grid_constant__ Rotate p)
                 float b = __shfl_xor_sync(0xffffffffu, v[j], h);
                 v[j] = lane & h ? b - v[j] : v[j] + b;
             }
-        if constexpr (TOKENS) {
-            constexpr int CHUNKS = GROUP / 8;  // of 16 bytes, which a group has for itself
-            __shared__ __align__(16) unsigned short staged[32][GROUP];
-            const int first = GROUP < 128 ? group * GROUP % 128 : lane * EACH / 128 * 128;  // before this lane's part of the unit
-            __syncwarp();
-#pragma unroll
-            for (int j = 0; j < EACH; j++) {
-                int i = lane * EACH + j, at = GROUP < 128 ? core_order<GROUP>(first + i) - first : first + core_order<GROUP>(i - first);
-                staged[warp][at] = narrow<1>(v[j] * s2[j] * over_length);
-            }
-            __syncwarp();
-            for (int i = lane; i < CHUNKS * p.copies; i += 32) {
-                int chunk = group * CHUNKS + i % CHUNKS, copy = token * p.copies + i / CHUNKS;
-                int position = p.positions ? p.positions[copy] : token;
-                size_t block = (size_t)(chunk / 16) * p.blocks + position / 8;
-                int row = chunk / 8 % 2 * 8 + position % 8;
-                reinterpret_cast<uint4*>(p.out)[block * 128 + row * 8 + (chunk % 8 ^ position % 8)] =
-                    reinterpret_cast<const uint4*>(staged[warp])[i % CHUNKS];
-                if (group == 0 && i % CHUNKS == 0) p.scales[position] = length;
-            }
-            continue;
-        }
         float most = 0.f;
 #pragma unroll
         for (int j = 0; j < EACH; j++) {
             v[j] *= s2[j];
             most = fmaxf(most, fabsf(v[j]));
         }
+        if constexpr (!(TOKENS && HALF))
 #pragma unroll
-        for (int d = 16; d; d >>= 1) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, d));
+            for (int d = 16; d; d >>= 1) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, d));
+        int total = 0, q[EACH];  // int8
+        if constexpr (!HALF) {
+            const float unit = most > 0.f ? 127.f / most : 0.f;
+#pragma unroll
+            for (int j = 0; j < EACH; j++) total += q[j] = __float2int_rn(v[j] * unit);
+#pragma unroll
+            for (int d = 16; d; d >>= 1) total += __shfl_xor_sync(0xffffffffu, total, d);
+        }
+        if constexpr (TOKENS) {
+            typedef typename Operand<HALF>::type Out;
+            constexpr int PER_WORD = 4 / sizeof(Out), UNIT_CHUNKS = 8 * sizeof(Out);
+            constexpr int CHUNKS = GROUP * sizeof(Out) / 16;  // of 16 bytes, which a group has for itself
+            __shared__ __align__(16) Out staged[32][GROUP];
+            const int first = GROUP < 128 ? group * GROUP % 128 : lane * EACH / 128 * 128;  // before this lane's part of the unit
+            __syncwarp();
+#pragma unroll
+            for (int j = 0; j < EACH; j++) {
+                const int i = lane * EACH + j;
+                const int at = GROUP < 128 ? core_order<GROUP, PER_WORD>(first + i) - first : first + core_order<GROUP, PER_WORD>(i - first);
+                if constexpr (HALF) staged[warp][at] = narrow<1>(v[j] * over_bound);
+                else staged[warp][at] = (Out)q[j];
+            }
+            __syncwarp();
+            for (int i = lane; i < CHUNKS * p.copies; i += 32) {
+                const int chunk = group * CHUNKS + i % CHUNKS, copy = token * p.copies + i / CHUNKS;
+                const int position = p.positions ? p.positions[copy] : token, in_block = position % 8;
+                const size_t block = (size_t)(chunk / UNIT_CHUNKS) * p.blocks + position / 8;
+                const int row = chunk / 8 % (UNIT_CHUNKS / 8) * 8 + in_block;  // eight tokens of 128 bytes, once or twice
+                reinterpret_cast<uint4*>(p.out)[block * (8 * UNIT_CHUNKS) + row * 8 + (chunk % 8 ^ in_block)] =
+                    reinterpret_cast<const uint4*>(staged[warp])[i % CHUNKS];
+                if (i % CHUNKS) continue;
+                if constexpr (!HALF) {
+                    const float scale = most / 127.f;  // [blocks, pair, scale or half, token of the pair]
+                    float* to = p.scales + ((size_t)group * p.blocks + position / 8) * 16 + in_block / 2 * 4 + in_block % 2;
+                    to[0] = scale;
+                    to[2] = 0.5f * total * scale;
+                } else if (group == 0) {
+                    p.scales[position] = bound;
+                }
+            }
+            continue;
+        }
         size_t at = (size_t)group * p.tokens_padded + token, first = (size_t)token * p.k + group * GROUP + lane * EACH;
         if constexpr (HALF) {
             float unit = most > 0.f ? 1.f / most : 0.f;
@@ -193,16 +221,8 @@ __global__ void __launch_bounds__(1024) rotate(const __grid_constant__ Rotate p)
             for (int j = 0; j < EACH; j++) reinterpret_cast<unsigned short*>(p.out)[first + j] = narrow<1>(v[j] * unit);
             if (lane == 0) p.scales[at] = most;
         } else {
-            float unit = most > 0.f ? 127.f / most : 0.f;
-            int total = 0;
 #pragma unroll
-            for (int j = 0; j < EACH; j++) {
-                int q = __float2int_rn(v[j] * unit);
-                reinterpret_cast<signed char*>(p.out)[first + j] = (signed char)q;
-                total += q;
-            }
-#pragma unroll
-            for (int d = 16; d; d >>= 1) total += __shfl_xor_sync(0xffffffffu, total, d);
+            for (int j = 0; j < EACH; j++) reinterpret_cast<signed char*>(p.out)[first + j] = (signed char)q[j];
             if (lane == 0) {
                 p.scales[at] = most / 127.f;
                 p.halves[at] = 0.5f * total;

@@ -18,9 +18,13 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
         ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// bytes from global to shared memory; the barrier's phase ends when they have arrived
-__device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier) {
+// the barrier's phase ends when so many bytes have arrived
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// bytes from global to shared memory, which a barrier expects
+__device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
         ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
@@ -48,8 +52,8 @@ __device__ __forceinline__ float4 load_remote_four(u32 address, u32 rank) {
     return v;
 }
 
-// registers that a product reads are ready here, wherever the compiler would compute them
-template <int N> __device__ __forceinline__ void keep_before(u32* registers) {
+// registers that a product reads, or has written, have their values here, wherever the compiler would compute or use them
+template <int N, typename T> __device__ __forceinline__ void keep_before(T* registers) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+r"(registers[i])::"memory");
 }
@@ -67,8 +71,11 @@ __device__ __forceinline__ u64 swizzled(u32 address, u32 along_n) {
     return (u64)((address & 0x3ffff) >> 4) | 1ull << 16 | (u64)(along_n >> 4) << 32 | 1ull << 62;
 }
 
-#define FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define SIXTEEN(d, i) FOUR(d, i), FOUR(d, i + 4), FOUR(d, i + 8), FOUR(d, i + 12)
+#define FOUR_OF(kind, d, i) kind(d[i]), kind(d[i + 1]), kind(d[i + 2]), kind(d[i + 3])
+#define SIXTEEN_OF(kind, d, i) FOUR_OF(kind, d, i), FOUR_OF(kind, d, i + 4), FOUR_OF(kind, d, i + 8), FOUR_OF(kind, d, i + 12)
+#define FOUR(d, i) FOUR_OF("+f", d, i)
+#define SIXTEEN(d, i) SIXTEEN_OF("+f", d, i)
+#define SIXTEEN_INTEGERS(d, i) SIXTEEN_OF("+r", d, i)
 #define A_AND_B(a, b) "r"((a)[0]), "r"((a)[1]), "r"((a)[2]), "r"((a)[3]), "l"(b)
 
 // d += a b: 64 x N sums of 16 products; a is the fragment of mma.m16n8k16 of each warp, float16
@@ -111,6 +118,26 @@ template <int N> __device__ __forceinline__ void wgmma(float* d, const u32* a, u
     }
 }
 
+// d = a b, or d += a b where ADD: 64 x N sums of 32 products; a is the fragment of mma.m16n8k32 of each warp, int8
+template <int N, bool ADD> __device__ __forceinline__ void wgmma(int* d, const u32* a, u64 b) {
+    if constexpr (N == 64)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
+            "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+            "}, {%32,%33,%34,%35}, %36, %37;"
+            : SIXTEEN_INTEGERS(d, 0), SIXTEEN_INTEGERS(d, 16) : A_AND_B(a, b), "n"((int)ADD));
+    else {
+        static_assert(N == 128, "tokens of an int8 product: 64 or 128");
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
+            "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+            "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+            "}, {%64,%65,%66,%67}, %68, %69;"
+            : SIXTEEN_INTEGERS(d, 0), SIXTEEN_INTEGERS(d, 16), SIXTEEN_INTEGERS(d, 32), SIXTEEN_INTEGERS(d, 48) : A_AND_B(a, b), "n"((int)ADD));
+    }
+}
+
+#undef FOUR_OF
+#undef SIXTEEN_OF
 #undef FOUR
 #undef SIXTEEN
+#undef SIXTEEN_INTEGERS
 #undef A_AND_B

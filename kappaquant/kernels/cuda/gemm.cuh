@@ -1,0 +1,180 @@
+// What products of many tokens have in common: a block's place, the codes that a warp reads, and how sums leave.
+
+#include "product.cuh"
+#include "wgmma.cuh"
+
+struct Segment {
+    Codes weight;         // of expert 0, where there are experts
+    void* out;            // [M, rows]
+    const void* bias;     // [rows] in the dtype of out, or null
+    int rows, first_block;
+};
+
+struct Gemm {
+    Segment segments[4];
+    const char* x;        // as Tokens of inputs.py says
+    const float* scales;
+    const int4* items;    // (expert, first position, positions) for each block of tokens, where there are experts
+    const int* rows_of;   // output row of each position, or null
+    int tokens, blocks, k, out_kind;  // out_kind: 0 float32, 1 float16, 2 bfloat16
+    int whole, row_blocks, token_blocks;  // see Block
+};
+
+// The words of ROWS / 2 pairs of rows of a unit, `first` and up, plane after plane
+template <int BITS, int ROWS>
+__device__ __forceinline__ void load_words(const uint4* codes, int first, u32* words) {
+    constexpr int FIRST = first_plane(BITS);
+    if constexpr (ROWS == 4) {
+#pragma unroll
+        for (int i = 0; i < BITS; i++) *reinterpret_cast<uint4*>(words + 4 * i) = stream(codes + 32 * i);
+    } else {  // 2 * FIRST words of the first plane, then two of each further one
+        constexpr int RUN = FIRST % 2 ? 2 : 4;
+#pragma unroll
+        for (int w = 0; w < 2 * FIRST; w += RUN) {
+            const uint4* from = codes + 32 * ((first * 2 * FIRST + w) / 4);
+            if constexpr (RUN == 4) *reinterpret_cast<uint4*>(words + w) = stream(from);
+            else *reinterpret_cast<uint2*>(words + w) = __ldg(reinterpret_cast<const uint2*>(from) + (first * 2 * FIRST + w) % 4 / 2);
+        }
+#pragma unroll
+        for (int i = FIRST; i < BITS; i++)
+            *reinterpret_cast<uint2*>(words + 2 * i) = __ldg(reinterpret_cast<const uint2*>(codes + 32 * i) + first);
+    }
+}
+
+// y * scale + bias to four neighbouring rows of a token, or those of them that there are
+__device__ __forceinline__ void store_four(const Segment& s, size_t at, int row, float4 y, float scale, int kind) {
+    float v[4] = {y.x * scale, y.y * scale, y.z * scale, y.w * scale};
+    const bool whole = s.rows % 4 == 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (s.bias && row + i < s.rows) v[i] += load(s.bias, row + i, kind);
+    if (whole && kind == 0) {
+        *reinterpret_cast<float4*>(as<0>(s.out) + at) = float4{v[0], v[1], v[2], v[3]};
+    } else if (whole) {
+        unsigned short h[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) h[i] = kind == 1 ? narrow<1>(v[i]) : narrow<2>(v[i]);
+        *reinterpret_cast<uint2*>(as<2>(s.out) + at) = uint2{h[0] | (u32)h[1] << 16, h[2] | (u32)h[3] << 16};
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (row + i < s.rows) store(s.out, at + i, v[i], kind);
+    }
+}
+
+// What a thread block multiplies. The first `whole` of them take a block of rows by tokens each; of the rest, with which they
+// would not fill the card once more, SPLIT in a cluster share the input axis. Four blocks of tokens meet the same rows before
+// the next rows are read.
+struct Block {
+    int rows, tokens;  // counted in blocks
+    int rank, ranks;   // of the blocks that share the input axis
+
+    template <int SPLIT> static __device__ __forceinline__ Block mine(const Gemm& p) {
+        constexpr int BAND = 4;
+        int at = blockIdx.x;
+        Block b = {0, 0, 0, 1};
+        if (SPLIT > 1 && at >= p.whole) {
+            b.rank = (at - p.whole) % SPLIT, b.ranks = SPLIT;
+            at = p.whole + (at - p.whole) / SPLIT;
+        }
+        const int band = at / (BAND * p.row_blocks), within = at % (BAND * p.row_blocks), wide = min(BAND, p.token_blocks - BAND * band);
+        b.rows = within / wide, b.tokens = BAND * band + within % wide;
+        return b;
+    }
+};
+
+// Which rows a warp multiplies: tiles of 32 rows, or half a tile where PAIRS, of rows r and r + 8, is 1.
+template <int PAIRS, int WARPGROUPS> struct Place {
+    static constexpr int ROWS = 64 * PAIRS * WARPGROUPS;  // of a block
+    int row0;      // of the block
+    int in_block;  // tile of the warp in it
+    int pair0;
+    size_t tile;   // in the weight; past its end, the last
+
+    __device__ __forceinline__ Place(const Segment& s, const Block& block, int expert) {
+        const int warp = threadIdx.x >> 5, tiles = (s.rows + 31) / 32;
+        row0 = (block.rows - s.first_block) * ROWS;
+        pair0 = PAIRS == 1 ? warp % 2 : 0;
+        in_block = PAIRS == 1 ? warp / 2 : warp;
+        tile = (size_t)expert * tiles + min(row0 / 32 + in_block, tiles - 1);
+    }
+};
+
+// Codes and norms of a warp's rows, unit after unit.
+template <int BITS, int GROUP, int PAIRS> struct Reader {
+    static constexpr int GROUPS = GROUP < 128 ? 128 / GROUP : 1;  // in a unit
+    const uint4* codes;
+    const u32* norms;
+    int pair0;
+    u32 words[2 * PAIRS * BITS], norm[PAIRS][GROUPS];  // of the unit read last
+
+    __device__ __forceinline__ Reader(const Codes& w, size_t tile, int pair0, int k) : pair0(pair0) {
+        const int lane = threadIdx.x & 31;
+        codes = w.codes + tile * (k / 128) * BITS * 32 + lane;
+        norms = reinterpret_cast<const u32*>(w.norms + tile * (k / GROUP) * 8 + (lane >> 2));
+    }
+
+    __device__ __forceinline__ void read(int unit) {
+        load_words<BITS, 2 * PAIRS>(codes + (size_t)unit * BITS * 32, pair0, words);
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+            const u32* from = norms + ((size_t)unit * 128 / GROUP + g) * 16;
+            if constexpr (PAIRS == 1) {
+                norm[0][g] = __ldg(from + pair0);
+            } else {
+                uint2 both = __ldg(reinterpret_cast<const uint2*>(from));
+                norm[0][g] = both.x, norm[1][g] = both.y;
+            }
+        }
+    }
+};
+
+// Sums of a block, over those that share its input axis, to the output: side by side in `memory`, which must be free, then in
+// runs of four rows. scales: of a position, or null.
+template <int N, int PAIRS, int WARPGROUPS, int SPLIT>
+__device__ __forceinline__ void write_sums(const Gemm& p, const Segment& s, const Block& block, const int4& item,
+                                           const Place<PAIRS, WARPGROUPS>& place, const float (&sums)[PAIRS][N / 2],
+                                           const float* scales, float* memory) {
+    constexpr int ROWS = Place<PAIRS, WARPGROUPS>::ROWS, STRIDE = ROWS + 4;  // floats of a token's sums: banks differ
+    constexpr int THREADS = 128 * WARPGROUPS, AT_ONCE = 8;                    // runs that are on their way
+    const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int pair = 0; pair < PAIRS; pair++)
+#pragma unroll
+        for (int i = 0; i < N / 2; i++)
+            memory[(i / 4 * 8 + 2 * t + i % 2) * STRIDE + 32 * place.in_block + 16 * (place.pair0 + pair) + i / 2 % 2 * 8 + r] = sums[pair][i];
+    const bool shared = SPLIT > 1 && block.ranks > 1;
+    if (shared) cluster_sync();
+    else __syncthreads();
+    const int tokens = min(item.z, N), step = block.ranks * THREADS, runs = tokens * (ROWS / 4);
+    for (int first = block.rank * THREADS + threadIdx.x; first < runs; first += AT_ONCE * step) {
+        float4 y[AT_ONCE];
+        float scale[AT_ONCE];
+        int to[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+            const int i = first + j * step, position = item.y + i / (ROWS / 4);
+            if (i >= runs) break;
+            const float* from = memory + i / (ROWS / 4) * STRIDE + i % (ROWS / 4) * 4;
+            if (shared) {
+                y[j] = {};
+#pragma unroll
+                for (int other = 0; other < SPLIT; other++) {
+                    const float4 part = load_remote_four(shared_address(from), other);
+                    y[j].x += part.x; y[j].y += part.y; y[j].z += part.z; y[j].w += part.w;
+                }
+            } else {
+                y[j] = *reinterpret_cast<const float4*>(from);
+            }
+            scale[j] = s.weight.table.scale * (scales ? __ldg(scales + position) : 1.f);
+            to[j] = p.rows_of ? __ldg(p.rows_of + position) : position;
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+            const int i = first + j * step, row = place.row0 + i % (ROWS / 4) * 4;
+            if (i >= runs) break;
+            if (row < s.rows) store_four(s, (size_t)to[j] * s.rows + row, row, y[j], scale[j], p.out_kind);
+        }
+    }
+    if (shared) cluster_sync();  // others read this block's sums
+}
