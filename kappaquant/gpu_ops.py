@@ -20,11 +20,11 @@ from kappaquant.kernels import experts as few_experts
 
 ACTIVATIONS = ("int8", "bf16")  # the default first: see docs/kernels.md for what each loses
 FEW_TOKENS = 16  # up to which weights are decoded anew for every 8; beyond, Hopper's wider products are faster
-INT8_TOKENS = (64, 128)  # of many rows, of few: up to which wider products take int8; beyond, scaling their sums costs too much
+# up to which wider products take int8, where rows are many, and few; beyond, scaling the sums costs more than is gained
+INT8_TOKENS = (64, 128)
 INT8_ROWS = 16384  # that count as few
-DECODED_TOKENS = (
-    2048  # from which reading a decoded weight back costs less than decoding it for every 256; elsewhere 128
-)
+# from which reading a decoded weight back costs less than decoding it for every 256; elsewhere 128
+DECODED_TOKENS = 2048
 _FEW_SLOTS = 256  # (token, expert) pairs up to which an expert is read again for each of its tokens
 
 

@@ -49,7 +49,7 @@ def test_gpu_results_keep_their_bounds() -> None:
     assert any(aim["what"].startswith("2 bits") for aim in aims)  # a miss is listed as one
     missed = {aim["what"].partition(" bits")[0] + aim["what"].partition("batch")[2] for aim in aims if not aim["met"]}
     many = {f"{bits} {m}, of bf16's time" for bits in (3, 4) for m in (128, 256, 512, 1024, 4096)}
-    assert missed <= many | {"2 1, share of the read ceiling"}, missed
+    assert missed <= many | {f"{bits} 1, share of the read ceiling" for bits in (2, 6)}, missed
     for row in result("gpu_encode")["rows"]:
         assert row.get("same_bytes", True)
         assert row["kernel"] < 0.03
@@ -60,4 +60,5 @@ def test_shares_of_the_roofline() -> None:
     assert {"bf16 (cuBLAS)", "3 bits", "4 bits"} <= set(shares)
     for name, points in shares.items():
         assert len({batch for batch, _ in points}) == len(points) > 3, name
-        assert all(0.2 < share < 1.1 for _, share in points), name
+        assert all(0.01 < share < 1.1 for _, share in points), name
+    assert all(share > 0.25 for name in ("3 bits", "4 bits") for _, share in shares[name])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_tensor_cores import ALL, error, gpu, needs_compiler, prepared, random
 
+from kappaquant.errors import UnsupportedError
 from kappaquant.format import Format
 from kappaquant.kernels import decoded, nvrtc
 
@@ -25,7 +26,15 @@ def test_the_weight_is_the_codecs(fmt: Format) -> None:
         found = decoded.decode(weight)
         assert found.shape == (n, k)
         assert float((found.double() - expected).norm() / expected.norm()) < 2.5e-3
-        assert torch.equal(decoded.decode(weight, 32, 8), found[32:40]) or n < 40
+        assert n < 40 or torch.equal(decoded.decode(weight, 32, 8), found[32:40])
+
+
+@gpu
+@pytest.mark.parametrize(("first", "rows"), [(32, 40), (8, 8), (64, 32)])
+def test_rows_that_are_not_there_are_refused(first: int, rows: int) -> None:
+    weight, _ = prepared(Format(3, 128), 64, 128)
+    with pytest.raises(UnsupportedError, match=f"rows {first} to {first + rows} of 64"):
+        decoded.decode(weight, first, rows)
 
 
 @gpu

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kappaquant.errors import UnsupportedError
 from kappaquant.format import signs
 from kappaquant.kernels import nvrtc, tiles
 from kappaquant.kernels.tensor_cores import TABLE_BYTES, Codes, Weight
@@ -26,8 +27,16 @@ class _Decoded(ctypes.Structure):
 
 
 def decode(weight: Weight, first: int = 0, rows: int | None = None) -> Tensor:
-    """Rows ``first`` (a multiple of 32) and up of a weight [n, in_features], in bfloat16 [rows, in_features]."""
+    """Rows ``first`` (a multiple of 32) and up of a weight [n, in_features], in bfloat16 [rows, in_features].
+
+    Raises:
+        UnsupportedError: the weight has no such rows.
+    """
     rows = weight.rows - first if rows is None else rows
+    if first % tiles.ROWS or not 0 <= first < first + rows <= weight.rows:
+        raise UnsupportedError(
+            f"{NAME}: rows {first} to {first + rows} of {weight.rows}: must begin at a multiple of {tiles.ROWS}, in the weight"
+        )
     codes, group = weight.tiled.codes, weight.fmt.group_size
     units = codes.shape[-4]
     out = torch.empty(rows, weight.in_features, dtype=torch.bfloat16, device=codes.device)
