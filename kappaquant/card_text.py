@@ -11,8 +11,9 @@ from rich.filesize import decimal
 
 from kappaquant import contents
 from kappaquant.checkpoint import Checkpoint
-from kappaquant.evaluate.evaluation import Evaluation
+from kappaquant.evaluate.evaluation import Evaluation, TaskReport
 from kappaquant.evaluate.markdown import table, tables
+from kappaquant.evaluate.questions import PRESETS
 from kappaquant.format import MANIFEST_NAME
 from kappaquant.sizes import Total
 
@@ -106,10 +107,18 @@ def measured(facts: Facts) -> str:
         "sequences.",
         tables(found),
     ]
-    for title, rows in (("Tasks", found.tasks), ("Throughput", found.throughput)):
-        if rows:
-            columns = list(dict.fromkeys(key for row in rows for key in row))
-            parts += [f"{title}:", table(columns, [[_plain(row.get(key)) for key in columns] for row in rows])]
+    if found.tasks:
+        files = {f"`{file.name}` (SHA-256 `{file.sha256}`)": None for task in found.tasks for file in task.data}
+        limits = {f"{task.task}: {_protocol(task)}": None for task in found.tasks}
+        parts.append(
+            f"Tasks are answered greedily through lm-evaluation-harness ({'; '.join(limits)}). Shares have Wilson's, differences Tango's "
+            f"intervals of 95 %.{' Questions and shots: ' + ', '.join(files) + '.' if files else ''}"
+        )
+    if found.throughput:
+        parts.append(
+            "Speed is that of random tokens, one model at a time, the original in bfloat16; the roofline is the time in which the device, at "
+            "the speed it was seen to read, reads the weights of one token."
+        )
     versions = ", ".join(f"{key} {_plain(value)}" for key, value in found.environment.items())
     parts.append(f"Measured with kappaquant {found.kappaquant}: {versions}.")
     return "\n\n".join(parts)
@@ -141,10 +150,33 @@ def reproduction(facts: Facts) -> str:
             f"kappaquant evaluate {facts.name} --against {facts.original}{pinned} --text path/to/{found.text.name} "
             f"--tokens {tokens} --window {s.window} --top-k {s.top_k} --dtype {s.dtype} --activations {s.activations}"
         )
+        lines += [f"{lines[-1]} {_task_options(task)}" for task in found.tasks]
     return (
         f"## Make it again\n\nThe plan, bits and reason of every tensor, is in `{MANIFEST_NAME}`; the same source and plan give the same bytes.\n\n"
         "```\n" + "\n".join(lines) + "\n```"
     )
+
+
+def _protocol(task: TaskReport) -> str:
+    """How a task was asked, in words."""
+    said = [f"{task.questions:,} questions", f"{task.shots} shots"]
+    said += [f"at most {task.max_tokens:,} tokens"] if task.max_tokens else []
+    said += ["chat template"] if task.chat_template else []
+    versions = task.versions
+    said.append(
+        f"lm-eval {versions['lm_eval']}, kappaquant {versions['kappaquant']}, {versions['device']}, original on {versions['original_device']}"
+    )
+    return ", ".join(said)
+
+
+def _task_options(task: TaskReport) -> str:
+    """The options of ``kappaquant evaluate`` that ask a task in the same way."""
+    files = [f"path/to/{file.name}" for file in task.data]
+    said = f"--task {task.task}" + (f"={files[0]}" if files else "") + "".join(f" --shots-from {f}" for f in files[1:])
+    if not (task.task in PRESETS and PRESETS[task.task].published):
+        said += f" --questions {task.questions} --shots {task.shots}"
+        said += f" --max-tokens {task.max_tokens}" if task.max_tokens else ""
+    return said + f" --task-batch {task.batch_size}" + (" --chat-template" if task.chat_template else "")
 
 
 def _sizes(total: Total) -> list[str]:

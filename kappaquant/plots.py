@@ -1,10 +1,10 @@
-"""Pictures as PNG: bits by layer and family, divergence against size. They need matplotlib, the plot extra."""
+"""Pictures as PNG: κ by layer, bits by layer and family, divergence against size. They need matplotlib, the plot extra."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from kappaquant.errors import UnsupportedError
 from kappaquant.evaluate.compare import Comparison
 from kappaquant.evaluate.evaluation import write_whole
 from kappaquant.model_map import layer_of
+from kappaquant.scanner import Profile
 
 _NOTED = 64  # more columns than this leave no room for numbers
 
@@ -23,7 +24,7 @@ def bits_map(checkpoint: Checkpoint, path: str | Path) -> None:
 
     A cell of several widths shows their mean over weights. Raises UnsupportedError without matplotlib.
     """
-    figure = _figure(path)
+    figure = png_figure(path)
     from matplotlib.colors import LogNorm
 
     rows = families(checkpoint)
@@ -65,7 +66,7 @@ def pareto(comparison: Comparison, path: str | Path) -> None:
 
     Raises UnsupportedError without matplotlib, and if no divergence is above 0, which a logarithm needs.
     """
-    figure = _figure(path)
+    figure = png_figure(path)
     shown = [row for row in comparison.rows if row.divergence.value > 0]
     if not shown:
         raise UnsupportedError(f"{path}: no checkpoint has a divergence above 0, and the plot's axis is logarithmic")
@@ -94,7 +95,40 @@ def pareto(comparison: Comparison, path: str | Path) -> None:
     _save(figure, path)
 
 
-def _figure(path: str | Path) -> Any:
+def kurtosis_by_layer(profile: Profile, path: str | Path, highlight: Mapping[str, float] | None = None) -> None:
+    """Draw κ by layer, one line a family.
+
+    Args:
+        highlight: label -> κ of horizontal lines, such as a policy's thresholds.
+
+    Raises UnsupportedError without matplotlib.
+    """
+    figure = png_figure(path)
+    figure.set_size_inches(10, 5)
+    axes = figure.add_subplot()
+    families: dict[str, dict[int, list[float]]] = {}
+    for stats in profile.tensors.values():
+        if stats.kurtosis is not None and stats.layer is not None and len(stats.shape) >= 2:
+            families.setdefault(stats.family, {}).setdefault(stats.layer, []).append(stats.kurtosis)
+    for index, (family, layers) in enumerate(sorted(families.items())):
+        values = [max(layers[layer]) for layer in sorted(layers)]
+        axes.plot(sorted(layers), values, marker="os^Dvp*"[index // 10 % 7], label=family, linewidth=1, markersize=4)
+    for label, level in (highlight or {}).items():
+        axes.axhline(level, color="grey", linestyle=":", linewidth=1)
+        axes.annotate(label, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("excess kurtosis κ (largest of the layer's tensors)")
+    axes.set_title(profile.model)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    _save(figure, path)
+
+
+def png_figure(path: str | Path) -> Any:
+    """An empty figure for ``path``; asked for before the work that is to be drawn, it tells in time that matplotlib is missing.
+
+    Raises UnsupportedError without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:

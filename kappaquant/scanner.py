@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -294,31 +294,3 @@ def _finish(part: _Part, shape: tuple[int, ...], dtype: str, family: str, layer:
         shape, dtype, family, layer, moments.kurtosis, moments.absmax / sigma if sigma else 0.0,
         part.magnitudes.top_energy(TOP_SHARE), mse, True,
     )  # fmt: skip
-
-
-def plot(profile: Profile, path: str | Path, highlight: Mapping[str, float] | None = None) -> None:
-    """Draw κ by layer, one line a family, as PNG (needs the plot extra).
-
-    Args:
-        highlight: label -> κ of horizontal lines, such as a policy's thresholds.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    axes = figure.add_subplot()
-    families: dict[str, dict[int, list[float]]] = {}
-    for stats in profile.tensors.values():
-        if stats.kurtosis is not None and stats.layer is not None and len(stats.shape) >= 2:
-            families.setdefault(stats.family, {}).setdefault(stats.layer, []).append(stats.kurtosis)
-    for index, (family, layers) in enumerate(sorted(families.items())):
-        values = [max(layers[layer]) for layer in sorted(layers)]
-        axes.plot(sorted(layers), values, marker="os^Dvp*"[index // 10 % 7], label=family, linewidth=1, markersize=4)
-    for label, level in (highlight or {}).items():
-        axes.axhline(level, color="grey", linestyle=":", linewidth=1)
-        axes.annotate(label, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-    axes.set_yscale("symlog", linthresh=1)
-    axes.set_xlabel("layer")
-    axes.set_ylabel("excess kurtosis κ (largest of the layer's tensors)")
-    axes.set_title(profile.model)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
-    figure.savefig(path, dpi=150)

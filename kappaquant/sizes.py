@@ -83,7 +83,7 @@ def summary(plan: Plan, tensors: Mapping[str, TensorInfo], config: Mapping[str, 
     """Exact sizes of what ``plan`` makes of these tensors. Raises PlanError where the plan does not fit them."""
     plan.check(tensors, config)
     kinds = {name: kind_of(name, info, config) for name, info in tensors.items()}
-    experts = _experts_per_layer(tensors, kinds)
+    active = active_shares(tensors, config)
     rows = []
     for name, info in tensors.items():
         fmt = plan.format_of(name)
@@ -96,7 +96,7 @@ def summary(plan: Plan, tensors: Mapping[str, TensorInfo], config: Mapping[str, 
                 params=info.numel,
                 source_bytes=info.nbytes,
                 output_bytes=fmt.nbytes(info.shape) if fmt else info.nbytes,
-                active=_active(info, kinds[name], experts.get(kinds[name].layer, 0), config),
+                active=active[name],
             )
         )
     families: dict[str, list[TensorSize]] = {}
@@ -111,6 +111,15 @@ def summary(plan: Plan, tensors: Mapping[str, TensorInfo], config: Mapping[str, 
         by_bits={bits: _total(by_bits[bits]) for bits in sorted(by_bits)},
         total=_total(rows),
     )
+
+
+def active_shares(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Fraction]:
+    """The share of each tensor that decoding one token of text reads, 0 to 1; exact."""
+    kinds = {name: kind_of(name, info, config) for name, info in tensors.items()}
+    experts = _experts_per_layer(tensors, kinds)
+    return {
+        name: _active(info, kinds[name], experts.get(kinds[name].layer, 0), config) for name, info in tensors.items()
+    }
 
 
 def _total(rows: Iterable[TensorSize]) -> Total:

@@ -27,6 +27,7 @@ import kappaquant
 from benchmarks.environment import ROOT, environment, save
 from kappaquant import evaluate, scanner
 from kappaquant.generate import stream
+from kappaquant.plots import kurtosis_by_layer
 from kappaquant.report import profile_table
 from kappaquant.sizes import summary
 from kappaquant.source import Source
@@ -144,7 +145,7 @@ def main() -> None:
     with Step(console, "scan"):
         profile = kappaquant.scan(source)
     profile.save(OUTPUT / "profile.json")
-    scanner.plot(profile, OUTPUT / "kappa.png", {"4": 4, "8": 8, "15": 15})
+    kurtosis_by_layer(profile, OUTPUT / "kappa.png", {"4": 4, "8": 8, "15": 15})
     console.print(profile_table(profile))
     made = quantize_all(source, profile, console)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from kappaquant.evaluate.evaluation import (
     CheckpointFacts,
+    DataFile,
     DivergenceReport,
     Evaluation,
     FamilyDivergence,
@@ -15,8 +16,11 @@ from kappaquant.evaluate.evaluation import (
     PositionBin,
     Settings,
     SourceFacts,
+    TaskReport,
     TextFacts,
+    Throughput,
 )
+from kappaquant.evaluate.scores import score
 
 
 def evaluation(
@@ -43,4 +47,27 @@ def evaluation(
         perplexity=PerplexityReport(Measured(1.78321, (1.75, 1.82)), Measured(1.78211, (1.74, 1.81))),
         families=(FamilyDivergence("router", 0.000321, (0.0003, 0.00035), 16.0),),
     )
+    return replace(made, **changes)
+
+
+VERSIONS = {"kappaquant": "0.1.0", "lm_eval": "0.4.13", "device": "cpu", "original_device": "cpu"}
+
+
+def task_report(task: str, checkpoint: str = "1100", source: str = "1111", **changes: Any) -> TaskReport:
+    """A task with one metric and these outcomes."""
+    made = TaskReport(
+        task=task, data=(DataFile("asked.jsonl", "8" * 64), DataFile("shown.jsonl", "9" * 64)), prompts_sha256="a" * 64,
+        questions=len(source), shots=5, max_tokens=1024, chat_template=False, batch_size=16, dtype="float32", activations="int8",
+        checkpoint_sha256="1" * 64, source_sha256="2" * 64, versions=VERSIONS,
+        scores=(score("exact_match, strict-match", checkpoint, source),),
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def throughput_row(**changes: Any) -> Throughput:
+    made = Throughput(
+        model="checkpoint", batch=1, context=32, decode_tokens_per_s=12.5, prefill_tokens_per_s=100.0, first_token_ms=320.0,
+        peak_gib=0.75, token_bytes=2_000_000, bandwidth_gb_per_s=10.0, roofline_share=0.0025, device="cpu", activations="int8",
+        checkpoint_sha256="1" * 64, source_sha256="2" * 64, versions=VERSIONS,
+    )  # fmt: skip
     return replace(made, **changes)

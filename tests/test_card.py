@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from builders import digests, quantize, write_source
-from evaluations import evaluation
+from evaluations import evaluation, task_report, throughput_row
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from tiny_models import character_tokenizer, save_tiny
@@ -131,13 +131,36 @@ def test_tables_hold_the_manifest_and_the_evaluation(checkpoint: Checkpoint) -> 
 
 
 def test_only_what_was_measured(checkpoint: Checkpoint) -> None:
-    rows = [{"model": "small|model", "decode tok/s": 12.5, "peak GiB": None}]
-    card = make_card(checkpoint, measure(checkpoint, interval=None, noise_floor=None, families=None, throughput=rows))
-    _, measured, _, throughput = tables(card.text)
+    card = make_card(checkpoint, measure(checkpoint, interval=None, noise_floor=None, families=None))
+    _, measured, _ = tables(card.text)
     assert measured[1][1:] == ["0.00123", ""]
     assert "other batches" not in card.text
     assert "family quantized" not in card.text
-    assert throughput == [["model", "decode tok/s", "peak GiB"], ["small|model", "12.5", "–"]]
+    for word in ("McNemar", "tok/s", "lm-evaluation-harness", "roofline", "--task"):
+        assert word not in card.text
+
+
+def test_tasks_and_throughput(checkpoint: Checkpoint) -> None:
+    tasks = (
+        task_report("gsm8k-200"),
+        task_report("mmlu", "1" * 6, "0" * 6, data=(), max_tokens=None, chat_template=True),
+    )
+    timed = (throughput_row(), throughput_row(model="original", batch=8, roofline_share=None))
+    text = make_card(checkpoint, measure(checkpoint, tasks=tasks, throughput=timed)).text
+    *_, asked, speed = tables(text)
+    assert asked[1] == [
+        "gsm8k-200, exact_match, strict-match", "4", "5", "50.00% (15.00% to 85.00%)", "100.00% (51.01% to 100.00%)",
+        "-50.00 points (-85.00 to +23.48)", "0.5",
+    ]  # fmt: skip
+    assert asked[2][-2:] == ["+100.00 points (+21.93 to +100.00)", "0.031"]
+    assert "answered right 0 only by the checkpoint, 2 only by the original; the difference is not significant" in text
+    assert "answered right 6 only by the checkpoint, 0 only by the original; the difference is significant" in text
+    assert f"`asked.jsonl` (SHA-256 `{'8' * 64}`), `shown.jsonl`" in text
+    assert "gsm8k-200: 4 questions, 5 shots, at most 1,024 tokens, lm-eval 0.4.13" in text
+    assert "--task gsm8k-200=path/to/asked.jsonl --shots-from path/to/shown.jsonl --task-batch 16\n" in text
+    assert "--task mmlu --questions 6 --shots 5 --task-batch 16 --chat-template" in text
+    assert [row[-1] for row in speed] == ["of roofline", "0.2% of 10 GB/s", ""]
+    assert speed[1][:5] == ["checkpoint, cpu", "32", "1", "12.5", "100"]
 
 
 def test_an_evaluation_of_another_checkpoint_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:

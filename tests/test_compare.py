@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from builders import quantize, write_source
-from evaluations import evaluation
+from evaluations import evaluation, task_report
 from typer.testing import CliRunner
 
 from kappaquant import open_source
@@ -54,6 +54,33 @@ def test_unlike_evaluations_are_refused_by_name(part: str, field: str, value: ob
     second = replace(first, **{part: replace(getattr(first, part), **{field: value})})
     with pytest.raises(UnsupportedError, match=rf"^second: {part}\.{field} is .*, but of first it is"):
         compare({"first": first, "second": second})
+
+
+def test_tasks_side_by_side_and_in_pairs(tmp_path: Path) -> None:
+    small = evaluation(3_000_000, tasks=(task_report("gsm8k", "110000", "111111"), task_report("mmlu", "11", "11")))
+    large = evaluation(4_000_000, tasks=(task_report("gsm8k", "111111", "111111"),))
+    found = compare({"small": small, "large": large, "untested": evaluation()})
+    assert list(found.original_tasks) == ["gsm8k, exact_match, strict-match", "mmlu, exact_match, strict-match"]
+    assert found.original_tasks["gsm8k, exact_match, strict-match"].value == 1
+    shares = {row.name: row.tasks for row in found.rows}
+    assert shares["small"]["gsm8k, exact_match, strict-match"].value == pytest.approx(1 / 3)
+    assert shares["untested"] == {}
+    (pair,) = found.pairs
+    assert (pair.first, pair.second, pair.difference.value, pair.p_value) == (
+        "small",
+        "large",
+        pytest.approx(-2 / 3),
+        0.125,
+    )
+    assert not pair.significant
+    for name, report in (("small", small), ("large", large)):
+        report.save(tmp_path / f"{name}.json")
+    shown = run("compare", tmp_path / "small.json", tmp_path / "large.json")
+    assert "-66.67 points" in shown
+    assert "not significant" in shown
+    other = replace(large, tasks=(task_report("gsm8k", prompts_sha256="b" * 64, questions=6),))
+    with pytest.raises(UnsupportedError, match=r"other: task gsm8k: prompts_sha256 is .* but of small it is"):
+        compare({"small": small, "other": other})
 
 
 def test_another_original_is_refused_by_name(tmp_path: Path) -> None:
@@ -110,4 +137,10 @@ def test_pictures_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UnsupportedError, match=r"p\.png: .*kappaquant\[plot\]"):
         pareto(compare({"a": evaluation()}), tmp_path / "p.png")
+    for command in (
+        ("scan", "absent", "--plot", tmp_path / "p.png"),
+        ("inspect", "absent", "--plot", tmp_path / "p.png"),
+    ):
+        with pytest.raises(UnsupportedError, match=r"p\.png: .*kappaquant\[plot\]"):
+            run(*command)  # before the model is looked at
     assert not list(tmp_path.iterdir())

@@ -11,9 +11,10 @@ import torch
 from builders import EXPERTS, Q, quantize, tensors, write_source
 
 import kappaquant
-from kappaquant import codec, scanner, units
+from kappaquant import codec, units
 from kappaquant.format import Format
 from kappaquant.moments import Moments
+from kappaquant.plots import kurtosis_by_layer
 
 
 def heavy(seed: int, *shape: int) -> torch.Tensor:
@@ -91,7 +92,7 @@ def test_odd_tensors(source: Path) -> None:
 
 
 def test_plot(source: Path, tmp_path: Path) -> None:
-    scanner.plot(kappaquant.scan(kappaquant.open_source(source), bits=[]), tmp_path / "kappa.png", {"4 bits": 4.0})
+    kurtosis_by_layer(kappaquant.scan(kappaquant.open_source(source), bits=[]), tmp_path / "kappa.png", {"4 bits": 4.0})
     assert (tmp_path / "kappa.png").read_bytes().startswith(b"\x89PNG")
 
 

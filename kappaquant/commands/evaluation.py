@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +35,31 @@ def evaluate(
     noise_floor: Annotated[
         bool, typer.Option("--noise-floor/--no-noise-floor", help="Also the original against itself in other batches.")
     ] = True,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Questions for both models: gsm8k=FILE, gsm8k-200=FILE (as published), arithmetic_stories, or a task of lm-eval."
+        ),
+    ] = None,
+    shots_from: Annotated[
+        Path | None, typer.Option(help="Worked examples for --task NAME=FILE, of the same form.")
+    ] = None,
+    questions: Annotated[int | None, typer.Option(help="Ask the first so many; default all.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Worked examples in each prompt; default as the task has it.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of an answer at most; default as the task has it.")
+    ] = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Ask through the chat template.")] = False,
+    task_batch: Annotated[int, typer.Option(help="Questions answered at once.")] = 16,
+    throughput: Annotated[
+        bool, typer.Option("--throughput", help="Also tokens per second and memory of both, the original in bfloat16.")
+    ] = False,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(help="Prompt tokens for --throughput; several times for several; default 32 and 1024."),
+    ] = None,
     logits: Annotated[
         Path | None,
         typer.Option(help="Keep predictions here, to go on after an interruption and for other checkpoints."),
@@ -47,13 +73,16 @@ def evaluate(
     revision: RevisionOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Measure KL divergence, agreement and perplexity against the original, with intervals; each model is loaded alone."""
+    """Measure divergence, perplexity, tasks and speed against the original, with intervals; each model is loaded alone."""
     from transformers.utils import logging as transformers_logging
 
     from kappaquant.evaluate.against import Options, evaluate_against
-    from kappaquant.evaluate.evaluation import write_whole
+    from kappaquant.evaluate.evaluation import Evaluation, write_whole
     from kappaquant.evaluate.markdown import markdown as tables
-    from kappaquant.evaluate.pair import open_pair
+    from kappaquant.evaluate.pair import content_digest, open_pair
+    from kappaquant.evaluate.questions import parse_task
+    from kappaquant.evaluate.scores import carry_over
+    from kappaquant.evaluate.throughput import cases, measure
     from kappaquant.format import EVALUATION_NAME
 
     transformers_logging.set_verbosity_error()
@@ -68,10 +97,25 @@ def evaluate(
     for path in (report, markdown):
         if path and not path.parent.is_dir():
             raise OutputError(f"{path}: its folder does not exist; nothing was measured yet")
+    earlier = Evaluation.load(report) if report.exists() else None
+    asked = [
+        parse_task(
+            name, pair.source.folder, shots_from=shots_from, questions=questions, shots=shots, max_tokens=max_tokens,
+            chat_template=chat_template, batch_size=task_batch,
+        )
+        for name in task or ()
+    ]  # fmt: skip
+    timed = cases(pair, context) if throughput else []
     beside = output.parent if output else pair.path.absolute().parent
     kept = logits or beside / f"{pair.name}.logits"
-    with progress("evaluate", "tokens") as bar:
-        found = evaluate_against(pair, _text(pair, text), kept, options, bar)
+    with progress("evaluate", "it") as bar:
+        found = evaluate_against(pair, _text(pair, text), kept, options, bar, asked)
+        if timed:
+            found = replace(found, throughput=measure(pair, timed, options.device, activations, bar))
+    if earlier:
+        found, dropped = carry_over(found, earlier, content_digest(pair.checkpoint), content_digest(pair.source))
+        for notice in dropped:
+            errors().print(f"note: {report}: {notice}", markup=False, highlight=False, soft_wrap=True)
     found.save(report)
     shown = tables(found)
     if markdown:

@@ -28,7 +28,7 @@ def compare(
     plot: Annotated[Path | None, typer.Option(help="Draw divergence against size (PNG; needs matplotlib).")] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Set evaluated checkpoints of one original side by side: size, KL divergence, agreement, perplexity."""
+    """Set evaluated checkpoints of one original side by side: size, KL divergence, agreement, perplexity, tasks."""
     from kappaquant.evaluate.compare import compare as run
     from kappaquant.evaluate.compare import report_path
     from kappaquant.evaluate.evaluation import Evaluation
@@ -49,20 +49,26 @@ def compare(
 
 
 def _table(comparison: Comparison) -> Any:
+    from rich.console import Group
     from rich.filesize import decimal
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=escape(f"against {comparison.original.path}"), title_justify="left")
-    for column in ("checkpoint", "size", "bits/weight", "KLD, nats", "same top token", "perplexity"):
+    tasks = list(comparison.original_tasks)
+    for column in ("checkpoint", "size", "bits/weight", "KLD, nats", "same top token", "perplexity", *tasks):
         table.add_column(column, justify="left" if column == "checkpoint" else "right")
     original = comparison.original
-    table.add_row("original", decimal(original.bytes), "", "", "", _cell(comparison.original_perplexity, "{:.4f}"))
+    table.add_row(
+        "original", decimal(original.bytes), "", "", "", _cell(comparison.original_perplexity, "{:.4f}"),
+        *(_cell(comparison.original_tasks[task], "{:.2%}") for task in tasks),
+    )  # fmt: skip
     table.add_section()
     for row in comparison.rows:
         table.add_row(
             escape(row.name) + " *" * row.pareto, decimal(row.nbytes), f"{row.bits_per_weight:.3f}",
             _cell(row.divergence, "{:.3g}"), _cell(row.agreement, "{:.2%}"), _cell(row.perplexity, "{:.4f}"),
+            *(_cell(row.tasks[task], "{:.2%}") if task in row.tasks else "–" for task in tasks),
         )  # fmt: skip
     floor = (
         f"\nnoise floor of the original: {comparison.noise_floor:.3g} nats"
@@ -73,6 +79,24 @@ def _table(comparison: Comparison) -> Any:
         f"{comparison.text.tokens:,} predicted tokens of {escape(comparison.text.name)}; in brackets 95 % intervals; "
         f"*: none is both smaller and closer{floor}"
     )
+    return Group(table, _pairs(comparison)) if comparison.pairs else table
+
+
+def _pairs(comparison: Comparison) -> Any:
+    """Checkpoints two by two on the same questions."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from kappaquant.evaluate.markdown import difference
+
+    table = Table(title="two by two on the same questions", title_justify="left")
+    for column in ("task", "first", "second", "first minus second", "p (McNemar)", "at 5 %"):
+        table.add_column(column)
+    for pair in comparison.pairs:
+        verdict = "significant" if pair.significant else "not significant"
+        table.add_row(
+            pair.task, escape(pair.first), escape(pair.second), difference(pair.difference), f"{pair.p_value:.2g}", verdict
+        )  # fmt: skip
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from kappaquant import contents
 from kappaquant.architecture import load_config
 from kappaquant.checkpoint import Checkpoint
 from kappaquant.errors import UnsupportedError
+from kappaquant.evaluate.asked import CHECKPOINT, ORIGINAL, Asked
 from kappaquant.evaluate.batches import by_length
 from kappaquant.evaluate.bootstrap import Bootstrap
 from kappaquant.evaluate.evaluation import (
@@ -33,6 +35,7 @@ from kappaquant.evaluate.kept import Kept
 from kappaquant.evaluate.logits import Tensors, diverge, keep_top
 from kappaquant.evaluate.pair import Pair, checkpoint_facts, content_digest, file_digest, source_facts
 from kappaquant.evaluate.passes import Passes, Progress, free, load_checkpoint, load_original, read_sequences
+from kappaquant.evaluate.questions import TaskSpec
 from kappaquant.gpu_ops import check_activations
 
 TEXT_NAME = "evaluation.txt"  # a model's own held-out text, beside its weights
@@ -80,7 +83,12 @@ class Options:
 
 
 def evaluate_against(
-    pair: Pair, text: Path, logits: Path, options: Options | None = None, progress: Progress = lambda *_: None
+    pair: Pair,
+    text: Path,
+    logits: Path,
+    options: Options | None = None,
+    progress: Progress = lambda *_: None,
+    tasks: Sequence[TaskSpec] = (),
 ) -> Evaluation:
     """Measure a checkpoint against its original; what a run before did is taken from disk.
 
@@ -88,10 +96,12 @@ def evaluate_against(
         text: plain text, UTF-8, read as one piece and cut into windows.
         logits: folder where the original's predictions and what was measured are kept; another checkpoint of the same
             original, measured with the same text and options, needs the original no more.
-        progress: called as progress(stage, tokens done, of how many).
+        progress: called as progress(stage, tokens or answers done, of how many).
+        tasks: questions that both models answer, each while it is loaded anyway.
 
     Raises:
-        UnsupportedError: the text is too short, the window too long for the model, or a family cannot stand alone.
+        UnsupportedError: the text is too short, the window too long for the model, a family cannot stand alone, or a task
+            cannot be asked; the last as ``harness.prepare``.
         SourceError: the text cannot be read.
         FormatError: the folder belongs to another original, text or other options.
     """
@@ -107,8 +117,9 @@ def evaluate_against(
     source = source_facts(pair.source)
     words = TextFacts(text.name, file_digest(text), len(sequences), sum(len(s) - 1 for s in sequences))
     folders = _Folders(pair, logits, sequences, source, words, settings, options)
+    asked = Asked(pair, tasks, logits, settings.dtype, settings.activations, _environment(options.device))
     limit = min(_BATCH_TOKENS, _LOGITS_BYTES // (4 * vocabulary))
-    _measure(pair, folders, options, Passes(sequences, list(by_length(sequences, limit)), progress))
+    _measure(pair, folders, asked, options, Passes(sequences, list(by_length(sequences, limit)), progress))
 
     count = len(sequences)
     draws = Bootstrap(count, options.resamples, options.seed)
@@ -123,7 +134,7 @@ def evaluate_against(
         families.append(FamilyDivergence(family, mean.value, mean.interval_95, bits))
     return Evaluation(
         kappaquant=kappaquant.__version__,
-        environment=_environment(options.device, folders.original),
+        environment={**_environment(options.device), "original_device": folders.original.notes["device"]},
         checkpoint=checkpoint_facts(pair.checkpoint),
         source=source,
         text=words,
@@ -135,6 +146,7 @@ def evaluate_against(
             draws.perplexity(folders.original.column("loss", count)),
         ),
         families=tuple(families) if options.by_layer else None,
+        tasks=asked.reports(),
     )
 
 
@@ -180,7 +192,7 @@ class _Folders:
         }
 
 
-def _measure(pair: Pair, folders: _Folders, options: Options, passes: Passes) -> None:
+def _measure(pair: Pair, folders: _Folders, asked: Asked, options: Options, passes: Passes) -> None:
     """Compute what the folders lack: first all that needs the original, then what needs the checkpoint."""
 
     def remember(_: int, logits: Tensor, predicted: Tensor) -> Tensors:
@@ -191,8 +203,9 @@ def _measure(pair: Pair, folders: _Folders, options: Options, passes: Passes) ->
 
     count = len(passes.sequences)
     wanted = [folders.original, folders.noise_floor, *(kept for _, kept in folders.families.values())]
-    if any(kept and kept.lacks(count) for kept in wanted):
+    if any(kept and kept.lacks(count) for kept in wanted) or asked.lacks(ORIGINAL):
         model = load_original(pair, options.dtype, options.device)
+        asked.run(ORIGINAL, model, passes.progress)
         passes.run(model, folders.original, remember, "original")
         if folders.noise_floor:
             passes.run(model, folders.noise_floor, compare, "noise floor", passes.other_batches)
@@ -202,9 +215,10 @@ def _measure(pair: Pair, folders: _Folders, options: Options, passes: Passes) ->
                     passes.run(model, kept, compare, family)
         del model
         free()
-    if folders.checkpoint.lacks(count):
+    if folders.checkpoint.lacks(count) or asked.lacks(CHECKPOINT):
         model = load_checkpoint(pair, options.dtype, options.device, options.activations)
         passes.run(model, folders.checkpoint, compare, "checkpoint")
+        asked.run(CHECKPOINT, model, passes.progress)
         del model
         free()
 
@@ -214,13 +228,13 @@ def _quantized(pair: Pair) -> Checkpoint:
     return pair.checkpoint
 
 
-def _environment(device: str, original: Kept) -> dict[str, str]:
+def _environment(device: str) -> dict[str, str]:
     return {
+        "kappaquant": kappaquant.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": device_name(device),
-        "original_device": original.notes["device"],
         "machine": platform.machine(),
     }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.evaluate.evaluation import Evaluation, Measured, Settings, SourceFacts, TextFacts
+from kappaquant.evaluate.evaluation import Evaluation, Measured, Score, Settings, SourceFacts, TaskReport, TextFacts
+from kappaquant.evaluate.scores import score
 from kappaquant.format import EVALUATION_NAME
 
 # what two evaluations must share for their numbers to be comparable: parts of the report, and fields of each
@@ -16,6 +18,16 @@ _SHARED = {
     "text": ("sha256", "sequences", "tokens"),
     "settings": ("window", "dtype", "top_k", "exact", "activations"),
 }
+_SHARED_BY_TASKS = (
+    "prompts_sha256",
+    "questions",
+    "shots",
+    "max_tokens",
+    "chat_template",
+    "batch_size",
+    "dtype",
+    "activations",
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,7 @@ class Row:
         nbytes: of its weight files.
         divergence: mean KL divergence from the original, nats; agreement: share of tokens with the same likeliest one.
         pareto: no other checkpoint is as small and as close, and better in one of both.
+        tasks: share of right answers by task and metric, such as "gsm8k, exact_match, strict-match".
     """
 
     name: str
@@ -35,6 +48,19 @@ class Row:
     agreement: Measured
     perplexity: Measured
     pareto: bool = False
+    tasks: dict[str, Measured] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PairedRow:
+    """Two checkpoints on the same questions, as ``Score`` has it for checkpoint and original."""
+
+    task: str
+    first: str
+    second: str
+    difference: Measured
+    p_value: float
+    significant: bool
 
 
 @dataclass(frozen=True)
@@ -43,6 +69,8 @@ class Comparison:
 
     Attributes:
         noise_floor: largest mean divergence of the original from itself in other batches, nats; None if never measured.
+        original_tasks: the original's share of right answers, by task and metric.
+        pairs: every two checkpoints that answered the same questions.
     """
 
     rows: tuple[Row, ...]
@@ -50,6 +78,8 @@ class Comparison:
     original_perplexity: Measured
     text: TextFacts
     noise_floor: float | None
+    original_tasks: dict[str, Measured] = field(default_factory=dict)
+    pairs: tuple[PairedRow, ...] = ()
 
 
 def report_path(location: str | Path) -> Path:
@@ -66,7 +96,8 @@ def compare(evaluations: Mapping[str, Evaluation], against: SourceFacts | None =
         against: the original they must all be of; by default that of the first.
 
     Raises:
-        UnsupportedError: none given, or two of different originals, texts or settings, by name.
+        UnsupportedError: none given, or two of different originals, texts or settings, or with other questions of a task of the
+            same name, by name.
     """
     if not evaluations:
         raise UnsupportedError("no evaluation to compare; give checkpoints that kappaquant evaluate has measured")
@@ -84,6 +115,7 @@ def compare(evaluations: Mapping[str, Evaluation], against: SourceFacts | None =
             f"{first}: was measured against {reference.source.path}, which is not {against.path} ({field} differs); "
             f"give its own original, or evaluate again with --against {against.path}"
         )
+    _check_tasks(evaluations)
     rows = [_row(name, found) for name, found in evaluations.items()]
     front = pareto_front(rows)
     floors = [found.noise_floor.mean for found in evaluations.values() if found.noise_floor]
@@ -93,7 +125,38 @@ def compare(evaluations: Mapping[str, Evaluation], against: SourceFacts | None =
         original_perplexity=reference.perplexity.source,
         text=reference.text,
         noise_floor=max(floors, default=None),
+        original_tasks={
+            label: scored.source for found in evaluations.values() for label, scored in _scores(found).items()
+        },
+        pairs=tuple(_pairs(evaluations)),
     )
+
+
+def _scores(found: Evaluation) -> dict[str, Score]:
+    return {f"{task.task}, {scored.metric}": scored for task in found.tasks for scored in task.scores}
+
+
+def _check_tasks(evaluations: Mapping[str, Evaluation]) -> None:
+    """Tasks of one name must have been asked alike, of the same original by the same numbers."""
+    seen: dict[str, tuple[str, TaskReport]] = {}
+    for name, found in evaluations.items():
+        for task in found.tasks:
+            first, reference = seen.setdefault(task.task, (name, task))
+            for what in _SHARED_BY_TASKS:
+                if getattr(task, what) != getattr(reference, what):
+                    raise UnsupportedError(
+                        f"{name}: task {task.task}: {what} is {getattr(task, what)!r}, but of {first} it is "
+                        f"{getattr(reference, what)!r}; only answers to the same questions, asked alike, compare"
+                    )
+
+
+def _pairs(evaluations: Mapping[str, Evaluation]) -> Iterator[PairedRow]:
+    for (first, one), (second, other) in combinations(evaluations.items(), 2):
+        there = _scores(other)
+        for label, scored in _scores(one).items():
+            if label in there:
+                found = score(label, scored.checkpoint_outcomes, there[label].checkpoint_outcomes)
+                yield PairedRow(label, first, second, found.difference, found.p_value, found.significant)
 
 
 def _row(name: str, found: Evaluation) -> Row:
@@ -101,6 +164,7 @@ def _row(name: str, found: Evaluation) -> Row:
         name, found.checkpoint.bytes, found.checkpoint.bits_per_weight,
         Measured(found.divergence.mean, found.divergence.interval_95),
         Measured(found.divergence.top1_agreement, found.divergence.top1_interval_95), found.perplexity.checkpoint,
+        tasks={label: scored.checkpoint for label, scored in _scores(found).items()},
     )  # fmt: skip
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from kappaquant.errors import FormatError, OutputError
+from kappaquant.evaluate.checked import read_as
 from kappaquant.evaluate.report import rounded
 
 FORMAT_VERSION = 1
@@ -142,13 +141,107 @@ class FamilyDivergence:
 
 
 @dataclass(frozen=True)
+class DataFile:
+    """A file that questions or shots came from."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """Both models on the same questions, by one metric.
+
+    Attributes:
+        metric: as lm-eval calls it, with its way of extraction, such as "exact_match, strict-match".
+        checkpoint, source: shares of right answers, with Wilson's intervals.
+        difference: of the shares, checkpoint minus source, with Tango's interval for pairs.
+        only_checkpoint, only_source: questions that one alone got right.
+        p_value: two-sided, of McNemar's exact test; significant: it is below 0.05.
+        checkpoint_outcomes, source_outcomes: a digit for each question in order, 1 where it was answered right.
+    """
+
+    metric: str
+    checkpoint: Measured
+    source: Measured
+    difference: Measured
+    only_checkpoint: int
+    only_source: int
+    p_value: float
+    significant: bool
+    checkpoint_outcomes: str
+    source_outcomes: str
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """A task, answered greedily by checkpoint and original.
+
+    Attributes:
+        task: name; data: files of questions, then shots; none for lm-eval's own data.
+        prompts_sha256: of all prompts in order.
+        max_tokens: of an answer; None where answers are chosen, not written.
+        checkpoint_sha256, source_sha256: content of the models, by which a later report knows what it may carry over.
+        dtype, activations: as in ``Settings``; batch_size: prompts that ran together.
+        versions: of kappaquant, lm_eval, torch and transformers, and the devices.
+    """
+
+    task: str
+    data: tuple[DataFile, ...]
+    prompts_sha256: str
+    questions: int
+    shots: int
+    max_tokens: int | None
+    chat_template: bool
+    batch_size: int
+    dtype: str
+    activations: str
+    checkpoint_sha256: str
+    source_sha256: str
+    versions: dict[str, Any]
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """How fast one of the two models read and wrote, on random tokens, alone in its own process.
+
+    Attributes:
+        model: "checkpoint", or "original" in bfloat16; batch: sequences at once; context: tokens of the prompt in each.
+        decode_tokens_per_s, prefill_tokens_per_s: of all sequences together; first_token_ms: prompt and first token.
+        peak_gib: memory at most; on a CPU that of the process, Python and PyTorch (about 0.5) included.
+        token_bytes: bytes of weights that decoding one token reads; bandwidth_gb_per_s: at which the device was seen to read.
+        roofline_share: decode speed of one sequence as a share of bandwidth / token_bytes; None for more sequences, which
+            share what they read in ways that depend on routing.
+        device, activations, checkpoint_sha256, source_sha256, versions: as in ``TaskReport``.
+    """
+
+    model: str
+    batch: int
+    context: int
+    decode_tokens_per_s: float
+    prefill_tokens_per_s: float
+    first_token_ms: float
+    peak_gib: float
+    token_bytes: int
+    bandwidth_gb_per_s: float
+    roofline_share: float | None
+    device: str
+    activations: str
+    checkpoint_sha256: str
+    source_sha256: str
+    versions: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The whole report; ``Evaluation.load(path)`` reads it, ``save`` writes it.
 
     Attributes:
         kappaquant: version that measured; environment: versions, device and machine, by name.
         noise_floor: the original against itself in other batches; None if it was not measured.
-        families: None unless measured; tasks, throughput: rows of other measurements.
+        families: None unless measured; tasks, throughput: measured in this run or carried over from an earlier report of the
+            same two models.
     """
 
     kappaquant: str
@@ -161,8 +254,8 @@ class Evaluation:
     noise_floor: DivergenceReport | None
     perplexity: PerplexityReport
     families: tuple[FamilyDivergence, ...] | None = None
-    tasks: list[dict[str, Any]] = field(default_factory=list)
-    throughput: list[dict[str, Any]] = field(default_factory=list)
+    tasks: tuple[TaskReport, ...] = ()
+    throughput: tuple[Throughput, ...] = ()
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -200,7 +293,7 @@ class Evaluation:
                 f"{path}: format_version {version!r}; this kappaquant reads evaluations of version {FORMAT_VERSION}, "
                 "written by kappaquant evaluate"
             )
-        found: Evaluation = _read(content, cls, str(path), "")
+        found: Evaluation = read_as(content, cls, str(path))
         return found
 
 
@@ -215,50 +308,3 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.replace(path)
     except OSError as problem:
         raise OutputError(f"{path}: cannot be written ({problem.strerror})") from None
-
-
-_PLAIN = {float: "a finite number", int: "a whole number", str: "a string", bool: "true or false"}
-
-
-def _read(value: Any, kind: Any, file: str, place: str) -> Any:
-    """``value`` as the type ``kind``, or a FormatError that names file and place; the types used above are known."""
-    if is_dataclass(kind):
-        return _read_object(value, kind, file, place)
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        if value is None:
-            return None
-        return _read(value, next(a for a in arguments if a is not type(None)), file, place)
-    if kind is Any:
-        return value
-    if origin is tuple and arguments[-1] is not ...:
-        if not isinstance(value, list) or len(value) != len(arguments):
-            raise FormatError(f"{file}: {place} is {value!r}; expected a list of {len(arguments)}")
-        return tuple(_read(v, a, file, f"{place}[{i}]") for i, (v, a) in enumerate(zip(value, arguments, strict=True)))
-    if origin in (tuple, list):
-        if not isinstance(value, list):
-            raise FormatError(f"{file}: {place} is {value!r}; expected a list")
-        return origin(_read(v, arguments[0], file, f"{place}[{i}]") for i, v in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise FormatError(f"{file}: {place} is {value!r}; expected an object")
-        return value
-    fits = type(value) is kind or (kind is float and type(value) is int)
-    if not fits or (kind is float and not math.isfinite(value)):
-        raise FormatError(f"{file}: {place} is {value!r}; expected {_PLAIN[kind]}")
-    return kind(value)
-
-
-def _read_object(value: Any, kind: Any, file: str, place: str) -> Any:
-    if not isinstance(value, dict):
-        raise FormatError(f"{file}: {place} is {value!r}; expected an object")
-    prefix = f"{place}." if place else ""
-    types = get_type_hints(kind)
-    names = [f.name for f in fields(kind)]
-    for name in names:
-        if name not in value:
-            raise FormatError(f"{file}: has no {prefix}{name}; measure again with kappaquant evaluate")
-    unknown = sorted(value.keys() - set(names))
-    if unknown:
-        raise FormatError(f"{file}: {prefix}{unknown[0]} is not known; allowed there: {', '.join(names)}")
-    return kind(**{name: _read(value[name], types[name], file, prefix + name) for name in names})

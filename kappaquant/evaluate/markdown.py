@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kappaquant.evaluate.evaluation import DivergenceReport, Evaluation, Interval, Measured
+from kappaquant.evaluate.evaluation import DivergenceReport, Evaluation, Interval, Measured, TaskReport, Throughput
 
 
 def markdown(evaluation: Evaluation) -> str:
@@ -18,7 +18,7 @@ def markdown(evaluation: Evaluation) -> str:
 
 
 def tables(evaluation: Evaluation) -> str:
-    """Divergence beside the noise floor, perplexities, then positions and families."""
+    """Divergence beside the noise floor, perplexities, then positions, families, tasks and throughput."""
     e, d, floor = evaluation, evaluation.divergence, evaluation.noise_floor
     least = "" if e.settings.exact else f" of the top {e.settings.top_k} and the rest"
     rows = [
@@ -36,7 +36,63 @@ def tables(evaluation: Evaluation) -> str:
     if e.families:
         families = [[f.family, f"{f.bits:.3f}", _measured(f.mean, f.interval_95)] for f in e.families]
         sections.append(table(["only this family quantized", "bits per weight", "KL divergence (nats)"], families))
+    if e.tasks:
+        sections += [task_table(e.tasks), *(f"{sentence}." for sentence in verdicts(e.tasks))]
+    if e.throughput:
+        sections.append(throughput_table(e.throughput))
     return "\n\n".join(sections)
+
+
+def task_table(tasks: Sequence[TaskReport]) -> str:
+    """A row for each way of counting right answers, both models on the same questions."""
+    head = ["task", "questions", "shots", "checkpoint", "original", "difference", "p (McNemar)"]
+    return table(
+        head,
+        [
+            [
+                f"{task.task}, {score.metric}", f"{task.questions:,}", f"{task.shots}", _share(score.checkpoint.value, score.checkpoint.interval_95),
+                _share(score.source.value, score.source.interval_95), difference(score.difference), f"{score.p_value:.2g}",
+            ]
+            for task in tasks
+            for score in task.scores
+        ],
+    )  # fmt: skip
+
+
+def verdicts(tasks: Sequence[TaskReport]) -> list[str]:
+    """What the paired tests allow to say, a sentence a score."""
+    said = []
+    for task in tasks:
+        for score in task.scores:
+            alone = f"{score.only_checkpoint} only by the checkpoint, {score.only_source} only by the original"
+            verdict = "significant" if score.significant else "not significant"
+            said.append(
+                f"{task.task}, {score.metric}: answered right {alone}; the difference is {verdict} (McNemar's exact test, 5 %)"
+            )
+    return said
+
+
+def difference(measured: Measured) -> str:
+    """Percentage points with their interval."""
+    points = f"{100 * measured.value:+.2f} points"
+    ends = measured.interval_95
+    return points + (f" ({100 * ends[0]:+.2f} to {100 * ends[1]:+.2f})" if ends else "")
+
+
+def throughput_table(rows: Sequence[Throughput]) -> str:
+    """Both models by context, and how much of the device's reading speed decoding uses."""
+    head = [
+        "model", "prompt", "batch", "decode tok/s", "prefill tok/s", "first token ms", "peak GiB", "GB per token", "of roofline"
+    ]  # fmt: skip
+    cells = [
+        [
+            f"{r.model}, {r.device}", f"{r.context:,}", f"{r.batch}", f"{r.decode_tokens_per_s:,.1f}", f"{r.prefill_tokens_per_s:,.0f}",
+            f"{r.first_token_ms:,.1f}", f"{r.peak_gib:.2f}", f"{r.token_bytes / 1e9:.3g}",
+            "" if r.roofline_share is None else f"{r.roofline_share:.1%} of {r.bandwidth_gb_per_s:,.0f} GB/s",
+        ]
+        for r in rows
+    ]  # fmt: skip
+    return table(head, cells)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
