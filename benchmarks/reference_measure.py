@@ -1,0 +1,129 @@
+"""The yardstick of the reference table: one float32 model that takes on each variant's weights, held-out text and problems."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kappaquant import evaluate
+from kappaquant.evaluate.batches import by_length
+from kappaquant.evaluate.bootstrap import Bootstrap
+from kappaquant.evaluate.divergence import scored
+from kappaquant.evaluate.evaluation import Measured
+from kappaquant.evaluate.intervals import paired_difference
+from kappaquant.evaluate.logits import diverge, keep_top
+from reference.text import extract_answer, problems, scenes
+
+MAX_NEW_TOKENS = 80  # the longest worked answer takes 61
+_BATCH_TOKENS = 4096
+_SEED = 7  # of no other measurement here
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a variant made of the text: of every sequence, one value for each predicted token.
+
+    Attributes:
+        kld: nats; agreed: 1 where the likeliest token is the original's; loss: negative log-likelihood.
+    """
+
+    kld: list[np.ndarray]
+    agreed: list[np.ndarray]
+    loss: list[np.ndarray]
+
+    def figures(self) -> dict[str, Any]:
+        """KLD, agreement and perplexity with 95 % bootstrap intervals over sequences, as JSON values."""
+        draws = Bootstrap(len(self.kld))
+        found = asdict(draws.divergence(self.kld, self.agreed))
+        del found["by_position"]
+        return {"kld_nats": found, "perplexity": asdict(draws.perplexity(self.loss))}
+
+
+def kld_difference(first: Reading, second: Reading) -> Measured:
+    """Mean KLD of ``first`` less that of ``second`` on the same tokens, with a paired 95 % bootstrap interval."""
+    return Bootstrap(len(first.kld)).mean([a - b for a, b in zip(first.kld, second.kld, strict=True)])
+
+
+class Yardstick:
+    """The original in float32, what it says of the text, and its answers.
+
+    Args:
+        folder: of the original.
+        texts: worked problems, and as many scenes of prose.
+        asked: problems to answer.
+    """
+
+    def __init__(self, folder: Path, texts: int, asked: int) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self._original = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        told = problems(_SEED, max(texts, asked))
+        self.questions = [evaluate.Question(p.prompt, p.answer) for p in told[:asked]]
+        worked = [p.prompt + p.worked for p in told[:texts]]
+        self.sequences = evaluate.windows(self.tokenizer, worked + scenes(_SEED, texts))
+        self._batches = list(by_length(self.sequences, _BATCH_TOKENS))
+        vocabulary = self.model.config.get_text_config().vocab_size  # all of it: divergences are exact
+        self._top = {i: keep_top(logits, seen, vocabulary) for i, seen, logits in self._scored(self.model)}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens predicted."""
+        return sum(len(sequence) - 1 for sequence in self.sequences)
+
+    def read(self, tensors: Mapping[str, Tensor], model: Any = None) -> Reading:
+        """The text under these weights; tensors that are not named are the original's. ``model``: another to run it."""
+        with self._wearing(tensors):
+            found = {i: diverge(self._top[i], logits, seen) for i, seen, logits in self._scored(model or self.model)}
+        columns = {key: [found[i][key].numpy() for i in sorted(found)] for key in ("kld", "agreed", "loss")}
+        return Reading(**columns)
+
+    def answers(self, tensors: Mapping[str, Tensor]) -> evaluate.ExactMatch:
+        """The problems, answered greedily under these weights."""
+        with self._wearing(tensors):
+            return evaluate.exact_match(
+                self.model, self.tokenizer, self.questions, extract_answer, max_new_tokens=MAX_NEW_TOKENS
+            )
+
+    def _scored(self, model: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for index, predicted, (logits,) in scored([model], self.sequences, batches=self._batches):
+            yield index, predicted, logits
+
+    @contextmanager
+    def _wearing(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with other weights, for a while."""
+        held = self.model.state_dict()
+        _copy(tensors, held)
+        try:
+            yield
+        finally:
+            _copy({name: self._original[name] for name in tensors}, held)
+
+
+def answered(match: evaluate.ExactMatch, original: evaluate.ExactMatch) -> dict[str, Any]:
+    """Exact match with Wilson's interval; paired with the original's answers, the difference with Tango's. JSON values."""
+    pair = evaluate.paired(original, match)
+    return {
+        "correct": match.hits, "of": match.n, "share": match.share, "wilson_95": list(match.interval()),
+        "only_original": pair.only_first, "only_variant": pair.only_second, "mcnemar_p": pair.p_value,
+        "less_original_95": list(paired_difference(pair.only_second, pair.only_first, match.n)),
+    }  # fmt: skip
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, least and most."""
+    return {"mean": float(np.mean(values)), "least": min(values), "most": max(values)}
+
+
+@torch.no_grad()
+def _copy(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        into[name].copy_(tensor)
