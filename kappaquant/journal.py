@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -143,6 +144,27 @@ class Partial:
     def close(self) -> None:
         """Let go of the lock; the journal stays for a later run."""
         self._file.close()
+
+
+class Commit:
+    """Groups records of finished work on one file: sync its data, then say so in the journal, every so many seconds."""
+
+    def __init__(self, partial: Partial, target: Path, seconds: float) -> None:
+        self.partial, self.target, self.seconds = partial, target, seconds
+        self.pending: list[dict[str, Any]] = []
+        self.last = time.monotonic()
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.pending.append(record)
+        if time.monotonic() - self.last > self.seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.pending:
+            with self.target.open("rb+") as file:
+                os.fsync(file.fileno())
+            self.partial.append(self.pending)
+        self.pending, self.last = [], time.monotonic()
 
 
 def _occupied(path: Path) -> bool:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,7 +22,7 @@ from kappaquant.format import (
     QUANT_METHOD,
     legacy_codebook,
 )
-from kappaquant.journal import Partial, is_reserved, reserve
+from kappaquant.journal import Commit, Partial, is_reserved, reserve
 from kappaquant.layout import ShardLayout, Target, check_target, shard_layout, stored_names
 from kappaquant.plan import Choice, Plan, check_legacy
 from kappaquant.safetensors_io import Stored
@@ -191,11 +189,11 @@ class _Run:
         ]  # fmt: skip
         before = self.done
         self._advance(sum(i.nbytes for i in self.source.shards[shard].values()) - sum(u.nbytes for u in units))
-        commit = _Commit(self.partial, target, shard)
+        commit = Commit(self.partial, target, _COMMIT_SECONDS)
         try:
             for unit, sums in each(run_unit, units, workers):
                 self.sums[unit.name, unit.start] = sums
-                commit.add(unit, sums)
+                commit.add({"shard": shard, "tensor": unit.name, "start": unit.start, "sums": sums.to_dict()})
                 self._advance(unit.nbytes)
         except ItemError as failure:
             commit.flush()
@@ -259,28 +257,6 @@ def _kept(plan: Plan, name: str) -> Plan:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(documents.json_text(content), encoding="utf-8")
-
-
-class _Commit:
-    """Groups finished units: sync their data, then say so in the journal."""
-
-    def __init__(self, partial: Partial, target: Path, shard: str) -> None:
-        self.partial, self.target, self.shard = partial, target, shard
-        self.pending: list[dict[str, Any]] = []
-        self.last = time.monotonic()
-
-    def add(self, unit: Unit, sums: Sums) -> None:
-        record = {"shard": self.shard, "tensor": unit.name, "start": unit.start}
-        self.pending.append({**record, "sums": sums.to_dict()})
-        if time.monotonic() - self.last > _COMMIT_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self.pending:
-            with self.target.open("rb+") as file:
-                os.fsync(file.fileno())
-            self.partial.append(self.pending)
-        self.pending, self.last = [], time.monotonic()
 
 
 def _hash_task(task: tuple[Path, Stored]) -> str:
