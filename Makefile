@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test lint benchmark clean
+.PHONY: setup demo test test-vllm lint benchmark reference-table clean
 
 setup: $(READY)
 
@@ -22,6 +22,9 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+test-vllm:
+	python=$$(scripts/vllm_venv.sh) && $$python -m pytest tests/test_vllm.py tests/test_vllm_strictness.py tests/test_vllm_serve.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,8 +33,15 @@ lint: $(READY)
 benchmark: $(READY)
 	$(BIN)/python -m benchmarks.codec_error
 	$(BIN)/python -m benchmarks.plan_sizes
+	$(BIN)/python -m benchmarks.serving_sizes
 	$(BIN)/python -m benchmarks.quantize_cost
 	$(BIN)/python -m scripts.demo --results
+	$(BIN)/python -m benchmarks.readme
+
+# Other quantizers on the reference model; installs them into the same environment.
+reference-table: $(READY)
+	$(PIP) --no-build-isolation -e '.[peers]'
+	$(BIN)/python -m benchmarks.reference_table
 	$(BIN)/python -m benchmarks.readme
 
 clean:

@@ -29,7 +29,7 @@ from kappaquant.format import (
 )
 from kappaquant.manifest import config_digest
 from kappaquant.safetensors_io import Stored, read_header, shape_makes_sense
-from kappaquant.source import INDEX_NAME, SINGLE_NAME, check_config, read_elements, read_json, shard_names
+from kappaquant.source import INDEX_NAME, SINGLE_NAME, TORCH_DTYPES, check_config, read_elements, read_json, shard_names
 from kappaquant.units import hash_stored
 
 Located = tuple[Path, Stored]
@@ -110,11 +110,15 @@ class Checkpoint:
         return self._packed_rows(entry, 0, _rows(entry.info)).view(entry.fmt.packed_shape(entry.info.shape))
 
     def norms(self, name: str) -> Tensor:
-        """[..., out, G], float16 (v1) or float32 (tq3_native)."""
+        """[..., out, G], in ``norm_dtype``."""
         entry = self._quantized(name)
         assert entry.fmt is not None
         path, stored = entry.parts[1]
         return read_elements(path, stored, 0, stored.info.numel).view(entry.fmt.norms_shape(entry.info.shape))
+
+    def norm_dtype(self, name: str) -> torch.dtype:
+        """Of a quantized parameter's norms, as stored."""
+        return TORCH_DTYPES[self._quantized(name).parts[1][1].info.dtype]
 
     def tensor(self, name: str) -> Tensor:
         """A kept parameter as it is stored."""
@@ -252,7 +256,7 @@ def _entry(
         raise FormatError(f"{name}: shape {list(shape)}; only matrices are stored as {storage}")
     parts = (
         _take(located, name + PACKED_SUFFIX, "U8", fmt.packed_shape(shape)),
-        _take(located, name + NORMS_SUFFIX, "F16", fmt.norms_shape(shape)),
+        _take(located, name + NORMS_SUFFIX, quantization.get("norms", "F16"), fmt.norms_shape(shape)),
     )
     return Entry(TensorInfo(name, dtype, shape), fmt, fmt.bits, tuple(quantization["codebooks"][storage]), parts)
 
@@ -278,6 +282,8 @@ def check_quantization_config(quantization: Mapping[str, Any], label: str) -> No
         )
     if quantization.get("rotation") != ROTATION:
         raise FormatError(f"{label}: rotation {quantization.get('rotation')!r}; this kappaquant reads {ROTATION!r}")
+    if quantization.get("norms", "F16") not in ("F16", "F32"):
+        raise FormatError(f"{label}: norms {quantization['norms']!r}; this kappaquant reads 'F16' and 'F32'")
     tensors, codebooks = quantization.get("tensors"), quantization.get("codebooks")
     if not isinstance(tensors, dict) or not isinstance(codebooks, dict):
         raise FormatError(f"{label}: quantization_config lacks its 'tensors' or 'codebooks' table")

@@ -9,8 +9,10 @@ import typer
 
 from kappaquant.commands.checkpoints import dequantize, inspect, verify
 from kappaquant.commands.evaluation import evaluate
+from kappaquant.commands.exporting import export
 from kappaquant.commands.plans import plan, quantize, scan
 from kappaquant.commands.publishing import card, compare, push
+from kappaquant.commands.serving import convert, serve
 from kappaquant.commands.speed import bench
 from kappaquant.commands.terminal import errors
 from kappaquant.commands.text import chat, generate
@@ -23,7 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
-    scan, plan, quantize, inspect, verify, dequantize, generate, chat, bench, evaluate, compare, card, push,
+    scan, plan, quantize, inspect, verify, dequantize, export, generate, chat, bench, evaluate, compare, card, push,
+    convert, serve,
 ):  # fmt: skip
     app.command()(command)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ def _write(
     checkpoint: Checkpoint, infos: dict[str, TensorInfo], folder: Path, progress: Callable[[int, int], None]
 ) -> None:
     total, done = sum(info.nbytes for info in infos.values()), 0
-    layouts = _layouts(list(infos.values()))
-    for shard, layout in layouts.items():
+    shards = layouts([info] for info in infos.values())
+    for shard, layout in shards.items():
         path = folder / shard
         reserve(path, layout.header, layout.size)
         with path.open("rb+") as file:
@@ -73,6 +73,16 @@ def _write(
                     write_bytes(file.fileno(), tensor_bytes(values), stored.offset + start * size)
                     done += (stop - start) * size
                     progress(done, total)
+    copy_other_files(checkpoint, folder)
+    config: dict[str, Any] = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    if len(shards) > 1:
+        (folder / INDEX_NAME).write_text(json_text(index(shards)), encoding="utf-8")
+    if config:
+        (folder / "config.json").write_text(json_text(config), encoding="utf-8")
+
+
+def copy_other_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy what is neither weights nor describes this very checkpoint: tokenizer, licence, templates."""
     for path in checkpoint.path.rglob("*"):
         relative = path.relative_to(checkpoint.path)
         own = _is_card(path) or relative.name in (
@@ -85,11 +95,6 @@ def _write(
         if path.is_file() and not own and path.suffix != ".safetensors":
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / relative)
-    config: dict[str, Any] = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    if len(layouts) > 1:
-        (folder / INDEX_NAME).write_text(json_text(index(layouts)), encoding="utf-8")
-    if config:
-        (folder / "config.json").write_text(json_text(config), encoding="utf-8")
 
 
 def _elements(checkpoint: Checkpoint, name: str, info: TensorInfo, start: int, stop: int) -> Any:
@@ -104,18 +109,19 @@ def _elements(checkpoint: Checkpoint, name: str, info: TensorInfo, start: int, s
     return values
 
 
-def _layouts(infos: list[TensorInfo]) -> dict[str, ShardLayout]:
+def layouts(groups: Iterable[Sequence[TensorInfo]]) -> dict[str, ShardLayout]:
+    """Shards by file name, of at most ``SHARD_BYTES`` unless one group, whose tensors stay together, is larger."""
     shards: list[list[TensorInfo]] = [[]]
-    for info in infos:
-        if shards[-1] and sum(i.nbytes for i in shards[-1]) + info.nbytes > SHARD_BYTES:
+    for group in groups:
+        if shards[-1] and sum(info.nbytes for info in (*shards[-1], *group)) > SHARD_BYTES:
             shards.append([])
-        shards[-1].append(info)
-    layouts = {}
+        shards[-1].extend(group)
+    found = {}
     for number, members in enumerate(shards, 1):
         header, stored = build_header(members)
         name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        layouts[name] = ShardLayout(header, stored, file_size(stored, header))
-    return layouts
+        found[name] = ShardLayout(header, stored, file_size(stored, header))
+    return found
 
 
 def _is_card(path: Path) -> bool:

@@ -15,7 +15,7 @@ from kappaquant.architecture import Layout, Place, place
 from kappaquant.checkpoint import Checkpoint
 from kappaquant.errors import FormatError, UnsupportedError
 from kappaquant.experts import ExpertBlock, ExpertWeights, KeptWeight, QuantExperts
-from kappaquant.format import LEGACY_FORMAT, NORMS_SUFFIX, PACKED_SUFFIX, Format
+from kappaquant.format import NORMS_SUFFIX, PACKED_SUFFIX, Format
 from kappaquant.nn import PackedWeight, QuantEmbedding, QuantLinear, SharedRotation, hold_packed
 
 if TYPE_CHECKING:
@@ -94,7 +94,6 @@ class Assembler:
         self.fillings: list[Filling] = []
         self.replaced: list[PackedWeight | ExpertBlock] = []
         self.rotation = SharedRotation()
-        self.norm_dtype = torch.float32 if checkpoint.format == LEGACY_FORMAT else torch.float16
 
     def replace(self) -> None:
         """Put empty packed modules in place; what transformers loads itself stays as it is."""
@@ -139,7 +138,7 @@ class Assembler:
         """An empty packed weight that ``name`` alone fills."""
         fmt = self.checkpoint.format_of(name)
         assert fmt is not None
-        weight = PackedWeight(fmt, shape, self.checkpoint.codebook(name), self.norm_dtype)
+        weight = PackedWeight(fmt, shape, self.checkpoint.codebook(name), self.checkpoint.norm_dtype(name))
         self.fillings.append(Filling(name, weight, ()))
         self.replaced.append(weight)
         return weight
@@ -199,7 +198,11 @@ class Assembler:
             experts = list(range(shape[0])) if whole else [expert for expert, _ in members if expert is not None]
             stored = (len(experts), rows, shape[2])
             weight: PackedWeight | KeptWeight
-            weight = PackedWeight(fmt, stored, codebook, self.norm_dtype) if fmt else KeptWeight(stored, dtype)
+            if fmt:
+                some, _ = members[0][1].sources[0]
+                weight = PackedWeight(fmt, stored, codebook, self.checkpoint.norm_dtype(some))
+            else:
+                weight = KeptWeight(stored, dtype)
             for slot, (_, segment) in enumerate(members):
                 for name, first in segment.sources:
                     count = checkpoint_shape(places[name])[-2]

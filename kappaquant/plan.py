@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from kappaquant.policies import KEPT, Chooser, check_choice
 
 PLAN_VERSION = 1
 POLICIES = ("uniform", "recipe", "kurtosis")
+TARGETS = ("vllm",)
+"""Engines whose fused layers a plan can be checked against."""
 logger = logging.getLogger("kappaquant")
 
 
@@ -144,6 +146,7 @@ def make_plan(
     group_size: int = 128,
     overrides: Iterable[tuple[str, int]] = (),
     fuse: bool = False,
+    target: str | None = None,
 ) -> Plan:
     """Choose bits for every tensor.
 
@@ -155,12 +158,15 @@ def make_plan(
         group_size: weights per norm, a power of two from 32 to 256.
         overrides: (glob over tensor names, bits) pairs, case-sensitive; the last that matches wins over policy and defaults.
         fuse: raise tensors that serving engines fuse (q/k/v, gate/up, ...) to the most bits among them.
+        target: an engine of ``TARGETS``: warn of fused layers whose mixed widths cost it speed.
 
     Raises:
         PlanError: a parameter out of range, a tensor without κ, an override that matches nothing or a tensor
             that cannot be quantized.
     """
     check_group_size(group_size)
+    if target is not None and target not in TARGETS:
+        raise PlanError(f"target {target!r} is unknown; the targets are {', '.join(TARGETS)}")
     overrides = list(overrides)
     inputs: dict[str, Any]
     if policy == "uniform":
@@ -183,9 +189,21 @@ def make_plan(
         _level(choices, tensors, config)
     inputs |= {"overrides": [list(pair) for pair in overrides], "fuse": fuse}
     warnings = _warnings(kinds, choices, config)
+    if target:
+        warnings += _mixed(choices, tensors, config, target)
     for warning in warnings:
         logger.warning(warning)
     return Plan(choices, group_size, policy, inputs, warnings)
+
+
+def overridden(
+    plan: Plan, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], overrides: Iterable[tuple[str, int]]
+) -> Plan:
+    """``plan`` with (glob over tensor names, bits) pairs on top, the last that matches winning; raises PlanError."""
+    overrides = list(overrides)
+    forced = _overridden({name: kind_of(name, info, config) for name, info in tensors.items()}, overrides)
+    added = [*plan.inputs.get("overrides", []), *(list(pair) for pair in overrides)]
+    return replace(plan, choices={**plan.choices, **forced}, inputs={**plan.inputs, "overrides": added})
 
 
 def parse_override(text: str) -> tuple[str, int]:
@@ -252,6 +270,27 @@ def _level(choices: dict[str, Choice], tensors: Mapping[str, TensorInfo], config
         for name in group:
             if choices[name].bits < choices[top].bits:
                 choices[name] = Choice(choices[top].bits, f"raised from {choices[name].bits} bits to fuse with {top}")
+
+
+def _mixed(
+    choices: Mapping[str, Choice], tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], target: str
+) -> tuple[str, ...]:
+    """One warning for each kind of fused layer that has mixed widths, with the layers."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for names in fused_groups(tensors, config):
+        kinds = [kind_of(name, tensors[name], config) for name in names]
+        widths = ", ".join(map(str, sorted({choices[name].bits for name in names})))
+        if "," not in widths:
+            continue
+        cost = "multiplies once for each width"
+        if any(kind.expert is not None for kind in kinds):
+            cost = "runs experts of mixed widths without GPU kernels"
+        key = f"{_patterns(names)}: {widths} bits", cost
+        found.setdefault(key, []).append(str(kinds[0].layer))
+    return tuple(
+        f"{what} in layers {', '.join(layers)}: {target} fuses these, and {cost}; --fuse-legal makes them equal"
+        for (what, cost), layers in found.items()
+    )
 
 
 def _warnings(

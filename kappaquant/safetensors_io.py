@@ -105,13 +105,13 @@ def shape_makes_sense(shape: Iterable[Any]) -> bool:
     return all(type(n) is int and n >= 0 for n in shape)
 
 
-def build_header(tensors: Iterable[TensorInfo]) -> tuple[bytes, dict[str, Stored]]:
-    """The first bytes of a file that holds these tensors, and where each goes.
+def build_header(tensors: Iterable[TensorInfo], framework: str = "pt") -> tuple[bytes, dict[str, Stored]]:
+    """The first bytes of a file that holds these tensors, and where each goes; ``framework`` says whose layouts they have.
 
     Wide dtypes come first, so that every tensor is aligned to its element (readers that map the file need it).
     """
     ordered = sorted(tensors, key=lambda t: (-DTYPE_BYTES[t.dtype], t.name))
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": framework}}
     begin = 0
     for t in ordered:
         entries[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [begin, begin + t.nbytes]}

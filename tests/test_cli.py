@@ -24,6 +24,8 @@ COMMANDS = (
     "compare",
     "card",
     "push",
+    "convert",
+    "serve",
 )
 
 

@@ -4,30 +4,56 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kappaquant.commands.options import CheckpointArg, JsonOpt, OriginalOpt
 from kappaquant.commands.terminal import console, errors, progress, show
 
+if TYPE_CHECKING:
+    from kappaquant.checkpoint import Checkpoint
+
 
 def inspect(
     checkpoint: CheckpointArg,
     source: OriginalOpt = None,
     plot: Annotated[Path | None, typer.Option(help="Draw bits by layer and family (PNG; needs matplotlib).")] = None,
+    tp: Annotated[
+        int | None, typer.Option("--tp", help="Check that so many cards can share it; exit code 1 says what cannot.")
+    ] = None,
+    expert_parallel: Annotated[
+        bool, typer.Option("--expert-parallel", help="With --tp: routed experts are dealt out whole.")
+    ] = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Show what a quantized checkpoint holds, by family."""
     from kappaquant.checkpoint import open_checkpoint
     from kappaquant.report import checkpoint_json, checkpoint_table
 
+    if plot:
+        from kappaquant.plots import bits_map, png_figure
+
+        png_figure(plot)
     opened = open_checkpoint(checkpoint, source=source)
     if plot:
-        from kappaquant.plots import bits_map
-
         bits_map(opened, plot)
     show(json.dumps(checkpoint_json(opened), indent=1) if as_json else checkpoint_table(opened), as_json)
+    if tp is not None and not _fits(opened, tp, expert_parallel):
+        raise typer.Exit(1)
+
+
+def _fits(opened: Checkpoint, cards: int, expert_parallel: bool) -> bool:
+    """Whether so many cards can share a checkpoint; says why not, and how many can, on stderr."""
+    from kappaquant import parallel
+
+    what = {name: opened.entry(name).info for name in opened.keys()}, opened.format_of, opened.config
+    found = list(parallel.problems(*what, cards, expert_parallel=expert_parallel))
+    for problem in found:
+        errors().print(f"FAILED {problem}", markup=False, highlight=False, soft_wrap=True)
+    able = ", ".join(map(str, parallel.sizes(*what, expert_parallel=expert_parallel)))
+    errors().print(f"{cards} cards can{'not' if found else ''} share it; these numbers can: {able}", highlight=False)
+    return not found
 
 
 def verify(checkpoint: CheckpointArg, source: OriginalOpt = None) -> None:

@@ -35,7 +35,14 @@ LadderOpt = Annotated[str, typer.Option(help="Kurtosis policy: widths, one per t
 SetOpt = Annotated[
     list[str] | None, typer.Option("--set", help="PATTERN=BITS, e.g. '*.o_proj.weight=4'; last match wins.")
 ]
-FuseOpt = Annotated[bool, typer.Option("--fuse", help="Equal bits for q/k/v and gate/up, which serving engines fuse.")]
+FuseOpt = Annotated[
+    bool,
+    typer.Option(
+        "--fuse-legal",
+        "--fuse",
+        help="Raise q/k/v, gate/up and what else serving engines fuse to the most bits among them.",
+    ),
+]
 
 
 def numbers(text: str, kind: type, option: str) -> list[Any]:

@@ -48,9 +48,12 @@ def scan(
 ) -> None:
     """Measure every weight: κ, outliers, and the error at each bit width."""
     from kappaquant import scanner
+    from kappaquant.plots import kurtosis_by_layer, png_figure
     from kappaquant.report import profile_table
     from kappaquant.source import open_source
 
+    if plot:
+        png_figure(plot)
     opened = open_source(source, revision, stream=stream)
     with progress("scan") as report:
         profile = scanner.scan(
@@ -60,7 +63,7 @@ def scan(
     if output:
         profile.save(output)
     if plot:
-        scanner.plot(profile, plot)
+        kurtosis_by_layer(profile, plot)
     show(profile.to_json() if as_json else profile_table(profile), as_json)
 
 
@@ -76,22 +79,39 @@ def plan(
     group_size: GroupOpt = 128,
     overrides: SetOpt = None,
     fuse: FuseOpt = False,
+    target: Annotated[
+        str | None, typer.Option(help="vllm: warn of mixed widths that cost it speed, and list the numbers of cards.")
+    ] = None,
     revision: RevisionOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Choose bits and show exact sizes; reads headers only and writes no weights."""
+    from rich.filesize import decimal
+
+    from kappaquant import parallel
     from kappaquant.layout import output_bytes
     from kappaquant.report import plan_table
     from kappaquant.sizes import summary
     from kappaquant.source import open_source
 
     opened = open_source(source, revision, stream=True)
-    made = _make_plan(opened, policy, bits, recipe, profile, thresholds, ladder, group_size, overrides, fuse)
+    chosen = (policy, bits, recipe, profile, thresholds, ladder, group_size, overrides)
+    made = _make_plan(opened, *chosen, fuse, target)
     sizes = summary(made, opened.tensors, opened.config)
     files = output_bytes(opened.shards, made.format_of)
     if output:
         made.save(output)
     show(made.to_json() if as_json else plan_table(made, sizes, files), as_json)
+    if fuse and not as_json:
+        freely = _make_plan(opened, *chosen, False)
+        raised = sum(made.bits(name) != freely.bits(name) for name in opened.tensors)
+        cost = files - output_bytes(opened.shards, freely.format_of)
+        console().print(f"--fuse-legal raised {raised} tensors, which cost {decimal(cost)} ({cost / files:.2%})")
+    if target and not as_json:
+        cards = parallel.sizes(opened.tensors, made.format_of, opened.config)
+        console().print(
+            f"cards that can share it (--tensor-parallel-size): {', '.join(map(str, cards))}", highlight=False
+        )
 
 
 def quantize(
@@ -157,6 +177,7 @@ def _make_plan(
     group_size: int,
     overrides: list[str] | None,
     fuse: bool,
+    target: str | None = None,
 ) -> Plan:
     from kappaquant.plan import make_plan, parse_override
     from kappaquant.scanner import Profile
@@ -165,5 +186,5 @@ def _make_plan(
         source.tensors, source.config, policy, bits=bits, recipe=recipe,
         profile=Profile.load(profile).kurtosis() if profile else None,
         thresholds=numbers(thresholds, float, "--thresholds"), ladder=numbers(ladder, int, "--ladder"), group_size=group_size,
-        overrides=[parse_override(text) for text in overrides or []], fuse=fuse,
+        overrides=[parse_override(text) for text in overrides or []], fuse=fuse, target=target,
     )  # fmt: skip
