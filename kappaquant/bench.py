@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 WARM_UP = 4  # steps
 _DIGITS = {"decode_tokens_per_s": 1, "step_ms": 3, "prefill_tokens_per_s": 1, "first_token_ms": 1, "peak_gib": 3}
-_SLOW = 5.0  # seconds: such a prompt is read once on a CPU; elsewhere again, without what the first sets up and compiles
+_SLOW = (
+    5.0  # seconds: such a prompt is read once on a CPU; elsewhere again, without what the first sets up and compiles
+)
 
 
 @dataclass(frozen=True)

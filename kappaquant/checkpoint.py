@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from kappaquant import codec
 from kappaquant.errors import FormatError
 from kappaquant.format import (
     DTYPE_BYTES,
@@ -29,10 +25,15 @@ from kappaquant.format import (
 )
 from kappaquant.manifest import config_digest
 from kappaquant.safetensors_io import Stored, read_header, shape_makes_sense
-from kappaquant.source import INDEX_NAME, SINGLE_NAME, TORCH_DTYPES, check_config, read_elements, read_json, shard_names
-from kappaquant.units import hash_stored
+from kappaquant.source import INDEX_NAME, SINGLE_NAME, check_config, read_json, shard_names
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Located = tuple[Path, Stored]
+Shapes = Mapping[str, tuple[int, ...]]
+ShapesOf = Callable[[dict[str, Any], list[str]], Mapping[str, tuple[int, ...] | None]]
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class Checkpoint:
 
     def norms(self, name: str) -> Tensor:
         """[..., out, G], in ``norm_dtype``."""
+        from kappaquant.elements import read_elements
+
         entry = self._quantized(name)
         assert entry.fmt is not None
         path, stored = entry.parts[1]
@@ -118,6 +121,8 @@ class Checkpoint:
 
     def norm_dtype(self, name: str) -> torch.dtype:
         """Of a quantized parameter's norms, as stored."""
+        from kappaquant.elements import TORCH_DTYPES
+
         return TORCH_DTYPES[self._quantized(name).parts[1][1].info.dtype]
 
     def tensor(self, name: str) -> Tensor:
@@ -129,6 +134,8 @@ class Checkpoint:
 
     def elements(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a kept parameter, flat."""
+        from kappaquant.elements import read_elements
+
         path, stored = self.entry(name).parts[0]
         return read_elements(path, stored, start, stop)
 
@@ -141,6 +148,9 @@ class Checkpoint:
 
     def dequantize_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a quantized parameter seen as [rows, in]: float32 [stop - start, in]."""
+        from kappaquant import codec
+        from kappaquant.elements import read_elements
+
         entry = self._quantized(name)
         assert entry.fmt is not None
         groups = entry.fmt.groups(entry.info.shape[-1])
@@ -156,6 +166,9 @@ class Checkpoint:
         return entry
 
     def _packed_rows(self, entry: Entry, start: int, stop: int) -> Tensor:
+        from kappaquant import codec
+        from kappaquant.elements import read_elements
+
         assert entry.fmt is not None
         path, stored = entry.parts[0]
         width = stored.info.nbytes // max(1, _rows(entry.info))
@@ -167,6 +180,8 @@ class Checkpoint:
 
         Names, shapes and completeness were checked when the checkpoint was opened.
         """
+        from kappaquant.units import hash_stored
+
         hashes = read_json(self.path / MANIFEST_NAME, FormatError)["sha256"] if self.format == QUANT_METHOD else {}
         for name in self.keys():
             entry = self.entries[name]
@@ -179,14 +194,15 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: str | Path, *, source: str | Path | None = None, shapes: Mapping[str, tuple[int, ...]] | None = None
+    path: str | Path, *, source: str | Path | None = None, shapes: Shapes | ShapesOf | None = None
 ) -> Checkpoint:
     """Open a quantized checkpoint folder of either format, reading headers only.
 
     Args:
         source: for tq3_native, whose files hold no shapes: the original model (folder or Hub id) to take them from.
-            By default they follow from the architecture in config.json.
-        shapes: the same, given directly.
+            By default they follow from the architecture in config.json, and only this needs torch.
+        shapes: the same, given directly; or a function that takes config.json's content (empty if there is none) and the
+            names of quantized parameters, and returns their shapes. None for a shape leaves that parameter out.
 
     Raises:
         FormatError: malformed, incomplete, of an unknown version, or not quantized at all.
@@ -326,4 +342,4 @@ def locate_tensors(folder: Path, shards: list[str]) -> dict[str, Located]:
 
 
 def _rows(info: TensorInfo) -> int:
-    return torch.Size(info.shape[:-1]).numel()
+    return math.prod(info.shape[:-1])

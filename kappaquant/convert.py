@@ -11,6 +11,7 @@ import torch
 
 import kappaquant
 from kappaquant.checkpoint import Checkpoint
+from kappaquant.elements import TORCH_DTYPES
 from kappaquant.errors import FormatError, OutputError, PlanError, UnsupportedError
 from kappaquant.export import copy_other_files, layouts
 from kappaquant.format import (
@@ -29,7 +30,7 @@ from kappaquant.journal import Partial, reserve
 from kappaquant.manifest import config_digest, index, json_text, quantization_config
 from kappaquant.plan import Choice, Plan
 from kappaquant.safetensors_io import write_bytes
-from kappaquant.source import INDEX_NAME, TORCH_DTYPES
+from kappaquant.source import INDEX_NAME
 from kappaquant.units import hash_stored, tensor_bytes
 
 NORMS = ("F32", "F16")

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from kappaquant.checkpoint import Checkpoint
+from kappaquant.elements import TORCH_DTYPES
 from kappaquant.errors import OutputError, PlanError
 from kappaquant.format import CARD_MARK, EVALUATION_NAME, LEGACY_CONFIG_NAME, MANIFEST_NAME, TensorInfo
 from kappaquant.journal import Partial, reserve
 from kappaquant.layout import ShardLayout
 from kappaquant.manifest import index, json_text
 from kappaquant.safetensors_io import build_header, file_size, write_bytes
-from kappaquant.source import INDEX_NAME, SINGLE_NAME, TORCH_DTYPES
+from kappaquant.source import INDEX_NAME, SINGLE_NAME
 from kappaquant.units import ranges, tensor_bytes
 
 SHARD_BYTES = 5_000_000_000

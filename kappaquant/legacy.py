@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kappaquant.checkpoint import Checkpoint, Entry, Located, locate_tensors
+from kappaquant.checkpoint import Checkpoint, Entry, Located, Shapes, ShapesOf, locate_tensors
 from kappaquant.errors import FormatError
 from kappaquant.format import (
     GROUP_SIZES,
@@ -23,10 +23,8 @@ from kappaquant.format import (
 )
 from kappaquant.source import INDEX_NAME, SINGLE_NAME, check_config, open_source, read_json
 
-Shapes = Mapping[str, tuple[int, ...]]
 
-
-def open_legacy(folder: Path, source: str | Path | None, shapes: Shapes | None) -> Checkpoint:
+def open_legacy(folder: Path, source: str | Path | None, shapes: Shapes | ShapesOf | None) -> Checkpoint:
     """See ``open_checkpoint``."""
     marker = read_json(folder / LEGACY_CONFIG_NAME, FormatError)
     group_size = _check_marker(marker, folder)
@@ -37,12 +35,17 @@ def open_legacy(folder: Path, source: str | Path | None, shapes: Shapes | None) 
     config = read_json(folder / "config.json", FormatError) if has_config else {}
     check_config(config, str(folder), FormatError)
     packed = [name.removesuffix(PACKED_SUFFIX) for name in located if name.endswith(PACKED_SUFFIX)]
-    if shapes is None:
-        shapes = _shapes(folder, source, config, packed)
+    known = shapes if isinstance(shapes, Mapping) else (shapes or _shapes_of(folder, source))(config, packed)
     entries = {}
     lies: Counter[tuple[int, int]] = Counter()
     for name in packed:
-        entry = entries[name] = _entry(name, located, marker, group_size, shapes)
+        parts = _take(name, located)
+        if name not in known:
+            raise FormatError(f"{name}: the model has no parameter of this name, so its shape is unknown")
+        shape = known[name]
+        if shape is None:
+            continue
+        entry = entries[name] = _entry(name, parts, marker, group_size, tuple(shape))
         claimed = _claimed_bits(name, marker)
         if entry.bits != claimed:
             lies[claimed, entry.bits] += 1
@@ -53,6 +56,8 @@ def open_legacy(folder: Path, source: str | Path | None, shapes: Shapes | None) 
     for name, (path, stored_tensor) in located.items():
         if name.endswith(NORMS_SUFFIX):
             raise FormatError(f"{name}: norms in {path.name} without their {PACKED_SUFFIX[1:]}")
+        if name in entries:
+            raise FormatError(f"{name}: kept in {path.name} and packed as well; which of them counts is not known")
         entries[name] = Entry(stored_tensor.info, None, 16, (), ((path, stored_tensor),))
     count = marker.get("compressed_layers")
     if count is not None and count != len(packed):
@@ -119,27 +124,37 @@ def _compare_index(folder: Path, located: Mapping[str, Located], notices: list[s
             )
 
 
-def _shapes(folder: Path, source: str | Path | None, config: dict[str, Any], names: list[str]) -> Shapes:
+def _shapes_of(folder: Path, source: str | Path | None) -> ShapesOf:
+    """From the original model if it is named, else from the architecture."""
     if source is not None:
-        return {name: info.shape for name, info in open_source(source, stream=True).tensors.items()}
-    if not config:
-        raise FormatError(
-            f"{folder}: {LEGACY_FORMAT} files hold no shapes, and there is no config.json to derive them from; "
-            "name the original model as source"
-        )
-    from kappaquant.architecture import parameter_shapes
+        original = open_source(source, stream=True)
+        return lambda config, names: {name: info.shape for name, info in original.tensors.items()}
 
-    return parameter_shapes(config, names)
+    def derived(config: dict[str, Any], names: list[str]) -> Shapes:
+        if not config:
+            raise FormatError(
+                f"{folder}: {LEGACY_FORMAT} files hold no shapes, and there is no config.json to derive them from; "
+                "name the original model as source"
+            )
+        from kappaquant.architecture import parameter_shapes
+
+        return parameter_shapes(config, names)
+
+    return derived
 
 
-def _entry(name: str, located: dict[str, Located], marker: dict[str, Any], group_size: int, shapes: Shapes) -> Entry:
+def _take(name: str, located: dict[str, Located]) -> tuple[Located, Located]:
+    """A quantized parameter's packed codes and norms, out of ``located``."""
     packed = located.pop(name + PACKED_SUFFIX)
     if name + NORMS_SUFFIX not in located:
         raise FormatError(f"{name}: packed in {packed[0].name} but its {NORMS_SUFFIX[1:]} are in no shard")
-    norms = located.pop(name + NORMS_SUFFIX)
-    if name not in shapes:
-        raise FormatError(f"{name}: the model has no parameter of this name, so its shape is unknown")
-    shape = tuple(shapes[name])
+    return packed, located.pop(name + NORMS_SUFFIX)
+
+
+def _entry(
+    name: str, parts: tuple[Located, Located], marker: dict[str, Any], group_size: int, shape: tuple[int, ...]
+) -> Entry:
+    packed, norms = parts
     width = packed[1].info.shape[-1] if packed[1].info.shape else 0
     bits, byte_codes = _stored_bits(name, width, group_size, marker)
     # a 1-bit code rides in a 2-bit field, whose upper two entries never occur

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import kappaquant
 from kappaquant.format import (
@@ -20,7 +20,9 @@ from kappaquant.format import (
 )
 from kappaquant.layout import ShardLayout
 from kappaquant.plan import Plan
-from kappaquant.units import Sums
+
+if TYPE_CHECKING:
+    from kappaquant.units import Sums
 
 
 def quantization_config(tensors: Mapping[str, TensorInfo], plan: Plan) -> dict[str, Any]:
@@ -80,6 +82,8 @@ def manifest(
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """``kappaquant.json``: no times, paths or machine in it, so that the same input gives the same bytes."""
+    from kappaquant.units import Sums
+
     return {
         "kappaquant_version": kappaquant.__version__,
         "format_version": FORMAT_VERSION,

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from kappaquant import ops
+from kappaquant.elements import read_elements
 from kappaquant.errors import NonFiniteError, PlanError
 from kappaquant.format import BITS, check_bits, check_group_size
 from kappaquant.model_map import family_of, layer_of
 from kappaquant.moments import Moments
 from kappaquant.safetensors_io import Stored
-from kappaquant.source import Source, read_elements, read_json
+from kappaquant.source import Source, read_json
 from kappaquant.units import FLOATS, ranges
 from kappaquant.workers import ItemError, choose_device, choose_jobs, each, pool
 

@@ -10,26 +10,20 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from kappaquant.errors import AlreadyQuantizedError, KappaquantError, SourceError
-from kappaquant.format import DTYPE_BYTES, PACKED_SUFFIX, TensorInfo
-from kappaquant.safetensors_io import Stored, read_bytes, read_header
+from kappaquant.format import PACKED_SUFFIX, TensorInfo
+from kappaquant.safetensors_io import Stored, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger("kappaquant")
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "U16": torch.uint16, "I16": torch.int16,
-    "F16": torch.float16, "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
-    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64,
-}  # fmt: skip
 
 # How the tensors of other quantizers are recognized where config.json does not say: a pattern of names, and the method.
 _FOREIGN_NAMES = (
@@ -91,6 +85,8 @@ class Source(ABC):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements [start, stop) of a tensor, flat, in its own dtype."""
+        from kappaquant.elements import read_elements
+
         info = self.tensors[name]
         path, stored = self.locate(self.shard_of[name])
         return read_elements(path, stored[name], start, info.numel if stop is None else stop)
@@ -119,16 +115,6 @@ class HubSource(Source):
 
     def release(self, shard: str) -> None:
         (Path(self.scratch.name) / shard).unlink(missing_ok=True)
-
-
-def read_elements(path: Path, stored: Stored, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of a stored tensor as a flat torch tensor."""
-    dtype = TORCH_DTYPES[stored.info.dtype]
-    if start == stop:
-        return torch.empty(0, dtype=dtype)
-    size = DTYPE_BYTES[stored.info.dtype]
-    data = read_bytes(path, stored.offset + start * size, (stop - start) * size)
-    return torch.frombuffer(data, dtype=torch.uint8).view(dtype)
 
 
 def open_source(location: str | Path, revision: str | None = None, *, stream: bool = False) -> Source:

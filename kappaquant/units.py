@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from kappaquant import codec, ops
+from kappaquant.elements import TORCH_DTYPES, read_elements
 from kappaquant.errors import NonFiniteError
 from kappaquant.format import DTYPE_BYTES, LEGACY_FORMAT, NORMS_SUFFIX, PACKED_SUFFIX, Format, legacy_codebook
 from kappaquant.layout import Target
 from kappaquant.moments import Moments
 from kappaquant.safetensors_io import Stored, read_bytes, write_bytes
-from kappaquant.source import TORCH_DTYPES, read_elements
 
 UNIT_ELEMENTS = (
     1 << 23

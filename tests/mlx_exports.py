@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx_lm
 import numpy as np
+import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -18,6 +17,9 @@ from tiny_models import VOCABULARY, character_tokenizer, tiny_model
 import kappaquant
 from kappaquant.architecture import load_config, model_class
 from kappaquant.mlx_export import Options, affine, export_mlx
+
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 CASES = [
     ("llama", "split", False),

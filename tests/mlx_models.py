@@ -111,11 +111,3 @@ def tokenizer_to(folder: Path, chat_template: str | None = None) -> transformers
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     return tokenizer
-
-
-def assert_same_entries(ours: dict[str, Any], theirs: kappaquant.Checkpoint) -> None:
-    assert ours.keys() == set(theirs.keys())
-    for name, entry in ours.items():
-        other = theirs.entry(name)
-        for attribute in ("info", "fmt", "codebook", "parts", "byte_codes"):
-            assert getattr(entry, attribute) == getattr(other, attribute), (name, attribute)

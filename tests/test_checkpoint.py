@@ -135,6 +135,7 @@ def test_norms_that_are_not_finite_fail_verify(
     [
         (lambda t: t.pop(f"{Q}.tq_norms"), rf"{Q}: packed in .* but its tq_norms are in no shard"),
         (lambda t: t.pop(f"{Q}.tq_packed"), rf"{Q}\.tq_norms: norms in .* without their tq_packed"),
+        (lambda t: t.update({Q: torch.zeros(2, 2)}), rf"{Q}: kept in .* and packed as well"),
         (lambda t: t.update({f"{Q}.tq_norms": t[f"{Q}.tq_norms"].half()}), rf"{Q}\.tq_norms: .* needs F32"),
         (lambda t: t.update({f"{Q}.tq_packed": t[f"{Q}.tq_packed"][:, 1:].clone()}), rf"{Q}\.tq_packed: 63 bytes"),
         (lambda t: t.update({f"{Q}.tq_packed": t[f"{Q}.tq_packed"][1:].clone()}), rf"{Q}\.tq_packed: .* needs U8"),
@@ -164,3 +165,17 @@ def test_a_binary_code(tmp_path: Path) -> None:
     c = (2 / torch.pi) ** 0.5 / 128**0.5
     expected = codec.unrotate(torch.where(codes == 1, c, -c), 128) * norms
     torch.testing.assert_close(checkpoint.dequantize("w"), expected, rtol=2e-3, atol=1e-6)
+
+
+def test_shapes_may_be_a_function_of_config_and_names(tmp_path: Path) -> None:
+    part = {"tq_packed": torch.zeros(4, 128, dtype=torch.uint8), "tq_norms": torch.ones(4, 1)}
+    save_file({f"{name}.{end}": t.clone() for name in "vw" for end, t in part.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "tq_config.json").write_text('{"format": "tq3_native", "bits": 1, "group_size": 128}')
+    asked = []
+    checkpoint = kappaquant.open_checkpoint(
+        tmp_path, shapes=lambda config, names: asked.append((config, sorted(names))) or {"v": None, "w": (4, 128)}
+    )
+    assert asked == [({}, ["v", "w"])]
+    assert checkpoint.keys() == ["w"]
+    with pytest.raises(FormatError, match="v: the model has no parameter of this name"):
+        kappaquant.open_checkpoint(tmp_path, shapes=lambda config, names: {"w": (4, 128)})

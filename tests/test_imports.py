@@ -146,9 +146,10 @@ def test_imports_at_the_top_form_no_cycle() -> None:
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    code = "import sys, kappaquant, kappaquant.plan, kappaquant.sizes; print(sorted(sys.modules))"
+    code = "import sys, kappaquant.legacy, kappaquant.plan, kappaquant.sizes; print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert "'kappaquant.plan'" in done.stdout
+    for light in ("plan", "checkpoint", "legacy", "source"):
+        assert f"'kappaquant.{light}'" in done.stdout
     for heavy in ("torch", "transformers", "matplotlib", "safetensors", "huggingface_hub"):
         assert f"'{heavy}'" not in done.stdout
 

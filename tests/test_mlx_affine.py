@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
 import numpy as np
 import pytest
 import torch
@@ -10,6 +9,8 @@ import torch
 import kappaquant
 from kappaquant.mlx_export import affine
 from kappaquant.mlx_export.rotation import rotate, rotate_columns
+
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 
 FORMATS = [(bits, group) for bits in affine.BITS for group in affine.GROUP_SIZES]
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mlx_models import assert_same_entries
 from safetensors.torch import load_file
 
 import kappaquant
@@ -19,9 +18,7 @@ from kappaquant.format import BITS, GROUP_SIZES, Format
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
-from kappaquant.integrations.mlx import codes, layers, load  # noqa: E402
-from kappaquant.integrations.mlx.loading import pack  # noqa: E402
-from kappaquant.integrations.mlx.reader import open_folder  # noqa: E402
+from kappaquant.integrations.mlx import arrays, codes, layers, load  # noqa: E402
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "tq3_native"
 
@@ -44,7 +41,9 @@ def test_codes_are_those_of_the_codec(bits: int, group_size: int) -> None:
         done, packed, norms, codebook = encoded(fmt, *shape)
         expected = codec.unpack(done.packed, fmt)
         assert np.array_equal(np.array(codes.unpack(packed, bits)), expected.numpy())
-        assert np.array_equal(pack(expected.reshape(-1, group_size).numpy(), fmt).ravel(), done.packed.numpy().ravel())
+        assert np.array_equal(
+            arrays.pack(expected.reshape(-1, group_size).numpy(), fmt).ravel(), done.packed.numpy().ravel()
+        )
         weight = codec.decode(done.packed, done.norms, fmt, shape[-1]).numpy()
         decoded = np.array(codes.decode(packed, norms, codebook, fmt, shape[-1]))
         assert decoded.shape == weight.shape
@@ -72,21 +71,18 @@ def test_rotations_are_those_of_the_codec(group_size: int) -> None:
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="the published tool's files are not beside this repository")
 def test_published_files_are_read_and_decoded() -> None:
-    shapes = {name: tuple(t.shape) for name, t in load_file(GOLDEN / "src" / "model.safetensors").items()}
     folders = sorted(p.parent for p in GOLDEN.glob("*/tq_config.json"))
     assert len(folders) > 5
     with pytest.raises(FormatError, match=r"has no config\.json; copy the original"):
         load(folders[0])
     for folder in folders:
-        theirs = kappaquant.open_checkpoint(folder, source=GOLDEN / "src")
+        checkpoint = kappaquant.open_checkpoint(folder, source=GOLDEN / "src")
         target = folder / "expected_f32.dequant"
         expected = load_file(target) if target.exists() else {}
-        ours = open_folder(folder).entries(lambda names: shapes)
-        assert_same_entries(ours, theirs)
         for name, weight in expected.items():
-            fmt = ours[name].fmt
-            packed, norms = (mx.array(t.numpy()) for t in (theirs.packed(name), theirs.norms(name)))
-            decoded = np.array(codes.decode(packed, norms, mx.array(ours[name].codebook), fmt, weight.shape[-1]))
+            entry = checkpoint.entry(name)
+            packed, norms = (mx.array(part) for part in arrays.read_codes(entry, entry.fmt))
+            decoded = np.array(codes.decode(packed, norms, mx.array(entry.codebook), entry.fmt, weight.shape[-1]))
             assert np.abs(decoded - weight.numpy()).max() <= 2e-6 * float(weight.abs().max()), (folder.name, name)
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from mlx_models import assert_same_entries, edit_json, edit_shard, quantize, save, tokenizer_to
+from mlx_models import edit_json, edit_shard, quantize, save, tokenizer_to
 
 import kappaquant
 from kappaquant.convert import convert
 from kappaquant.errors import FormatError, UnsupportedError
+from kappaquant.plan import Plan
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
@@ -24,9 +25,8 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 from kappaquant.integrations.mlx import load  # noqa: E402
 from kappaquant.integrations.mlx.architectures import adapt  # noqa: E402
-from kappaquant.integrations.mlx.reader import open_folder  # noqa: E402
 
-# --- the reader, against the one of record ---
+# --- checkpoints ---
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +47,6 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def copied(quantized: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return shutil.copytree(quantized[request.param], tmp_path / request.param)
-
-
-@pytest.mark.parametrize("kind", ["v1", "legacy", "bytes", "converted"])
-def test_both_readers_find_the_same(quantized: dict[str, Path], kind: str) -> None:
-    theirs = kappaquant.open_checkpoint(quantized[kind])
-    ours = open_folder(quantized[kind]).entries(lambda names: {name: theirs.shape(name) for name in names})
-    assert_same_entries(ours, theirs)
 
 
 def test_float32_norms_in_v1_are_read_as_they_are(quantized: dict[str, Path]) -> None:
@@ -122,11 +115,10 @@ Q = "model.layers.0.self_attn.q_proj.weight"
     ],
     indirect=["copied"],
 )
-def test_what_both_readers_refuse(copied: Path, edit: Any, named: str) -> None:
+def test_what_is_refused_of_a_checkpoint(copied: Path, edit: Any, named: str) -> None:
     edit(copied)
-    for reader in (kappaquant.open_checkpoint, load):
-        with pytest.raises(FormatError, match=named):
-            reader(copied)
+    with pytest.raises(FormatError, match=named):
+        load(copied)
 
 
 # --- the accounting: tq3_native has no map of its own, so the architecture alone decides ---
@@ -142,12 +134,14 @@ def test_what_both_readers_refuse(copied: Path, edit: Any, named: str) -> None:
         (lambda s: [s.pop(f"{EXPERT}{end}") for end in (".tq_packed", ".tq_norms")],
          r"model\.layers\.0\.mlp\.switch_mlp\.up_proj\.weight of expert 3: .* needs it"),
         (lambda s: s.update(stray=torch.zeros(3)), "stray: .* no place"),
+        (lambda s: [s.update({f"stray.{end}": s[f"{Q}.{end}"].clone()}) for end in ("tq_packed", "tq_norms")],
+         "stray: the model has no parameter of this name"),
         (lambda s: s.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(128)}), r"q_proj\.bias: .* no place"),
         (lambda s: s.update({EXPERT.replace(".3.", ".7."): torch.zeros(128, 128)}), r"experts\.7\.\S+: .* no place"),
         (lambda s: s.update({"model.layers.0.mlp.experts.down_proj": torch.zeros(5, 128, 128)}), r"down_proj\S*: .* no place"),
         (lambda s: s.update({NORM: torch.zeros(64)}), rf"{NORM}: has shape \[64\] .* wants \[128\]"),
     ],
-    ids=["kept", "packed", "expert", "stray", "bias", "expert too many", "expert twice", "shape"],
+    ids=["kept", "packed", "expert", "stray", "stray codes", "bias", "expert too many", "expert twice", "shape"],
 )  # fmt: skip
 def test_every_tensor_and_every_parameter_is_accounted_for(copied: Path, edit: Any, message: str) -> None:
     edit_shard(copied, edit)
@@ -169,9 +163,16 @@ def test_a_convolution_of_the_wrong_shape(tmp_path: Path) -> None:
         load(folder)
 
 
-def test_the_language_model_takes_no_vision_or_mtp_tensors(tmp_path: Path) -> None:
-    folder = quantize(save("qwen3_5_moe", tmp_path / "source"), tmp_path / "quantized", target="kappaquant")
-    assert any("visual" in name for name in open_folder(folder).names())
+@pytest.mark.parametrize("target", ["kappaquant", "tq3_native"])
+def test_the_language_model_takes_no_vision_or_mtp_tensors(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept or packed; tq3_native has no shape for a packed one, and mlx_lm's model neither."""
+    monkeypatch.setattr(Plan, "check", lambda *args: None)
+    source = save("qwen3_5_moe", tmp_path / "source")
+    folder = quantize(source, tmp_path / "quantized", {"*visual*.mlp.*.weight": 3}, every=True, target=target)
+    checkpoint = kappaquant.open_checkpoint(folder)
+    assert {checkpoint.bits(name) for name in checkpoint.keys() if "visual" in name} == {3, 16}
     tokenizer_to(folder)
     model, _ = load(folder)
     assert not [name for name, _ in tree_flatten(model.parameters()) if "visual" in name]

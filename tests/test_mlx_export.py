@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx_lm
 import numpy as np
 import pytest
 import torch
@@ -32,11 +30,15 @@ from mlx_exports import (
     tokens,
     torch_logits,
 )
-from mlx_lm.utils import _get_classes
 from safetensors.torch import load_file, save_file
 
 import kappaquant
 from kappaquant.mlx_export import Options, export_mlx, plan_of, shards
+
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+
+from mlx_lm.utils import _get_classes  # noqa: E402
 
 
 @dataclass

@@ -12,7 +12,7 @@ from builders import CONFIG, EXPERTS, Q, tensors, write_source
 from safetensors.torch import save_file
 
 import kappaquant
-from kappaquant import SourceError, safetensors_io, source
+from kappaquant import SourceError, elements, safetensors_io
 
 
 def test_every_slice_is_what_is_stored(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_every_slice_is_what_is_stored(tmp_path: Path) -> None:
 
 def test_headers_come_first_and_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_source(tmp_path / "source", shards=2)
-    monkeypatch.setattr(source, "read_bytes", lambda *a: pytest.fail("a weight was read"))
+    monkeypatch.setattr(elements, "read_bytes", lambda *a: pytest.fail("a weight was read"))
     opened = kappaquant.open_source(folder)
     assert kappaquant.make_plan(opened.tensors, opened.config).bits(Q) == 3
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from kappaquant.checkpoint import Entry
+from kappaquant.elements import TORCH_DTYPES
 from kappaquant.errors import NonFiniteError
 from kappaquant.format import DTYPE_BYTES
 from kappaquant.mlx_export.affine import Effort, quantize
@@ -22,7 +23,6 @@ from kappaquant.mlx_export.rotation import rotate, rotate_columns
 from kappaquant.mlx_export.weights import read, read_rows
 from kappaquant.policies import KEPT
 from kappaquant.safetensors_io import Stored, write_bytes
-from kappaquant.source import TORCH_DTYPES
 from kappaquant.units import tensor_bytes
 
 UNIT_ELEMENTS = 1 << 21  # 8 MB as float32, of which a unit holds several copies

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kappaquant.errors import FormatError, UnsupportedError
+from kappaquant.errors import UnsupportedError
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -42,14 +42,12 @@ def load(
     from mlx_lm.utils import load_config, load_tokenizer
 
     from kappaquant.integrations.mlx.loading import Loader
-    from kappaquant.integrations.mlx.reader import open_folder
+    from kappaquant.integrations.mlx.skeleton import open_folder
 
-    checkpoint = open_folder(path)
+    checkpoint, skeleton = open_folder(path)
     for notice in checkpoint.notices:
         logger.warning("%s: %s", checkpoint.path, notice)
-    if not checkpoint.config:
-        raise FormatError(f"{checkpoint.path}: has no config.json; copy the original model's there to load it")
-    model = Loader(checkpoint, dtype).load()
+    model = Loader(checkpoint, skeleton, dtype).load()
     eos = load_config(checkpoint.path).get("eos_token_id")
     return model, load_tokenizer(checkpoint.path, tokenizer_config, eos_token_ids=eos)
 

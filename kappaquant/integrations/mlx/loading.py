@@ -6,17 +6,18 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
+from kappaquant.checkpoint import Checkpoint, Entry
 from kappaquant.errors import FormatError, UnsupportedError
 from kappaquant.format import Format
-from kappaquant.integrations.mlx.architectures import Name, architecture_of, build, is_tied, name_in_mlx
+from kappaquant.integrations.mlx.architectures import Name, architecture_of
+from kappaquant.integrations.mlx.arrays import MLX_DTYPES, read_codes, read_kept
 from kappaquant.integrations.mlx.layers import (
     CodebookEmbedding,
     CodebookLinear,
@@ -25,15 +26,10 @@ from kappaquant.integrations.mlx.layers import (
     PackedExperts,
     PackedMatrix,
 )
-from kappaquant.integrations.mlx.reader import Checkpoint, Entry, read_raw
+from kappaquant.integrations.mlx.skeleton import Skeleton, arrays_of
 
 logger = logging.getLogger("kappaquant")
 
-_DTYPES = {
-    "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "F64": mx.float32, "BOOL": mx.bool_,
-    "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16, "U32": mx.uint32, "I32": mx.int32,
-    "U64": mx.uint64, "I64": mx.int64,
-}  # fmt: skip
 _NAMED_DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
 
@@ -54,15 +50,14 @@ class Loader:
         dtype: of activations and kept tensors; default what config.json names, else what most kept tensors have.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, dtype: mx.Dtype | None = None) -> None:
         self.checkpoint = checkpoint
         self.label = str(checkpoint.path)
-        self.model = build(checkpoint.config, self.label)
-        self.shapes = {path: tuple(array.shape) for path, array in _arrays(self.model).items()}
-        self.names = self._place(checkpoint.names())
-        self.entries = checkpoint.entries(self._shapes_of)
+        self.skeleton = skeleton
+        self.model, self.shapes, self.what = skeleton.model, skeleton.shapes, skeleton.what
+        self.entries = checkpoint.entries
+        self.names = self._place()
         self.dtype = dtype or self._declared_dtype()
-        self.what = f"mlx_lm's {type(self.model).__module__.rpartition('.')[2]}"
 
     def load(self) -> nn.Module:
         """The model, in evaluation mode, its arrays in memory.
@@ -84,7 +79,7 @@ class Loader:
                 modules.append(self._packed(target, entry))
         weights = self._sanitize(kept)
         for path, module in modules:
-            held = {f"{path}.{name}": value for name, value in _arrays(module).items()}
+            held = {f"{path}.{name}": value for name, value in arrays_of(module).items()}
             weights = held | weights  # a packed layer's bias is the checkpoint's
         self.model.update_modules(tree_unflatten(modules))
         self.model.load_weights(list(weights.items()), strict=True)
@@ -94,36 +89,18 @@ class Loader:
 
     # --- accounting ---
 
-    def _place(self, names: list[str]) -> dict[str, Name]:
-        config = self.checkpoint.config
-        architecture, tied = architecture_of(config), is_tied(config)
-        found = {name: name_in_mlx(name, architecture, tied) for name in names}
-        ignored = [name for name, place in found.items() if place is None]
-        if ignored:
-            logger.info("%s: %d tensors are not the language model's, such as %s", self.label, len(ignored), ignored[0])
+    def _place(self) -> dict[str, Name]:
+        found = {name: self.skeleton.place(name) for name in self.checkpoint.keys()}
+        if unused := self.skeleton.unused:
+            logger.info("%s: %d tensors are not the language model's, such as %s", self.label, len(unused), min(unused))
         return {name: place for name, place in found.items() if place is not None}
-
-    def _shapes_of(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        """The shape each tensor must have, for those the model has a place for."""
-        return {name: shape for name in names if (shape := self._shape(name)) is not None}
-
-    def _shape(self, name: str) -> tuple[int, ...] | None:
-        place = self.names.get(name)
-        if place is None or any(target not in self.shapes for target in place.targets):
-            return None
-        first = self.shapes[place.targets[0]]
-        if not place.of_experts:
-            return first
-        experts, rows, width = first
-        rows *= len(place.targets)
-        return (experts, rows, width) if place.expert is None else (rows, width)
 
     def _account(self) -> dict[str, list[Piece]]:
         """Parameter -> the tensors that fill it, once all of both are known to fit."""
         pieces: dict[str, list[Piece]] = defaultdict(list)
         unexpected = []
         for name, place in self.names.items():
-            shape = self._shape(name)
+            shape = self.skeleton.shape(place)
             if shape is None or not self._fits(place, pieces):
                 unexpected.append(name)
                 continue
@@ -181,20 +158,11 @@ class Loader:
         floats = Counter(
             e.info.dtype for e in self.entries.values() if e.fmt is None and e.info.dtype in ("BF16", "F16", "F32")
         )
-        return _DTYPES[floats.most_common(1)[0][0]] if floats else mx.bfloat16
-
-    def _array(self, entry: Entry) -> mx.array:
-        """A kept tensor as it is stored."""
-        raw = read_raw(entry.parts[0])
-        if entry.info.dtype == "F64":  # which no GPU of Apple's has
-            return mx.array(raw.view(np.float64).astype(np.float32)).reshape(entry.info.shape)
-        if entry.info.dtype not in _DTYPES:
-            raise UnsupportedError(f"{entry.info.name}: dtype {entry.info.dtype}; MLX has none like it")
-        return mx.array(raw).view(_DTYPES[entry.info.dtype]).reshape(entry.info.shape)
+        return MLX_DTYPES[floats.most_common(1)[0][0]] if floats else mx.bfloat16
 
     def _kept(self, entry: Entry, target: str) -> mx.array:
         """In the model's dtype, as mlx_lm converts: one float32 tensor among them would turn all that follows float32."""
-        value = self._array(entry)
+        value = read_kept(entry)
         stays = getattr(self.model, "cast_predicate", lambda path: True)
         return value.astype(self.dtype) if mx.issubdtype(value.dtype, mx.floating) and stays(target) else value
 
@@ -218,7 +186,7 @@ class Loader:
         path, _, parameter = target.rpartition(".")
         plain = dict(self.model.named_modules())[path]
         assert entry.fmt is not None
-        packed, norms = self._codes(entry, entry.fmt)
+        packed, norms = read_codes(entry, entry.fmt)
         arguments = entry.fmt, entry.info.shape[-1], mx.array(packed), mx.array(norms), entry.codebook
         if parameter == "weight" and type(plain) is nn.Linear:
             linear = CodebookLinear(*arguments)
@@ -232,15 +200,6 @@ class Loader:
         raise UnsupportedError(
             f"{entry.info.name}: no packed form of {type(plain).__name__}.{parameter}; keep it at 16 bits"
         )
-
-    def _codes(self, entry: Entry, fmt: Format) -> tuple[np.ndarray, np.ndarray]:
-        """(packed, norms) in the logical shape, dense whatever the file's packing."""
-        packed = read_raw(entry.parts[0])
-        if entry.byte_codes:
-            packed = pack(packed.reshape(-1, fmt.group_size), fmt)
-        norms = read_raw(entry.parts[1]).view(np.float32 if entry.parts[1][1].info.dtype == "F32" else np.float16)
-        shape = entry.info.shape
-        return packed.reshape(fmt.packed_shape(shape)), norms.reshape(fmt.norms_shape(shape))
 
     def _switch(self, parts: Sequence[Piece], shape: tuple[int, ...]) -> nn.Module:
         """One projection of all experts; in 16 bits mlx_lm's own module, else blocks of one format each."""
@@ -266,7 +225,7 @@ class Loader:
     def _kept_experts(self, members: Sequence[Piece]) -> KeptExperts:
         values = []
         for piece in members:
-            rows = self._array(self.entries[piece.name])[..., piece.first : piece.first + piece.rows, :]
+            rows = read_kept(self.entries[piece.name])[..., piece.first : piece.first + piece.rows, :]
             values.append(mx.contiguous(rows.astype(self.dtype)))
         return KeptExperts(values[0] if members[0].expert is None else mx.stack(values))
 
@@ -276,25 +235,11 @@ class Loader:
         packed, norms = [], []
         for piece in members:
             rows = slice(piece.first, piece.first + piece.rows)
-            codes, scales = self._codes(self.entries[piece.name], fmt)
+            codes, scales = read_codes(self.entries[piece.name], fmt)
             packed.append(codes[..., rows, :])
             norms.append(scales[..., rows, :])
         join = np.stack if members[0].expert is not None else np.concatenate
         return PackedExperts(fmt, width, mx.array(join(packed)), mx.array(join(norms)), codebook)
-
-
-def pack(codes: np.ndarray, fmt: Format) -> np.ndarray:
-    """uint8 codes [n, group_size] -> bytes [n, bytes_per_group], code i in bits [i*bits, (i+1)*bits)."""
-    out = np.empty((len(codes), fmt.bytes_per_group), np.uint8)
-    step = 1 << 14
-    for start in range(0, len(codes), step):
-        bits = np.unpackbits(codes[start : start + step, :, None], axis=-1, count=fmt.bits, bitorder="little")
-        out[start : start + step] = np.packbits(bits.reshape(len(bits), -1), axis=-1, bitorder="little")
-    return out
-
-
-def _arrays(module: nn.Module) -> dict[str, mx.array]:
-    return dict(cast(list[tuple[str, mx.array]], tree_flatten(module.parameters())))
 
 
 def _more(names: Sequence[str]) -> str:
