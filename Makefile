@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-vllm lint benchmark reference-table clean
+.PHONY: setup demo test test-vllm lint benchmark evaluation reference-table clean
 
 setup: $(READY)
 
@@ -37,6 +37,10 @@ benchmark: $(READY)
 	$(BIN)/python -m benchmarks.quantize_cost
 	$(BIN)/python -m scripts.demo --results
 	$(BIN)/python -m benchmarks.readme
+
+# Two checkpoints of the reference model measured, compared, one with a model card; offline.
+evaluation: $(READY)
+	$(BIN)/python -m scripts.evaluation
 
 # Other quantizers on the reference model; installs them into the same environment.
 reference-table: $(READY)
