@@ -13,25 +13,21 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3_5MoeTextConfig
 
 from benchmarks.environment import environment, save
-from benchmarks.quantize_cost import TICK, usage
+from benchmarks.quantize_cost import command_cost, write_random
 from kappaquant.architecture import parameter_shapes
 from kappaquant.format import TensorInfo
 from kappaquant.mlx_export import affine
-from kappaquant.safetensors_io import build_header
 
 GIB_RESIDENT = 2.0
 LAYERS, EXPERTS = 4, 64
@@ -52,55 +48,16 @@ def generate(folder: Path) -> int:
         shards.setdefault(f"model-{number:05}-of-{LAYERS + 1:05}.safetensors", []).append(
             TensorInfo(name, "BF16", shape)
         )
-    generator, weight_map, total = torch.Generator().manual_seed(0), {}, 0
-    for shard, members in shards.items():
-        header, stored = build_header(members)
-        with (folder / shard).open("wb") as file:
-            file.write(header)
-            for entry in stored.values():
-                file.seek(entry.offset)
-                left = entry.info.numel
-                while left:
-                    piece = torch.empty(min(left, 1 << 23), dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-                    file.write(piece.view(torch.uint8).numpy().data)
-                    left -= len(piece)
-                weight_map[entry.info.name] = shard
-                total += entry.info.nbytes
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return total
+    return write_random(folder, shards)
 
 
 def run(source: Path, output: Path, jobs: int) -> dict[str, Any]:
     """Export once; wall seconds, and of the process tree the processor time and the largest resident set in bytes."""
-    command = [
-        sys.executable,
-        "-m",
-        "kappaquant.cli",
-        "export",
-        str(source),
-        "-o",
-        str(output),
-        "--to",
-        "mlx",
-        "--jobs",
-        str(jobs),
-    ]
-    start, peak = time.perf_counter(), 0
-    cpu: dict[int, float] = {}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        tree = psutil.Process(process.pid)
-        while process.poll() is None:
-            used = usage(tree)
-            peak = max(peak, sum(resident for resident, _ in used.values()))
-            cpu |= {pid: seconds for pid, (_, seconds) in used.items()}
-            time.sleep(TICK)
-        seconds = time.perf_counter() - start
-        if process.returncode:
-            sys.exit(process.stderr.read() if process.stderr else f"{command} failed")
+    cost = command_cost("export", str(source), "-o", str(output), "--to", "mlx", "--jobs", str(jobs))
     report = json.loads((output / "mlx_export.json").read_text())
     return {
-        "seconds": round(seconds, 1), "cpu_seconds": round(sum(cpu.values()), 1), "peak_gib": round(peak / 2**30, 3),
+        "seconds": round(cost["seconds"], 1), "cpu_seconds": round(cost["cpu_seconds"], 1),
+        "peak_gib": round(cost["peak_bytes"] / 2**30, 3),
         "bound_gib": GIB_RESIDENT, "bits_per_weight": report["bits_per_weight"], "exactness": report["exactness"],
     }  # fmt: skip
 

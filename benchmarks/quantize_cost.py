@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,15 @@ def generate(folder: Path) -> int:
     """Write the checkpoint, a shard per layer, in pieces of 8 million Gaussian weights; returns its weights' bytes."""
     config = {"architectures": ["Qwen3_5MoeForCausalLM"], "model_type": "qwen3_5_moe_text", "num_experts_per_tok": 8}
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS}))
+    shards = {f"model-{i + 1:05}-of-{LAYERS:05}.safetensors": list(layer(i)) for i in range(LAYERS)}
+    return write_random(folder, shards)
+
+
+def write_random(folder: Path, shards: Mapping[str, Sequence[TensorInfo]]) -> int:
+    """Write shards of Gaussian weights in bfloat16, and their index; returns the weights' bytes."""
     generator, weight_map, total = torch.Generator().manual_seed(0), {}, 0
-    for index in range(LAYERS):
-        shard = f"model-{index + 1:05}-of-{LAYERS:05}.safetensors"
-        header, stored = build_header(layer(index))
+    for shard, members in shards.items():
+        header, stored = build_header(members)
         with (folder / shard).open("wb") as file:
             file.write(header)
             for entry in stored.values():
@@ -98,7 +103,12 @@ def run(source: Path, output: Path, effort: str, jobs: int) -> dict[str, float]:
     """Quantize once; wall seconds, and of the process tree the processor time and the largest resident set in bytes."""
     shutil.rmtree(output, ignore_errors=True)
     options = ["--effort", effort, "--jobs", str(jobs), "--device", "cpu"]
-    command = [sys.executable, "-m", "kappaquant.cli", "quantize", str(source), str(output), *options]
+    return command_cost("quantize", str(source), str(output), *options)
+
+
+def command_cost(*arguments: str) -> dict[str, float]:
+    """Run a command of the command line; seconds, and of its process tree processor time and largest resident set in bytes."""
+    command = [sys.executable, "-m", "kappaquant.cli", *arguments]
     start, peak = time.perf_counter(), 0
     cpu: dict[int, float] = {}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:

@@ -18,6 +18,7 @@ from torch import Tensor
 from kappaquant.errors import UnsupportedError
 from kappaquant.kernels import gpu, int8_gemm, nvrtc, tiles
 from kappaquant.kernels.inputs import KINDS, Tokens, address
+from kappaquant.kernels.launches import Spread, split_of, whole_blocks
 from kappaquant.kernels.tensor_cores import INT8_BITS, TABLE_BYTES, Codes, Weight
 
 NAME = "gemm"
@@ -42,22 +43,8 @@ class _Gemm(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Launch:
-    """How a product of float16 inputs is spread over the card.
-
-    Attributes:
-        tokens: of a thread block: 8, 16, 32, 64, 128 or 256.
-        warpgroups: of a thread block, 128 rows each, or 64 with 256 tokens.
-        split: thread blocks of a cluster that share the input axis, where they would not fill the card once more.
-        stages: units of the input on their way to shared memory or in it.
-        resident: thread blocks that a multiprocessor must hold, which bounds registers.
-    """
-
-    tokens: int
-    warpgroups: int
-    split: int
-    stages: int
-    resident: int
+class Launch(Spread):
+    """A launch of float16 inputs: 8, 16, 32, 64, 128 or 256 ``tokens``; a warpgroup has 128 rows, or 64 with 256 tokens."""
 
     file = "gemm.cu"
     half = True
@@ -119,7 +106,7 @@ def choose(tokens: int, row_count: int, units: int, multiprocessors: int) -> Lau
     else:
         use = Launch(block, 2, 1, 3 if block == 256 else 4, 2 if block == 16 else 1)
     blocks = -(-row_count // use.rows) * -(-tokens // block)
-    return replace(use, split=int8_gemm.split_of(blocks, units, multiprocessors, use.resident))
+    return replace(use, split=split_of(blocks, units, multiprocessors, use.resident))
 
 
 def linear(
@@ -159,7 +146,7 @@ def linear(
     parameters.row_blocks = blocks
     parameters.token_blocks = items.work.shape[0] if items else -(-x.count // use.tokens)
     every = parameters.row_blocks * parameters.token_blocks
-    parameters.whole = int8_gemm.whole_blocks(every, use.split, _multiprocessors(device) * use.resident)
+    parameters.whole = whole_blocks(every, use.split, _multiprocessors(device) * use.resident)
     bits = [w.fmt.bits for w in weights] + [0] * (_MOST_OUTPUTS - len(weights))
     run = _kernel(use, tuple(bits), x.group_size, items is not None, device.index)
     grid = parameters.whole + (every - parameters.whole) * use.split

@@ -11,27 +11,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from kappaquant.kernels import tiles
+from kappaquant.kernels.launches import Spread, split_of
 
 _BARRIER_BYTES = 128
 
 
 @dataclass(frozen=True)
-class Launch:
-    """How a product of int8 inputs is spread over the card.
-
-    Attributes:
-        tokens: of a thread block: 64 or 128.
-        warpgroups: of a thread block, 64 rows each, or 128 with 64 tokens.
-        split: thread blocks of a cluster that share the input axis, where they would not fill the card once more.
-        stages: units of the input on their way to shared memory or in it.
-        resident: thread blocks that a multiprocessor must hold, which bounds registers.
-    """
-
-    tokens: int
-    warpgroups: int
-    split: int
-    stages: int
-    resident: int
+class Launch(Spread):
+    """A launch of int8 inputs: 64 or 128 ``tokens``; a warpgroup has 64 rows, or 128 with 64 tokens."""
 
     file = "int8_gemm.cu"
     half = False
@@ -62,24 +49,3 @@ def choose(tokens: int, row_count: int, units: int, multiprocessors: int) -> Lau
     use = Launch(64 if tokens <= 64 else 128, 1, 1, 4, 2)
     blocks = -(-row_count // use.rows) * -(-tokens // use.tokens)
     return replace(use, split=split_of(blocks, units, multiprocessors, use.resident))
-
-
-def split_of(blocks: int, units: int, multiprocessors: int, resident: int) -> int:
-    """How many may share the input axis of the blocks that do not fill the card once more.
-
-    Shares of fewer than four units do not pay. Clusters of more than two do not find a place for all of their blocks: a card
-    that is to hold two blocks a multiprocessor is half as slow again with 256 blocks in clusters of four as with 128 in pairs.
-    """
-    slots = multiprocessors * resident
-    if blocks >= slots:
-        tail = blocks % slots
-        return 2 if 0 < 2 * tail <= slots and units >= 8 else 1
-    split = 1
-    while split < 8 and 2 * split * blocks <= (slots if split == 1 else multiprocessors) and 8 * split <= units:
-        split *= 2
-    return split
-
-
-def whole_blocks(blocks: int, split: int, slots: int) -> int:
-    """How many of them are not split: those that fill the card, in whole clusters."""
-    return blocks if split == 1 else blocks // slots * slots // split * split

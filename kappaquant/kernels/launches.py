@@ -1,0 +1,45 @@
+"""How products of many tokens are spread over a Hopper GPU, whatever the inputs are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The part of a launch that float16 and int8 inputs have in common.
+
+    Attributes:
+        tokens: of a thread block.
+        warpgroups: of a thread block.
+        split: thread blocks of a cluster that share the input axis, where they would not fill the card once more.
+        stages: units of the input on their way to shared memory or in it.
+        resident: thread blocks that a multiprocessor must hold, which bounds registers.
+    """
+
+    tokens: int
+    warpgroups: int
+    split: int
+    stages: int
+    resident: int
+
+
+def split_of(blocks: int, units: int, multiprocessors: int, resident: int) -> int:
+    """How many may share the input axis of the blocks that do not fill the card once more.
+
+    Shares of fewer than four units do not pay. Clusters of more than two do not find a place for all of their blocks: a card
+    that is to hold two blocks a multiprocessor is half as slow again with 256 blocks in clusters of four as with 128 in pairs.
+    """
+    slots = multiprocessors * resident
+    if blocks >= slots:
+        tail = blocks % slots
+        return 2 if 0 < 2 * tail <= slots and units >= 8 else 1
+    split = 1
+    while split < 8 and 2 * split * blocks <= (slots if split == 1 else multiprocessors) and 8 * split <= units:
+        split *= 2
+    return split
+
+
+def whole_blocks(blocks: int, split: int, slots: int) -> int:
+    """How many of them are not split: those that fill the card, in whole clusters."""
+    return blocks if split == 1 else blocks // slots * slots // split * split
