@@ -93,6 +93,21 @@ class Partial:
         if full:
             raise OutputError(f"{self.output}: the disk is full; free space and run again to resume") from problem
 
+    def lay_out(self, shard: str, header: bytes, size: int) -> list[dict[str, Any]]:
+        """Reserve a shard of the output, or find it as an earlier run left it; what the journal says of the work done in it."""
+        path = self.folder / shard
+        if not is_reserved(path, header, size):
+            self.append([{"reserved": shard}])  # voids what the journal says of this shard so far
+            reserve(path, header, size)
+            return []
+        done: list[dict[str, Any]] = []
+        for record in self.records:
+            if record.get("reserved") == shard:
+                done = []
+            elif record.get("shard") == shard:
+                done.append(record)
+        return done
+
     def _load(self) -> None:
         self._file.seek(0)
         content = self._file.read()

@@ -22,7 +22,7 @@ from kappaquant.format import (
     QUANT_METHOD,
     legacy_codebook,
 )
-from kappaquant.journal import Commit, Partial, is_reserved, reserve
+from kappaquant.journal import Commit, Partial
 from kappaquant.layout import ShardLayout, Target, check_target, shard_layout, stored_names
 from kappaquant.plan import Choice, Plan, check_legacy
 from kappaquant.safetensors_io import Stored
@@ -153,17 +153,8 @@ class _Run:
         formats = {name: self.plan.format_of(name) for name in tensors}
         layout = self.layouts[shard] = shard_layout(tensors, formats, self.options.target)
         self.sums = {key: sums for key, sums in self.sums.items() if key[0] not in tensors}
-        path = self.partial.folder / shard
-        if not is_reserved(path, layout.header, layout.size):
-            self.partial.append([{"reserved": shard}])  # voids what the journal says of this shard so far
-            reserve(path, layout.header, layout.size)
-            return
-        done: dict[tuple[str, int], Sums] = {}
-        for record in self.partial.records:
-            if record.get("reserved") == shard:
-                done = {}
-            elif record.get("shard") == shard:
-                done[record["tensor"], record["start"]] = Sums.from_dict(record["sums"])
+        records = self.partial.lay_out(shard, layout.header, layout.size)
+        done = {(record["tensor"], record["start"]): Sums.from_dict(record["sums"]) for record in records}
         # without --allow-nonfinite, what an earlier run let pass is met again
         self.sums |= {key: s for key, s in done.items() if s.moments.finite or self.options.allow_nonfinite}
 

@@ -12,7 +12,7 @@ from typing import Any
 import kappaquant
 from kappaquant.checkpoint import Checkpoint, Entry
 from kappaquant.errors import OutputError, PlanError
-from kappaquant.journal import Commit, Partial, is_reserved, reserve
+from kappaquant.journal import Commit, Partial
 from kappaquant.manifest import index, json_text
 from kappaquant.mlx_export.affine import EFFORTS, Effort, check_affine
 from kappaquant.mlx_export.exactness import Check, Part
@@ -174,18 +174,8 @@ class _Run:
 
     def _lay_out(self, shard: str) -> None:
         layout, _ = self.shards[shard]
-        path = self.partial.folder / shard
-        if not is_reserved(path, layout.header, layout.size):
-            self.partial.append([{"reserved": shard}])  # voids what the journal says of this shard so far
-            reserve(path, layout.header, layout.size)
-            return
-        done: dict[tuple[str, int], Sums] = {}
-        for record in self.partial.records:
-            if record.get("reserved") == shard:
-                done = {}
-            elif record.get("shard") == shard:
-                done[record["tensor"], record["start"]] = Sums(*record["sums"])
-        self.sums |= done
+        records = self.partial.lay_out(shard, layout.header, layout.size)
+        self.sums |= {(record["tensor"], record["start"]): Sums(*record["sums"]) for record in records}
 
     def _take(self, step: _Step, held: dict[str, dict[str, Entry]], workers: ProcessPoolExecutor | None) -> None:
         wanted = [(t, number, slab) for t in step.tensors for number, slab in enumerate(slabs(t))]
