@@ -18,12 +18,11 @@ from torch import Tensor
 from kappaquant.errors import UnsupportedError
 from kappaquant.kernels import gpu, int8_gemm, nvrtc, tiles
 from kappaquant.kernels.inputs import KINDS, Tokens, address
-from kappaquant.kernels.launches import Spread, split_of, whole_blocks
+from kappaquant.kernels.launches import BARRIER_BYTES, TARGET_BYTES, Spread, split_of, whole_blocks
 from kappaquant.kernels.tensor_cores import INT8_BITS, TABLE_BYTES, Codes, Weight
 
 NAME = "gemm"
 _MOST_OUTPUTS = 4
-BARRIER_BYTES = 128
 
 
 class _Segment(ctypes.Structure):
@@ -54,6 +53,11 @@ class Launch(Spread):
         """Of a thread block."""
         return (64 if self.tokens == 256 else 128) * self.warpgroups
 
+    @property
+    def paired(self) -> bool:
+        """Whether two thread blocks of a cluster, neighbours in rows, fetch the inputs of the same tokens for each other."""
+        return self.tokens == 256 and self.split == 2
+
     def instance(self, bits: Sequence[int], group_size: int, items: bool = False) -> str:
         """Of the kernel template, for outputs of these widths, 0 for none."""
         flags = f"{self.tokens}, {self.warpgroups}, {self.split}, {self.stages}, {self.resident}"
@@ -63,7 +67,7 @@ class Launch(Spread):
         """Shared memory of a thread block whose widest codes have ``bits``."""
         staged = self.stages * self.tokens * 2 * tiles.INPUTS
         sums = 4 * self.tokens * (self.rows + 4)
-        return BARRIER_BYTES + TABLE_BYTES.get(bits, 0) + max(staged, sums)
+        return BARRIER_BYTES + TARGET_BYTES * self.tokens + TABLE_BYTES.get(bits, 0) + max(staged, sums)
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,8 @@ def choose(tokens: int, row_count: int, units: int, multiprocessors: int) -> Lau
     else:
         use = Launch(block, 2, 1, 3 if block == 256 else 4, 2 if block == 16 else 1)
     blocks = -(-row_count // use.rows) * -(-tokens // block)
-    return replace(use, split=split_of(blocks, units, multiprocessors, use.resident))
+    split = split_of(blocks, units, multiprocessors, use.resident)
+    return replace(use, split=max(2, split) if block == 256 else split)
 
 
 def linear(
@@ -143,7 +148,7 @@ def linear(
         bias = address(biases[i] if biases else None)
         parameters.segments[i] = _Segment(weight.parameters(x.half), out.data_ptr(), bias, weight.rows, blocks)
         blocks += -(-weight.rows // use.rows)
-    parameters.row_blocks = blocks
+    parameters.row_blocks = -(-blocks // 2) * 2 if use.half and use.paired else blocks
     parameters.token_blocks = items.work.shape[0] if items else -(-x.count // use.tokens)
     every = parameters.row_blocks * parameters.token_blocks
     parameters.whole = whole_blocks(every, use.split, _multiprocessors(device) * use.resident)

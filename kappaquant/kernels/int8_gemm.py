@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from kappaquant.kernels import tiles
-from kappaquant.kernels.launches import Spread, split_of
-
-_BARRIER_BYTES = 128
+from kappaquant.kernels.launches import BARRIER_BYTES, TARGET_BYTES, Spread, split_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Launch(Spread):
         """Shared memory of a thread block."""
         staged = self.stages * self.tokens * (tiles.INPUTS + 8 * max(1, tiles.INPUTS // group_size))
         sums = 4 * self.tokens * (self.rows + 4)
-        return _BARRIER_BYTES + max(staged, sums)
+        return BARRIER_BYTES + TARGET_BYTES * self.tokens + max(staged, sums)
 
 
 @cache

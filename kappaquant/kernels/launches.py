@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+BARRIER_BYTES = 128  # of shared memory
+TARGET_BYTES = 8  # for each token: what its sums are multiplied by, and where they go
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -41,5 +44,7 @@ def split_of(blocks: int, units: int, multiprocessors: int, resident: int) -> in
 
 
 def whole_blocks(blocks: int, split: int, slots: int) -> int:
-    """How many of them are not split: those that fill the card, in whole clusters."""
-    return blocks if split == 1 else blocks // slots * slots // split * split
+    """How many of them are not split: those that fill the card, in whole clusters, or all if the others would not fit once."""
+    if split == 1 or blocks % slots * split > slots:
+        return blocks
+    return blocks // slots * slots // split * split

@@ -9,6 +9,9 @@
 
 constexpr int UNIT = 2048;  // bytes of 128 inputs of 8 tokens
 
+// Whether two blocks of a cluster read the same tokens' inputs: where these are most of what a block reads
+__device__ constexpr bool pairs_share(int tokens, int split) { return tokens == 256 && split == 2; }
+
 // two float16 of `pair`, each times `norm`
 __device__ __forceinline__ u32 scaled(u32 pair, u32 norm) {
     u32 out;
@@ -42,9 +45,10 @@ __device__ __forceinline__ void scale(const u32* raw, const u32* norms, int firs
 
 template <int BITS, int GROUP, int N, int WARPGROUPS, int SPLIT, int STAGES>
 __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const Block& block, const int4& item, const u32* lut,
-                                        char* memory, u32 barriers) {
+                                        char* memory, u32 barriers, Targets<N>& targets) {
     constexpr int PAIRS = N == 256 ? 1 : 2;                 // pairs of rows of a tile that a warp multiplies
     constexpr int WORDS = N < 128 ? 16 : 8;                 // of a row between two waits, as registers allow
+    constexpr bool PAIRED = pairs_share(N, SPLIT);
     constexpr int SLACK = STAGES > 3 ? 1 : 0;               // rounds that other warps may lag before this one waits to refill
     const Place<PAIRS, WARPGROUPS> place(s, block, item.x);
     const int lane = threadIdx.x & 31, rank = block.rank, step = SPLIT > 1 ? block.ranks : 1;
@@ -54,10 +58,22 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
 
     const char* x = p.x + (size_t)(item.y / 8) * UNIT;
     const u32 bytes = (item.z + 7) / 8 * UNIT;
+    // of a pair of blocks either fetches half of what both multiply
+    const u32 first_half = bytes / UNIT / 2 * UNIT, begin = cluster_rank() ? first_half : 0, part = cluster_rank() ? bytes - first_half : first_half;
     auto fetch = [&](int round) {
         const int stage = round % STAGES;
+        const u32 to = stages + stage * (N / 8 * UNIT);
+        const char* from = x + (size_t)(rank + round * step) * p.blocks * UNIT;
         barrier_expect(full + 8 * stage, bytes);
-        bulk_copy(stages + stage * (N / 8 * UNIT), x + (size_t)(rank + round * step) * p.blocks * UNIT, bytes, full + 8 * stage);
+        if (!PAIRED || !block.paired) bulk_copy(to, from, bytes, full + 8 * stage);
+        else if (part) bulk_copy_to_pair(to + begin, from + begin, part, full + 8 * stage);
+    };
+    auto release = [&](int stage) {
+        if (!PAIRED || !block.paired) {
+            if (lane == 0) barrier_arrive(empty + 8 * stage);
+        } else if (lane < 2) {
+            barrier_arrive_in(empty + 8 * stage, lane);
+        }
     };
 
     float sums[PAIRS][N / 2] = {};
@@ -67,6 +83,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
     let_next_start();
     if (threadIdx.x == 0)
         for (int i = 0; i < STAGES && i < rounds; i++) fetch(i);
+    targets.template fill<128 * WARPGROUPS>(p, s, item, p.scales);
     for (int round = 0; round < rounds; round++) {
         const Reader<BITS, GROUP, PAIRS> now = next;
         if (round + 1 < rounds) next.read(rank + (round + 1) * step);
@@ -81,7 +98,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
             keep_before<2 * WORDS>(raw);
             wgmma_wait<0>();  // a is free; defined any earlier, and the compiler would let no two products overlap
             scale<GROUP, WORDS>(raw, now.norm[pair], first, a);
-            if (phase == 0 && round && lane == 0) barrier_arrive(empty + 8 * ((round - 1) % STAGES));
+            if (phase == 0 && round) release((round - 1) % STAGES);
             keep_before<2 * WORDS>(a);
             wgmma_fence();
 #pragma unroll
@@ -98,8 +115,10 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
         }
     }
     wgmma_wait<0>();
+    if (PAIRED && block.paired) cluster_arrive();  // the other one may still arrive at barriers of this one
     __syncthreads();
-    write_sums<N, PAIRS, WARPGROUPS, SPLIT>(p, s, block, item, place, sums, p.scales, reinterpret_cast<float*>(memory));
+    write_sums<N, PAIRS, WARPGROUPS, SPLIT>(p, s, block, item, place, sums, targets, reinterpret_cast<float*>(memory));
+    if (PAIRED && block.paired) cluster_wait();
 }
 
 // B1..B4: bits of each output that reads this input, 0 for none. ITEMS: tokens of experts; few of them take half a block's time.
@@ -107,11 +126,13 @@ template <int B1, int B2, int B3, int B4, int GROUP, bool ITEMS, int N, int WARP
 __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(SPLIT, 1, 1) gemm(const __grid_constant__ Gemm p) {
     constexpr int BITS[4] = {B1, B2, B3, B4};
     constexpr int BODY = STAGES * N / 8 * UNIT, SUMS = N * (64 * (N == 256 ? 1 : 2) * WARPGROUPS + 4) * 4;
-    extern __shared__ __align__(1024) char memory[];  // inputs or sums, barriers, table
+    extern __shared__ __align__(1024) char memory[];  // inputs or sums, barriers, targets, table
     char* behind = memory + (BODY > SUMS ? BODY : SUMS);
-    u32* lut = reinterpret_cast<u32*>(behind + 128);
+    char* targets = behind + 128;
+    u32* lut = reinterpret_cast<u32*>(targets + sizeof(Targets<N>));
     if constexpr (ITEMS) wait_for_earlier();  // for the items
-    const Block block = Block::mine<SPLIT>(p);
+    constexpr bool PAIRED = pairs_share(N, SPLIT);
+    const Block block = Block::mine<SPLIT, PAIRED>(p);
     const int first_token = block.tokens * N;
     const int4 item = ITEMS ? __ldg(p.items + block.tokens) : int4{0, first_token, min(N, p.tokens - first_token), 0};
     if (ITEMS && item.z == 0) return;
@@ -119,7 +140,7 @@ __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(S
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(barriers + 8 * i, 1);
-            barrier_init(barriers + 8 * (STAGES + i), 4 * WARPGROUPS);
+            barrier_init(barriers + 8 * (STAGES + i), 4 * WARPGROUPS * (block.paired ? 2 : 1));
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -131,10 +152,15 @@ __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(S
     auto run = [&](auto bits) {
         constexpr int B = decltype(bits)::value;
         copy_table<B, true, 128 * WARPGROUPS>(s.weight.table, lut);
+        if constexpr (PAIRED) cluster_arrive(), cluster_wait();  // the other one's barriers are ready too
         __syncthreads();
         constexpr int HALF = ITEMS && N > 8 && N <= 128 ? N / 2 : N;
-        if (HALF < N && item.z <= HALF) product<B, GROUP, HALF, WARPGROUPS, SPLIT, STAGES>(p, s, block, item, lut, memory, barriers);
-        else product<B, GROUP, N, WARPGROUPS, SPLIT, STAGES>(p, s, block, item, lut, memory, barriers);
+        auto multiply = [&](auto tokens) {
+            constexpr int T = decltype(tokens)::value;
+            product<B, GROUP, T, WARPGROUPS, SPLIT, STAGES>(p, s, block, item, lut, memory, barriers, *reinterpret_cast<Targets<T>*>(targets));
+        };
+        if (HALF < N && item.z <= HALF) multiply(Constant<HALF>{});
+        else multiply(Constant<N>{});
     };
     if (mine == 0) run(Constant<B1>{});
     if constexpr (B2 != 0) if (mine == 1) run(Constant<B2>{});

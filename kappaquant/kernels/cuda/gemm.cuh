@@ -41,44 +41,26 @@ __device__ __forceinline__ void load_words(const uint4* codes, int first, u32* w
     }
 }
 
-// y * scale + bias to four neighbouring rows of a token, or those of them that there are
-__device__ __forceinline__ void store_four(const Segment& s, size_t at, int row, float4 y, float scale, int kind) {
-    float v[4] = {y.x * scale, y.y * scale, y.z * scale, y.w * scale};
-    const bool whole = s.rows % 4 == 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        if (s.bias && row + i < s.rows) v[i] += load(s.bias, row + i, kind);
-    if (whole && kind == 0) {
-        *reinterpret_cast<float4*>(as<0>(s.out) + at) = float4{v[0], v[1], v[2], v[3]};
-    } else if (whole) {
-        unsigned short h[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) h[i] = kind == 1 ? narrow<1>(v[i]) : narrow<2>(v[i]);
-        *reinterpret_cast<uint2*>(as<2>(s.out) + at) = uint2{h[0] | (u32)h[1] << 16, h[2] | (u32)h[3] << 16};
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (row + i < s.rows) store(s.out, at + i, v[i], kind);
-    }
-}
-
 // What a thread block multiplies. The first `whole` of them take a block of rows by tokens each; of the rest, with which they
 // would not fill the card once more, SPLIT in a cluster share the input axis. Four blocks of tokens meet the same rows before
-// the next rows are read.
+// the next rows are read. With PAIRS the whole ones of a cluster are two neighbours of the same tokens.
 struct Block {
     int rows, tokens;  // counted in blocks
     int rank, ranks;   // of the blocks that share the input axis
+    bool paired;
 
-    template <int SPLIT> static __device__ __forceinline__ Block mine(const Gemm& p) {
+    template <int SPLIT, bool PAIRS> static __device__ __forceinline__ Block mine(const Gemm& p) {
         constexpr int BAND = 4;
         int at = blockIdx.x;
-        Block b = {0, 0, 0, 1};
+        Block b = {0, 0, 0, 1, PAIRS};
         if (SPLIT > 1 && at >= p.whole) {
-            b.rank = (at - p.whole) % SPLIT, b.ranks = SPLIT;
+            b.rank = (at - p.whole) % SPLIT, b.ranks = SPLIT, b.paired = false;
             at = p.whole + (at - p.whole) / SPLIT;
         }
-        const int band = at / (BAND * p.row_blocks), within = at % (BAND * p.row_blocks), wide = min(BAND, p.token_blocks - BAND * band);
-        b.rows = within / wide, b.tokens = BAND * band + within % wide;
+        constexpr int STEP = PAIRS ? 2 : 1;
+        const int band = at / (BAND * p.row_blocks), wide = min(BAND, p.token_blocks - BAND * band);
+        const int within = at % (BAND * p.row_blocks) / STEP;
+        b.rows = within / wide * STEP + at % STEP, b.tokens = BAND * band + within % wide;
         return b;
     }
 };
@@ -129,14 +111,45 @@ template <int BITS, int GROUP, int PAIRS> struct Reader {
     }
 };
 
+// Where the sums of each token of a block go, in shared memory: looked up at the end, they would be waited for one by one.
+template <int N> struct Targets {
+    float scale[N];  // what the token's sums are multiplied by
+    int row[N];      // of the output
+
+    // scales: of a position, or null
+    template <int THREADS> __device__ __forceinline__ void fill(const Gemm& p, const Segment& s, const int4& item, const float* scales) {
+        for (int i = threadIdx.x; i < min(item.z, N); i += THREADS) {
+            scale[i] = s.weight.table.scale * (scales ? __ldg(scales + item.y + i) : 1.f);
+            row[i] = p.rows_of ? __ldg(p.rows_of + item.y + i) : item.y + i;
+        }
+    }
+};
+
+// four neighbouring rows of a token, or `count` of them
+template <int KIND> __device__ __forceinline__ void store_rows(void* out, size_t at, const float (&v)[4], int count) {
+    if (count == 4 && at % 4 == 0) {
+        if constexpr (KIND == 0) {
+            *reinterpret_cast<float4*>(as<0>(out) + at) = float4{v[0], v[1], v[2], v[3]};
+        } else {
+            const u32 low = (u32)narrow<KIND>(v[0]) | (u32)narrow<KIND>(v[1]) << 16, high = (u32)narrow<KIND>(v[2]) | (u32)narrow<KIND>(v[3]) << 16;
+            *reinterpret_cast<uint2*>(as<KIND>(out) + at) = uint2{low, high};
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (i < count) as<KIND>(out)[at + i] = narrow<KIND>(v[i]);
+    }
+}
+
 // Sums of a block, over those that share its input axis, to the output: side by side in `memory`, which must be free, then in
-// runs of four rows. scales: of a position, or null.
+// runs of four rows.
 template <int N, int PAIRS, int WARPGROUPS, int SPLIT>
 __device__ __forceinline__ void write_sums(const Gemm& p, const Segment& s, const Block& block, const int4& item,
                                            const Place<PAIRS, WARPGROUPS>& place, const float (&sums)[PAIRS][N / 2],
-                                           const float* scales, float* memory) {
+                                           const Targets<N>& targets, float* memory) {
     constexpr int ROWS = Place<PAIRS, WARPGROUPS>::ROWS, STRIDE = ROWS + 4;  // floats of a token's sums: banks differ
-    constexpr int THREADS = 128 * WARPGROUPS, AT_ONCE = 8;                    // runs that are on their way
+    constexpr int RUNS = ROWS / 4, TOKENS = 128 * WARPGROUPS / RUNS;         // of a token; of the threads at a time
+    constexpr int AT_ONCE = 8;                                               // runs of a thread that are on their way
     const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int pair = 0; pair < PAIRS; pair++)
@@ -146,35 +159,46 @@ __device__ __forceinline__ void write_sums(const Gemm& p, const Segment& s, cons
     const bool shared = SPLIT > 1 && block.ranks > 1;
     if (shared) cluster_sync();
     else __syncthreads();
-    const int tokens = min(item.z, N), step = block.ranks * THREADS, runs = tokens * (ROWS / 4);
-    for (int first = block.rank * THREADS + threadIdx.x; first < runs; first += AT_ONCE * step) {
-        float4 y[AT_ONCE];
-        float scale[AT_ONCE];
-        int to[AT_ONCE];
+
+    const int run = threadIdx.x % RUNS, row = place.row0 + 4 * run, count = min(s.rows - row, 4);
+    const int tokens = min(item.z, N), step = block.ranks * TOKENS;
+    float bias[4] = {};
+    if (s.bias)
 #pragma unroll
-        for (int j = 0; j < AT_ONCE; j++) {
-            const int i = first + j * step, position = item.y + i / (ROWS / 4);
-            if (i >= runs) break;
-            const float* from = memory + i / (ROWS / 4) * STRIDE + i % (ROWS / 4) * 4;
-            if (shared) {
-                y[j] = {};
+        for (int i = 0; i < 4; i++)
+            if (i < count) bias[i] = load(s.bias, row + i, p.out_kind);
+    auto write = [&](auto kind) {
+        for (int first = block.rank * TOKENS + threadIdx.x / RUNS; first < tokens; first += AT_ONCE * step) {
+            float4 y[AT_ONCE];
+            float scale[AT_ONCE];
+            int to[AT_ONCE];
 #pragma unroll
-                for (int other = 0; other < SPLIT; other++) {
-                    const float4 part = load_remote_four(shared_address(from), other);
-                    y[j].x += part.x; y[j].y += part.y; y[j].z += part.z; y[j].w += part.w;
+            for (int j = 0; j < AT_ONCE; j++) {
+                const int token = min(first + j * step, tokens - 1);
+                const float* from = memory + token * STRIDE + 4 * run;
+                scale[j] = targets.scale[token], to[j] = targets.row[token];
+                if (shared) {
+                    y[j] = {};
+#pragma unroll
+                    for (int other = 0; other < SPLIT; other++) {
+                        const float4 part = load_remote_four(shared_address(from), other);
+                        y[j].x += part.x; y[j].y += part.y; y[j].z += part.z; y[j].w += part.w;
+                    }
+                } else {
+                    y[j] = *reinterpret_cast<const float4*>(from);
                 }
-            } else {
-                y[j] = *reinterpret_cast<const float4*>(from);
             }
-            scale[j] = s.weight.table.scale * (scales ? __ldg(scales + position) : 1.f);
-            to[j] = p.rows_of ? __ldg(p.rows_of + position) : position;
-        }
 #pragma unroll
-        for (int j = 0; j < AT_ONCE; j++) {
-            const int i = first + j * step, row = place.row0 + i % (ROWS / 4) * 4;
-            if (i >= runs) break;
-            if (row < s.rows) store_four(s, (size_t)to[j] * s.rows + row, row, y[j], scale[j], p.out_kind);
+            for (int j = 0; j < AT_ONCE; j++) {
+                const float v[4] = {y[j].x * scale[j] + bias[0], y[j].y * scale[j] + bias[1], y[j].z * scale[j] + bias[2], y[j].w * scale[j] + bias[3]};
+                if (first + j * step < tokens) store_rows<decltype(kind)::value>(s.out, (size_t)to[j] * s.rows + row, v, count);
+            }
         }
+    };
+    if (count > 0) {
+        if (p.out_kind == 0) write(Constant<0>{});
+        else if (p.out_kind == 1) write(Constant<1>{});
+        else write(Constant<2>{});
     }
     if (shared) cluster_sync();  // others read this block's sums
 }

@@ -28,7 +28,8 @@ __device__ __forceinline__ void decode(const Reader<BITS, GROUP, PAIRS>& unit, c
 }
 
 template <int BITS, int GROUP, int N, int WARPGROUPS, int SPLIT, int STAGES>
-__device__ __forceinline__ void product(const Gemm& p, const Segment& s, const Block& block, const int4& item, char* memory, u32 barriers) {
+__device__ __forceinline__ void product(const Gemm& p, const Segment& s, const Block& block, const int4& item, char* memory, u32 barriers,
+                                        Targets<N>& targets) {
     constexpr int PAIRS = N == 128 ? 1 : 2;       // pairs of rows of a tile that a warp multiplies
     constexpr int GROUPS = GROUP < 128 ? 128 / GROUP : 1, STEPS = 4 / GROUPS;  // in a unit; products of a group
     constexpr int SLACK = STAGES > 3 ? 1 : 0;     // rounds that other warps may lag before this one waits to refill
@@ -62,6 +63,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
     let_next_start();
     if (threadIdx.x == 0)
         for (int i = 0; i < STAGES && i < rounds; i++) fetch(i);
+    targets.template fill<128 * WARPGROUPS>(p, s, item, nullptr);
     for (int round = 0; round < rounds; round++) {
         const int stage = round % STAGES, unit = rank + round * step;
         const u64 b = swizzled(values + stage * VALUES, UNIT);
@@ -112,7 +114,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
         }
     }
     __syncthreads();
-    write_sums<N, PAIRS, WARPGROUPS, SPLIT>(p, s, block, item, place, sums, nullptr, reinterpret_cast<float*>(memory));
+    write_sums<N, PAIRS, WARPGROUPS, SPLIT>(p, s, block, item, place, sums, targets, reinterpret_cast<float*>(memory));
 }
 
 // B1..B4: bits of each output that reads this input, 0 for none.
@@ -121,11 +123,13 @@ __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(S
     constexpr int BITS[4] = {B1, B2, B3, B4};
     constexpr int BODY = STAGES * (N / 8 * UNIT + (GROUP < 128 ? 128 / GROUP : 1) * 8 * N);
     constexpr int SUMS = N * (Place<N == 128 ? 1 : 2, WARPGROUPS>::ROWS + 4) * 4;
-    extern __shared__ __align__(1024) char memory[];  // inputs or sums, barriers
-    const Block block = Block::mine<SPLIT>(p);
+    extern __shared__ __align__(1024) char memory[];  // inputs or sums, barriers, targets
+    const Block block = Block::mine<SPLIT, false>(p);
     const int first_token = block.tokens * N;
     const int4 item = {0, first_token, min(N, p.tokens - first_token), 0};
-    const u32 barriers = shared_address(memory + (BODY > SUMS ? BODY : SUMS));
+    char* behind = memory + (BODY > SUMS ? BODY : SUMS);
+    const u32 barriers = shared_address(behind);
+    Targets<N>& targets = *reinterpret_cast<Targets<N>*>(behind + 128);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(barriers + 8 * i, 1);
@@ -139,7 +143,7 @@ __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(S
     for (int i = 1; i < 4; i++)
         if (BITS[i] && block.rows >= p.segments[i].first_block) mine = i;
     const Segment& s = p.segments[mine];
-    auto run = [&](auto bits) { product<decltype(bits)::value, GROUP, N, WARPGROUPS, SPLIT, STAGES>(p, s, block, item, memory, barriers); };
+    auto run = [&](auto bits) { product<decltype(bits)::value, GROUP, N, WARPGROUPS, SPLIT, STAGES>(p, s, block, item, memory, barriers, targets); };
     if (mine == 0) run(Constant<B1>{});
     if constexpr (B2 != 0) if (mine == 1) run(Constant<B2>{});
     if constexpr (B3 != 0) if (mine == 2) run(Constant<B3>{});

@@ -29,8 +29,24 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u
         ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// the same to that place in both blocks of a pair, whose barriers at that place both expect the bytes
+__device__ __forceinline__ void bulk_copy_to_pair(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+        ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "h"((unsigned short)3) : "memory");
+}
+
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// the same in two steps, and no memory is made visible
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
 }
 
 // a word, or four floats, at an address of this block's shared memory, in block `rank` of the cluster
@@ -43,6 +59,11 @@ __device__ __forceinline__ u32 load_remote(u32 address, u32 rank) {
     u32 v;
     asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(v) : "r"(address_in(address, rank)) : "memory");
     return v;
+}
+
+// at a barrier of block `rank`
+__device__ __forceinline__ void barrier_arrive_in(u32 barrier, u32 rank) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(barrier, rank)) : "memory");
 }
 
 __device__ __forceinline__ float4 load_remote_four(u32 address, u32 rank) {
