@@ -36,8 +36,8 @@ class _Gemm(ctypes.Structure):
     _fields_ = (
         ("segments", _Segment * _MOST_OUTPUTS), ("x", ctypes.c_void_p), ("scales", ctypes.c_void_p),
         ("items", ctypes.c_void_p), ("rows_of", ctypes.c_void_p), ("tokens", ctypes.c_int), ("blocks", ctypes.c_int),
-        ("k", ctypes.c_int), ("out_kind", ctypes.c_int), ("whole", ctypes.c_int), ("row_blocks", ctypes.c_int),
-        ("token_blocks", ctypes.c_int),
+        ("k", ctypes.c_int), ("out_kind", ctypes.c_int), ("whole", ctypes.c_int), ("turns", ctypes.c_int),
+        ("row_blocks", ctypes.c_int), ("token_blocks", ctypes.c_int), ("lasting", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ class Launch(Spread):
 
     @property
     def paired(self) -> bool:
-        """Whether two thread blocks of a cluster, neighbours in rows, fetch the inputs of the same tokens for each other."""
+        """Whether two thread blocks of a cluster, neighbours in rows, fetch inputs for each other and take several turns."""
         return self.tokens == 256 and self.split == 2
 
     def instance(self, bits: Sequence[int], group_size: int, items: bool = False) -> str:
@@ -151,11 +151,16 @@ def linear(
     parameters.row_blocks = -(-blocks // 2) * 2 if use.half and use.paired else blocks
     parameters.token_blocks = items.work.shape[0] if items else -(-x.count // use.tokens)
     every = parameters.row_blocks * parameters.token_blocks
-    parameters.whole = whole_blocks(every, use.split, _multiprocessors(device) * use.resident)
+    slots = _multiprocessors(device) * use.resident
+    parameters.whole = whole_blocks(every, use.split, slots)
+    parameters.turns = parameters.whole // use.split + every - parameters.whole
     bits = [w.fmt.bits for w in weights] + [0] * (_MOST_OUTPUTS - len(weights))
     run = _kernel(use, tuple(bits), x.group_size, items is not None, device.index)
-    grid = parameters.whole + (every - parameters.whole) * use.split
-    run((grid, 1, 1), 128 * use.warpgroups, parameters, early=True)
+    # a thread block goes on to the next turn only where sums need no shared memory on their way
+    able = use.half and use.paired and dtype != torch.float32 and all(w.rows % 4 == 0 for w in weights)
+    clusters = min(parameters.turns, slots // use.split) if able else parameters.turns
+    parameters.lasting = clusters < parameters.turns
+    run((clusters * use.split, 1, 1), 128 * use.warpgroups, parameters, early=True)
     return outs
 
 

@@ -44,7 +44,6 @@ def split_of(blocks: int, units: int, multiprocessors: int, resident: int) -> in
 
 
 def whole_blocks(blocks: int, split: int, slots: int) -> int:
-    """How many of them are not split: those that fill the card, in whole clusters, or all if the others would not fit once."""
-    if split == 1 or blocks % slots * split > slots:
-        return blocks
-    return blocks // slots * slots // split * split
+    """How many of them are not split: those that fill the card, or all if the others would not fit once; in whole clusters."""
+    fits = blocks % slots * split <= slots
+    return (blocks // slots * slots if fits else blocks) // split * split

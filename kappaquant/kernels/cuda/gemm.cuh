@@ -17,7 +17,8 @@ struct Gemm {
     const int4* items;    // (expert, first position, positions) for each block of tokens, where there are experts
     const int* rows_of;   // output row of each position, or null
     int tokens, blocks, k, out_kind;  // out_kind: 0 float32, 1 float16, 2 bfloat16
-    int whole, row_blocks, token_blocks;  // see Block
+    int whole, turns, row_blocks, token_blocks;  // see Block
+    int lasting;          // thread blocks go on to further turns before the last
 };
 
 // The words of ROWS / 2 pairs of rows of a unit, `first` and up, plane after plane
@@ -41,28 +42,26 @@ __device__ __forceinline__ void load_words(const uint4* codes, int first, u32* w
     }
 }
 
-// What a thread block multiplies. The first `whole` of them take a block of rows by tokens each; of the rest, with which they
-// would not fill the card once more, SPLIT in a cluster share the input axis. Four blocks of tokens meet the same rows before
-// the next rows are read. With PAIRS the whole ones of a cluster are two neighbours of the same tokens.
+// What a thread block multiplies at a time: a turn of its cluster's. In the turns before the last, the first `whole` blocks of
+// the output are taken one by each thread block; of the rest, with which they would not fill the card once more, SPLIT in a
+// cluster share the input axis. Four blocks of tokens meet the same rows before the next rows are read; NEIGHBOURS of a
+// cluster meet the same tokens.
 struct Block {
     int rows, tokens;  // counted in blocks
-    int rank, ranks;   // of the blocks that share the input axis
-    bool paired;
+    int rank, ranks;   // of the thread blocks that share the input axis
 
-    template <int SPLIT, bool PAIRS> static __device__ __forceinline__ Block mine(const Gemm& p) {
-        constexpr int BAND = 4;
-        int at = blockIdx.x;
-        Block b = {0, 0, 0, 1, PAIRS};
-        if (SPLIT > 1 && at >= p.whole) {
-            b.rank = (at - p.whole) % SPLIT, b.ranks = SPLIT, b.paired = false;
-            at = p.whole + (at - p.whole) / SPLIT;
-        }
-        constexpr int STEP = PAIRS ? 2 : 1;
+    template <int SPLIT, bool NEIGHBOURS> static __device__ __forceinline__ Block of(const Gemm& p, int turn) {
+        constexpr int BAND = 4, STEP = NEIGHBOURS ? SPLIT : 1;
+        const int rank = SPLIT > 1 ? blockIdx.x % SPLIT : 0, full = p.whole / SPLIT;
+        const bool shared = SPLIT > 1 && turn >= full;
+        const int at = shared ? p.whole + turn - full : turn * SPLIT + rank;
         const int band = at / (BAND * p.row_blocks), wide = min(BAND, p.token_blocks - BAND * band);
         const int within = at % (BAND * p.row_blocks) / STEP;
-        b.rows = within / wide * STEP + at % STEP, b.tokens = BAND * band + within % wide;
-        return b;
+        return {within / wide * STEP + at % STEP, BAND * band + within % wide, shared ? rank : 0, shared ? SPLIT : 1};
     }
+
+    // of the input axis: units rank, rank + ranks, ...
+    __device__ __forceinline__ int rounds(const Gemm& p) const { return (p.k / 128 - rank + ranks - 1) / ranks; }
 };
 
 // Which rows a warp multiplies: tiles of 32 rows, or half a tile where PAIRS, of rows r and r + 8, is 1.
@@ -112,93 +111,113 @@ template <int BITS, int GROUP, int PAIRS> struct Reader {
 };
 
 // Where the sums of each token of a block go, in shared memory: looked up at the end, they would be waited for one by one.
-template <int N> struct Targets {
+template <int N, bool ITEMS> struct Targets {
     float scale[N];  // what the token's sums are multiplied by
-    int row[N];      // of the output
+    int row[N];      // of the output, of experts
 
-    // scales: of a position, or null
-    template <int THREADS> __device__ __forceinline__ void fill(const Gemm& p, const Segment& s, const int4& item, const float* scales) {
+    // Begins to fill it. scales: of a position, or null
+    template <int THREADS> __device__ __forceinline__ void fill(const Gemm& p, const int4& item, const float* scales) {
         for (int i = threadIdx.x; i < min(item.z, N); i += THREADS) {
-            scale[i] = s.weight.table.scale * (scales ? __ldg(scales + item.y + i) : 1.f);
-            row[i] = p.rows_of ? __ldg(p.rows_of + item.y + i) : item.y + i;
+            if (scales) copy_word(scale + i, scales + item.y + i);
+            else scale[i] = 1.f;
+            if (ITEMS) copy_word(row + i, p.rows_of + item.y + i);
         }
     }
+
+    __device__ __forceinline__ size_t row_of(const int4& item, int token) const { return ITEMS ? row[token] : item.y + token; }
 };
 
-// four neighbouring rows of a token, or `count` of them
-template <int KIND> __device__ __forceinline__ void store_rows(void* out, size_t at, const float (&v)[4], int count) {
-    if (count == 4 && at % 4 == 0) {
-        if constexpr (KIND == 0) {
-            *reinterpret_cast<float4*>(as<0>(out) + at) = float4{v[0], v[1], v[2], v[3]};
-        } else {
-            const u32 low = (u32)narrow<KIND>(v[0]) | (u32)narrow<KIND>(v[1]) << 16, high = (u32)narrow<KIND>(v[2]) | (u32)narrow<KIND>(v[3]) << 16;
-            *reinterpret_cast<uint2*>(as<KIND>(out) + at) = uint2{low, high};
-        }
-    } else {
+// Sums of a block to the output straight from registers, which leaves shared memory to the next block's inputs: 8 tokens by
+// 16 rows are turned around among the lanes of a warp, so that four of them write 16 rows of a token. For outputs of 16 bits
+// and a multiple of four rows. Each instruction runs once, so that a single block is sooner done by way of shared memory.
+template <int KIND, int N, int PAIRS, int WARPGROUPS>
+__device__ __forceinline__ void write_sums(const Gemm& p, const Segment& s, const int4& item, const Place<PAIRS, WARPGROUPS>& place,
+                                           const float (&sums)[PAIRS][N / 2], const Targets<N, false>& targets) {
+    const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3;
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (i < count) as<KIND>(out)[at + i] = narrow<KIND>(v[i]);
+    for (int pair = 0; pair < PAIRS; pair++) {
+        const int row = place.row0 + 32 * place.in_block + 16 * (place.pair0 + pair), first = row + t % 2 * 8 + t / 2 * 4;
+        const int tokens = first < s.rows ? min(item.z, N) : 0;
+        float bias[2] = {};
+        if (s.bias)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                if (row + 8 * i + r < s.rows) bias[i] = load(s.bias, row + 8 * i + r, KIND);
+        unsigned short* to = as<KIND>(s.out) + (size_t)(item.y + r) * s.rows + first;
+#pragma unroll
+        for (int j = 0; j < N / 8; j++) {
+            const float* y = sums[pair] + 4 * j;
+            const float2 given = *reinterpret_cast<const float2*>(targets.scale + 8 * j + 2 * t);
+            const float2 scale = {given.x * s.weight.table.scale, given.y * s.weight.table.scale};
+            const u32 a = turned(pack<KIND>(y[0] * scale.x + bias[0], y[1] * scale.y + bias[0]));
+            const u32 b = turned(pack<KIND>(y[2] * scale.x + bias[1], y[3] * scale.y + bias[1]));
+            const u32 other = __shfl_xor_sync(0xffffffffu, t % 2 ? a : b, 1);
+            if (8 * j + r < tokens) *reinterpret_cast<uint2*>(to) = uint2{t % 2 ? other : a, t % 2 ? b : other};
+            to += 8 * s.rows;
+        }
     }
 }
 
-// Sums of a block, over those that share its input axis, to the output: side by side in `memory`, which must be free, then in
-// runs of four rows.
-template <int N, int PAIRS, int WARPGROUPS, int SPLIT>
-__device__ __forceinline__ void write_sums(const Gemm& p, const Segment& s, const Block& block, const int4& item,
-                                           const Place<PAIRS, WARPGROUPS>& place, const float (&sums)[PAIRS][N / 2],
-                                           const Targets<N>& targets, float* memory) {
+// Sums of a block to any output, over the blocks that share the input axis: side by side in `memory`, which must be free, then
+// in runs of four rows.
+template <int N, int PAIRS, int WARPGROUPS, int SPLIT, bool ITEMS>
+__device__ __forceinline__ void collect_sums(const Gemm& p, const Segment& s, const Block& block, const int4& item,
+                                             const Place<PAIRS, WARPGROUPS>& place, const float (&sums)[PAIRS][N / 2],
+                                             const Targets<N, ITEMS>& targets, float* memory) {
     constexpr int ROWS = Place<PAIRS, WARPGROUPS>::ROWS, STRIDE = ROWS + 4;  // floats of a token's sums: banks differ
     constexpr int RUNS = ROWS / 4, TOKENS = 128 * WARPGROUPS / RUNS;         // of a token; of the threads at a time
     constexpr int AT_ONCE = 8;                                               // runs of a thread that are on their way
     const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3;
+    const bool shared = SPLIT > 1 && block.ranks > 1;
 #pragma unroll
     for (int pair = 0; pair < PAIRS; pair++)
 #pragma unroll
         for (int i = 0; i < N / 2; i++)
             memory[(i / 4 * 8 + 2 * t + i % 2) * STRIDE + 32 * place.in_block + 16 * (place.pair0 + pair) + i / 2 % 2 * 8 + r] = sums[pair][i];
-    const bool shared = SPLIT > 1 && block.ranks > 1;
     if (shared) cluster_sync();
     else __syncthreads();
 
-    const int run = threadIdx.x % RUNS, row = place.row0 + 4 * run, count = min(s.rows - row, 4);
+    const int run = threadIdx.x % RUNS, row = place.row0 + 4 * run, count = s.rows - row;
     const int tokens = min(item.z, N), step = block.ranks * TOKENS;
     float bias[4] = {};
     if (s.bias)
 #pragma unroll
         for (int i = 0; i < 4; i++)
             if (i < count) bias[i] = load(s.bias, row + i, p.out_kind);
-    auto write = [&](auto kind) {
-        for (int first = block.rank * TOKENS + threadIdx.x / RUNS; first < tokens; first += AT_ONCE * step) {
-            float4 y[AT_ONCE];
-            float scale[AT_ONCE];
-            int to[AT_ONCE];
+    for (int first = block.rank * TOKENS + threadIdx.x / RUNS; first < tokens && count > 0; first += AT_ONCE * step) {
+        float4 y[AT_ONCE];
+        float scale[AT_ONCE];
+        size_t at[AT_ONCE];
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) {
-                const int token = min(first + j * step, tokens - 1);
-                const float* from = memory + token * STRIDE + 4 * run;
-                scale[j] = targets.scale[token], to[j] = targets.row[token];
-                if (shared) {
-                    y[j] = {};
+        for (int j = 0; j < AT_ONCE; j++) {
+            const int token = min(first + j * step, tokens - 1);
+            const float* from = memory + token * STRIDE + 4 * run;
+            scale[j] = targets.scale[token] * s.weight.table.scale;
+            at[j] = targets.row_of(item, token) * s.rows + row;
+            if (shared) {
+                y[j] = {};
 #pragma unroll
-                    for (int other = 0; other < SPLIT; other++) {
-                        const float4 part = load_remote_four(shared_address(from), other);
-                        y[j].x += part.x; y[j].y += part.y; y[j].z += part.z; y[j].w += part.w;
-                    }
-                } else {
-                    y[j] = *reinterpret_cast<const float4*>(from);
+                for (int other = 0; other < SPLIT; other++) {
+                    const float4 part = load_remote_four(shared_address(from), other);
+                    y[j].x += part.x; y[j].y += part.y; y[j].z += part.z; y[j].w += part.w;
                 }
-            }
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) {
-                const float v[4] = {y[j].x * scale[j] + bias[0], y[j].y * scale[j] + bias[1], y[j].z * scale[j] + bias[2], y[j].w * scale[j] + bias[3]};
-                if (first + j * step < tokens) store_rows<decltype(kind)::value>(s.out, (size_t)to[j] * s.rows + row, v, count);
+            } else {
+                y[j] = *reinterpret_cast<const float4*>(from);
             }
         }
-    };
-    if (count > 0) {
-        if (p.out_kind == 0) write(Constant<0>{});
-        else if (p.out_kind == 1) write(Constant<1>{});
-        else write(Constant<2>{});
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+            if (first + j * step >= tokens) break;
+            const float v[4] = {y[j].x * scale[j] + bias[0], y[j].y * scale[j] + bias[1], y[j].z * scale[j] + bias[2], y[j].w * scale[j] + bias[3]};
+            if (s.rows % 4 == 0 && p.out_kind != 0) {
+                *reinterpret_cast<uint2*>(as<2>(s.out) + at[j]) = p.out_kind == 1 ? uint2{pack<1>(v[0], v[1]), pack<1>(v[2], v[3])}
+                                                                                  : uint2{pack<2>(v[0], v[1]), pack<2>(v[2], v[3])};
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (i < count) store(s.out, at[j] + i, v[i], p.out_kind);
+            }
+        }
     }
     if (shared) cluster_sync();  // others read this block's sums
 }

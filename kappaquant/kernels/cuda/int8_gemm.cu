@@ -29,14 +29,13 @@ __device__ __forceinline__ void decode(const Reader<BITS, GROUP, PAIRS>& unit, c
 
 template <int BITS, int GROUP, int N, int WARPGROUPS, int SPLIT, int STAGES>
 __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const Block& block, const int4& item, char* memory, u32 barriers,
-                                        Targets<N>& targets) {
+                                        Targets<N, false>& targets) {
     constexpr int PAIRS = N == 128 ? 1 : 2;       // pairs of rows of a tile that a warp multiplies
     constexpr int GROUPS = GROUP < 128 ? 128 / GROUP : 1, STEPS = 4 / GROUPS;  // in a unit; products of a group
     constexpr int SLACK = STAGES > 3 ? 1 : 0;     // rounds that other warps may lag before this one waits to refill
     constexpr int VALUES = N / 8 * UNIT, SCALES = 8 * N;  // bytes of a stage, of a group
     const Place<PAIRS, WARPGROUPS> place(s, block, item.x);
-    const int lane = threadIdx.x & 31, t = lane & 3, rank = block.rank, step = SPLIT > 1 ? block.ranks : 1;
-    const int units = p.k / 128, rounds = (units - rank + step - 1) / step;
+    const int lane = threadIdx.x & 31, t = lane & 3, rank = block.rank, step = block.ranks, rounds = block.rounds(p);
     Reader<BITS, GROUP, PAIRS> next(s.weight, place.tile, place.pair0, p.k);
     const u32 values = shared_address(memory), scales = values + STAGES * VALUES, full = barriers, empty = barriers + 8 * STAGES;
 
@@ -63,7 +62,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
     let_next_start();
     if (threadIdx.x == 0)
         for (int i = 0; i < STAGES && i < rounds; i++) fetch(i);
-    targets.template fill<128 * WARPGROUPS>(p, s, item, nullptr);
+    targets.template fill<128 * WARPGROUPS>(p, item, nullptr);
     for (int round = 0; round < rounds; round++) {
         const int stage = round % STAGES, unit = rank + round * step;
         const u64 b = swizzled(values + stage * VALUES, UNIT);
@@ -113,8 +112,9 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
             fetch(old + STAGES);
         }
     }
+    copies_wait();
     __syncthreads();
-    write_sums<N, PAIRS, WARPGROUPS, SPLIT>(p, s, block, item, place, sums, targets, reinterpret_cast<float*>(memory));
+    collect_sums<N, PAIRS, WARPGROUPS, SPLIT>(p, s, block, item, place, sums, targets, reinterpret_cast<float*>(memory));
 }
 
 // B1..B4: bits of each output that reads this input, 0 for none.
@@ -124,12 +124,12 @@ __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(S
     constexpr int BODY = STAGES * (N / 8 * UNIT + (GROUP < 128 ? 128 / GROUP : 1) * 8 * N);
     constexpr int SUMS = N * (Place<N == 128 ? 1 : 2, WARPGROUPS>::ROWS + 4) * 4;
     extern __shared__ __align__(1024) char memory[];  // inputs or sums, barriers, targets
-    const Block block = Block::mine<SPLIT, false>(p);
+    const Block block = Block::of<SPLIT, false>(p, blockIdx.x / SPLIT);
     const int first_token = block.tokens * N;
     const int4 item = {0, first_token, min(N, p.tokens - first_token), 0};
     char* behind = memory + (BODY > SUMS ? BODY : SUMS);
     const u32 barriers = shared_address(behind);
-    Targets<N>& targets = *reinterpret_cast<Targets<N>*>(behind + 128);
+    Targets<N, false>& targets = *reinterpret_cast<Targets<N, false>*>(behind + 128);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(barriers + 8 * i, 1);

@@ -25,6 +25,15 @@ template <int KIND> __device__ __forceinline__ typename Number<KIND>::type narro
     }
 }
 
+// two numbers of 16 bits, the first below
+template <int KIND> __device__ __forceinline__ u32 pack(float a, float b) {
+    static_assert(KIND != 0, "16 bits");
+    u32 both;
+    if constexpr (KIND == 1) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+    else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+    return both;
+}
+
 template <int KIND> __device__ __forceinline__ float rounded(float v) { return widen<KIND>(narrow<KIND>(v)); }
 
 template <int KIND> __device__ __forceinline__ typename Number<KIND>::type* as(void* p) {

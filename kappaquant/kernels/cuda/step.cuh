@@ -25,7 +25,6 @@ __device__ __forceinline__ float number(u32 bits, int kind) {
 
 template <int KIND> __device__ __forceinline__ float low(u32 pair) { return widen<KIND>((unsigned short)(pair & 0xffff)); }
 template <int KIND> __device__ __forceinline__ float high(u32 pair) { return widen<KIND>((unsigned short)(pair >> 16)); }
-template <int KIND> __device__ __forceinline__ u32 pack(float a, float b) { return (u32)narrow<KIND>(a) | (u32)narrow<KIND>(b) << 16; }
 
 __device__ __forceinline__ float sigmoid(float v) { return 1.f / (1.f + expf(-v)); }
 

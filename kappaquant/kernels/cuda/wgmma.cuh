@@ -35,6 +35,19 @@ __device__ __forceinline__ void bulk_copy_to_pair(u32 to, const void* from, u32 
         ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "h"((unsigned short)3) : "memory");
 }
 
+// a word on its way to shared memory; copies_wait() of the thread that asked for it before it is there
+__device__ __forceinline__ void copy_word(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// 8 x 8 numbers of 16 bits, two neighbours of a row in each lane, transposed
+__device__ __forceinline__ u32 turned(u32 v) {
+    u32 out;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
+    return out;
+}
+
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
