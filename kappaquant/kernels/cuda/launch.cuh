@@ -8,6 +8,14 @@ __device__ __forceinline__ void wait_for_earlier() {
 #endif
 }
 
+// The same below a read at `address`, an even one: only because the wait asks for it does the compiler let the read come first.
+__device__ __forceinline__ void wait_for_earlier(const void* address) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .pred even;\n.reg .b64 odd;\nand.b64 odd, %0, 1;\nsetp.eq.u64 even, odd, 0;\n@even griddepcontrol.wait;\n}"
+        ::"l"(address) : "memory");
+#endif
+}
+
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");

@@ -92,10 +92,10 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
     const uint2* norms = w.norms + (size_t)tile * (in.k / GROUP) * 8 + r;
 
     uint4 next[BITS];
-    if (first < units)
+    const uint4* begin = codes + (size_t)min(first, units - 1) * BITS * 32;
 #pragma unroll
-        for (int i = 0; i < BITS; i++) next[i] = stream(codes + ((size_t)first * BITS + i) * 32);
-    wait_for_earlier();  // weights come first: no kernel writes them
+    for (int i = 0; i < BITS; i++) next[i] = stream(begin + i * 32);
+    wait_for_earlier(begin);  // weights come first: no kernel writes them
     for (int unit = first; unit < units; unit += step) {
         u32 words[4 * BITS];
 #pragma unroll
@@ -107,48 +107,52 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
 #pragma unroll
             for (int i = 0; i < BITS; i++) next[i] = stream(codes + ((size_t)(unit + step) * BITS + i) * 32);
 
-        u32 a[4][WORDS];
+        constexpr int ROWS = HALF ? 2 : 4;                // of a lane that are decoded at a time, as registers allow
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            u32 mine[BITS];
-            row_words<BITS>(words, i, mine);
-            if constexpr (HALF) decode_half<BITS>(mine, w.table, lut, a[i]);
-            else decode_int8<BITS>(mine, w.table, a[i]);
-        }
+        for (int row = 0; row < 4; row += ROWS) {
+            u32 a[ROWS][WORDS];
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
-            int token = ONE ? token0 : token0 + 8 * n + r;
-            if (!ONE) token = token < tokens ? token : tokens - 1;
-            u32 b[WORDS];
-            load_x<WORDS, SUB / 4 * SIZE, SUB * SIZE>(
-                reinterpret_cast<const char*>(in.x) + ((size_t)token * in.k + unit * 128 + t * (SUB / 4)) * SIZE, b);
+            for (int i = 0; i < ROWS; i++) {
+                u32 mine[BITS];
+                row_words<BITS>(words, row + i, mine);
+                if constexpr (HALF) decode_half<BITS>(mine, w.table, lut, a[i]);
+                else decode_int8<BITS>(mine, w.table, a[i]);
+            }
 #pragma unroll
-            for (int g = 0; g < GROUPS; g++) {
-                size_t at = ((size_t)unit * 128 / GROUP + g) * in.padded;
-                float2 scale, half = {0.f, 0.f};
-                // a group of 256 is met twice and corrected once
-                const bool corrected = !HALF && BITS >= 4 && (GROUP <= 128 || unit % 2 == 0);
-                if constexpr (ONE) {
-                    scale.x = scale.y = __ldg(in.scales + at + token0);
-                    if (corrected) half.x = half.y = __ldg(in.halves + at + token0);
-                } else {
-                    at += token0 + 8 * n + 2 * t;
-                    scale = __ldg(reinterpret_cast<const float2*>(in.scales + at));
-                    if (corrected) half = __ldg(reinterpret_cast<const float2*>(in.halves + at));
-                }
+            for (int n = 0; n < NT; n++) {
+                int token = ONE ? token0 : token0 + 8 * n + r;
+                if (!ONE) token = token < tokens ? token : tokens - 1;
+                u32 b[WORDS];
+                load_x<WORDS, SUB / 4 * SIZE, SUB * SIZE>(
+                    reinterpret_cast<const char*>(in.x) + ((size_t)token * in.k + unit * 128 + t * (SUB / 4)) * SIZE, b);
 #pragma unroll
-                for (int pair = 0; pair < 2; pair++) {
-                    Acc sum[4] = {};
+                for (int g = 0; g < GROUPS; g++) {
+                    size_t at = ((size_t)unit * 128 / GROUP + g) * in.padded;
+                    float2 scale, half = {0.f, 0.f};
+                    // a group of 256 is met twice and corrected once
+                    const bool corrected = !HALF && BITS >= 4 && (GROUP <= 128 || unit % 2 == 0);
+                    if constexpr (ONE) {
+                        scale.x = scale.y = __ldg(in.scales + at + token0);
+                        if (corrected) half.x = half.y = __ldg(in.halves + at + token0);
+                    } else {
+                        at += token0 + 8 * n + 2 * t;
+                        scale = __ldg(reinterpret_cast<const float2*>(in.scales + at));
+                        if (corrected) half = __ldg(reinterpret_cast<const float2*>(in.halves + at));
+                    }
 #pragma unroll
-                    for (int step = g * STEPS; step < (g + 1) * STEPS; step++)
-                        mma(sum, a[2 * pair][2 * step], a[2 * pair + 1][2 * step], a[2 * pair][2 * step + 1],
-                            a[2 * pair + 1][2 * step + 1], b[2 * step], b[2 * step + 1]);
-                    u32 both = pair ? norm[g].y : norm[g].x;
-                    float n0 = widen<1>((unsigned short)both), n1 = widen<1>((unsigned short)(both >> 16));
-                    out[pair][n][0] += ((float)sum[0] + half.x) * (n0 * scale.x);
-                    out[pair][n][1] += ((float)sum[1] + half.y) * (n0 * scale.y);
-                    out[pair][n][2] += ((float)sum[2] + half.x) * (n1 * scale.x);
-                    out[pair][n][3] += ((float)sum[3] + half.y) * (n1 * scale.y);
+                    for (int i = 0; i < ROWS; i += 2) {
+                        const int pair = (row + i) / 2;
+                        Acc sum[4] = {};
+#pragma unroll
+                        for (int step = g * STEPS; step < (g + 1) * STEPS; step++)
+                            mma(sum, a[i][2 * step], a[i + 1][2 * step], a[i][2 * step + 1], a[i + 1][2 * step + 1], b[2 * step], b[2 * step + 1]);
+                        u32 both = pair ? norm[g].y : norm[g].x;
+                        float n0 = widen<1>((unsigned short)both), n1 = widen<1>((unsigned short)(both >> 16));
+                        out[pair][n][0] += ((float)sum[0] + half.x) * (n0 * scale.x);
+                        out[pair][n][1] += ((float)sum[1] + half.y) * (n0 * scale.y);
+                        out[pair][n][2] += ((float)sum[2] + half.x) * (n1 * scale.x);
+                        out[pair][n][3] += ((float)sum[3] + half.y) * (n1 * scale.y);
+                    }
                 }
             }
         }
