@@ -55,7 +55,6 @@ class Launch(Spread):
 
     @property
     def paired(self) -> bool:
-        """Whether two thread blocks of a cluster, neighbours in rows, fetch inputs for each other and take several turns."""
         return self.tokens == 256 and self.split == 2
 
     def instance(self, bits: Sequence[int], group_size: int, items: bool = False) -> str:
@@ -148,7 +147,7 @@ def linear(
         bias = address(biases[i] if biases else None)
         parameters.segments[i] = _Segment(weight.parameters(x.half), out.data_ptr(), bias, weight.rows, blocks)
         blocks += -(-weight.rows // use.rows)
-    parameters.row_blocks = -(-blocks // 2) * 2 if use.half and use.paired else blocks
+    parameters.row_blocks = -(-blocks // 2) * 2 if use.paired else blocks
     parameters.token_blocks = items.work.shape[0] if items else -(-x.count // use.tokens)
     every = parameters.row_blocks * parameters.token_blocks
     slots = _multiprocessors(device) * use.resident
@@ -157,7 +156,7 @@ def linear(
     bits = [w.fmt.bits for w in weights] + [0] * (_MOST_OUTPUTS - len(weights))
     run = _kernel(use, tuple(bits), x.group_size, items is not None, device.index)
     # a thread block goes on to the next turn only where its sums need little shared memory on their way
-    able = use.half and use.paired and dtype != torch.float32 and all(w.rows % 8 == 0 for w in weights)
+    able = use.paired and dtype != torch.float32 and all(w.rows % 8 == 0 for w in weights)
     clusters = min(parameters.turns, slots // use.split) if able else parameters.turns
     parameters.lasting = clusters < parameters.turns
     run((clusters * use.split, 1, 1), 128 * use.warpgroups, parameters, early=True)

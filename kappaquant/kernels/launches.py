@@ -26,6 +26,11 @@ class Spread:
     stages: int
     resident: int
 
+    @property
+    def paired(self) -> bool:
+        """Whether two thread blocks of a cluster, neighbours in rows, fetch inputs for each other and take several turns."""
+        return False
+
 
 def split_of(blocks: int, units: int, multiprocessors: int, resident: int) -> int:
     """How many may share the input axis of the blocks that do not fill the card once more.
