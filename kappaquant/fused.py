@@ -1,6 +1,7 @@
 """Whole decoder layers of Qwen3.5-MoE for one new token a sequence: eleven launches where the modules make ninety.
 
-The layers stay transformers' own, with its cache; only a step of one token, on packed weights on a GPU, takes this way:
+The layers stay transformers' own, with its cache; only a step of one token, on packed weights on a GPU, takes this way (of
+prompts only GatedDeltaNet's rule is replaced, see recurrent.py):
 
     norm, rotate | q, k, v or qkv, z | attention or GatedDeltaNet | out | add, norm, rotate | router | gate, up | silu, rotate | down, add
 """
@@ -21,6 +22,7 @@ from kappaquant.format import Format
 from kappaquant.gpu_ops import needs_half
 from kappaquant.kernels import attention, deltanet, dense, experts, inputs, route, tensor_cores, tiles
 from kappaquant.nn import PackedWeight, QuantLinear
+from kappaquant.recurrent import PromptMixer
 
 logger = logging.getLogger("kappaquant")
 
@@ -48,6 +50,8 @@ def fuse(model: nn.Module) -> list[str]:
             continue
         if not isinstance(layer.__dict__.get("forward"), FusedLayer):
             layer.forward = FusedLayer(layer, starts)
+            if hasattr(layer, "linear_attn") and PromptMixer.refusal(layer.linear_attn) is None:
+                layer.linear_attn.forward = PromptMixer(layer.linear_attn)
         fused.append(name)
     for reason, names in unfused.items():
         logger.warning("%s%s: not fused: %s", names[0], f" and {len(names) - 1} more" if names[1:] else "", reason)

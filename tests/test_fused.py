@@ -57,13 +57,14 @@ class TestOnGpu:
         for fuse in (True, False):
             if not fuse:
                 for layer in model.modules():
-                    vars(layer).pop("forward", None)
+                    if isinstance(vars(layer).get("forward"), fused.FusedLayer):
+                        del layer.forward
             decoder = Decoder(model, batch, 64, graph=False)
             logits = [decoder.prefill(tokens[:, :6], mask)]
             logits += [decoder.step(tokens[:, i]) for i in range(6, 30)]
             runs.append(torch.stack(logits).float())
         error = (runs[0] - runs[1]).norm(dim=-1) / runs[0].norm(dim=-1)
-        assert torch.equal(runs[0][0], runs[1][0])  # prompts take the usual way
+        assert torch.equal(runs[0][0], runs[1][0])  # prompts take the same way
         assert float(error.median()) < 0.03, error.flatten().tolist()  # bf16 roundings, and routers that they tip over
 
     def test_a_graph_gives_the_same_tokens(self, plan: str, architecture: str, batch: int, tmp_path: Path) -> None:

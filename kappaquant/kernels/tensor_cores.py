@@ -132,8 +132,7 @@ def choose(tokens: int, tile_count: int, units: int, bits: int) -> Launch:
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 64 else 16
     if token_tiles == 4:
         return Launch(token_tiles, 2, 4, 0)
-    warps = 4
-    most = 4 if token_tiles == 16 else 16  # their sums must fit in shared memory
+    warps, most = 4, 4 if token_tiles == 16 else 16  # their sums must fit in shared memory
     while warps < most and tile_count * warps < 1700 and 4 * warps <= units:
         warps *= 2
     return Launch(token_tiles, 1, warps, 0 if token_tiles > 1 else {2: 24, 3: 28}.get(bits, 16))

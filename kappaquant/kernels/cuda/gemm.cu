@@ -186,7 +186,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
             if (p.out_kind == 1) write_sums<1, N, WARPGROUPS>(p, s, item, place, sums, targets, room);
             else write_sums<2, N, WARPGROUPS>(p, s, item, place, sums, targets, room);
             __syncwarp();
-            leave(stage);
+            if (turn + gridDim.x / SPLIT < p.turns) leave(stage);  // for the next turn's inputs
             return;
         }
     collect_sums<N, PAIRS, WARPGROUPS, SPLIT>(p, s, block, item, place, sums, targets, reinterpret_cast<float*>(memory));
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(S
         cluster_arrive(), cluster_wait();  // the other one's barriers are ready too
         Feeder<N, STAGES> feeder(p, memory, barriers);
         for (int turn = blockIdx.x / SPLIT; turn < p.turns; turn += gridDim.x / SPLIT) take(turn, feeder);
-        cluster_arrive(), cluster_wait();  // the other one may still arrive at barriers of this one
+        cluster_sync();  // what this one has done to the other one's barriers is done before either ends
     } else {
         if constexpr (ITEMS) wait_for_earlier();  // for the items
         Constant<0> none;
