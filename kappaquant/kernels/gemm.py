@@ -155,8 +155,8 @@ def linear(
     parameters.turns = parameters.whole // use.split + every - parameters.whole
     bits = [w.fmt.bits for w in weights] + [0] * (_MOST_OUTPUTS - len(weights))
     run = _kernel(use, tuple(bits), x.group_size, items is not None, device.index)
-    # a thread block goes on to the next turn only where its sums need little shared memory on their way
-    able = use.paired and dtype != torch.float32 and all(w.rows % 8 == 0 for w in weights)
+    # a thread block goes on to the next turn only where its sums need no shared memory on their way
+    able = use.paired and dtype != torch.float32 and all(w.rows % 4 == 0 for w in weights)
     clusters = min(parameters.turns, slots // use.split) if able else parameters.turns
     parameters.lasting = clusters < parameters.turns
     run((clusters * use.split, 1, 1), 128 * use.warpgroups, parameters, early=True)

@@ -92,7 +92,7 @@ template <int N, int STAGES> struct Feeder {
 // A block of the output. For pairs, feeder: what fetches inputs, and past: rounds of the turns before.
 template <int BITS, int GROUP, int N, int WARPGROUPS, int SPLIT, int STAGES, bool ITEMS, typename Feeder>
 __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const Block& block, const int4& item, const u32* lut,
-                                        char* memory, u32 barriers, Targets<N, ITEMS>& targets, Feeder& feeder, int turn, int& past) {
+                                        char* memory, u32 barriers, Targets<N, ITEMS>& targets, Feeder& feeder, int& past) {
     constexpr bool PAIRED = paired(N, SPLIT);
     constexpr int PAIRS = N == 256 ? 1 : 2;                 // pairs of rows of a tile that a warp multiplies
     constexpr int WORDS = N < 128 ? 16 : 8;                 // of a row between two waits, as registers allow
@@ -169,24 +169,17 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
             }
         }
     }
-    if constexpr (PAIRED)
-        if (turn + gridDim.x / SPLIT < p.turns) {  // the next turn's codes are on their way while sums leave
-            const Block after = Block::of<SPLIT, PAIRED>(p, turn + gridDim.x / SPLIT);
-            const Place<PAIRS, WARPGROUPS> place(s, after, 0);
-            if (after.rows >= s.first_block) Reader<BITS, GROUP, PAIRS>(s.weight, place.tile, place.pair0, p.k).prefetch(after.rank);
-        }
     wgmma_wait<0>();
+    if constexpr (PAIRED) {
+        past += rounds;
+        if (rounds) leave((past - 1) % STAGES);
+    }
     copies_wait();
     __syncthreads();  // targets are there, and the stages have been read
     if constexpr (PAIRED)
         if (p.lasting && step == 1) {
-            past += rounds;
-            const int stage = (past - 1) % STAGES;
-            char* const room = memory + stage * (N / 8 * UNIT);
-            if (p.out_kind == 1) write_sums<1, N, WARPGROUPS>(p, s, item, place, sums, targets, room);
-            else write_sums<2, N, WARPGROUPS>(p, s, item, place, sums, targets, room);
-            __syncwarp();
-            if (turn + gridDim.x / SPLIT < p.turns) leave(stage);  // for the next turn's inputs
+            if (p.out_kind == 1) write_sums<1, N, PAIRS, WARPGROUPS>(p, s, item, place, sums, targets);
+            else write_sums<2, N, PAIRS, WARPGROUPS>(p, s, item, place, sums, targets);
             return;
         }
     collect_sums<N, PAIRS, WARPGROUPS, SPLIT>(p, s, block, item, place, sums, targets, reinterpret_cast<float*>(memory));
@@ -231,7 +224,7 @@ __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(S
             constexpr int HALF = ITEMS && N > 8 && N <= 128 ? N / 2 : N;
             auto multiply = [&](auto tokens) {
                 constexpr int T = decltype(tokens)::value;
-                product<B, GROUP, T, WARPGROUPS, SPLIT, STAGES>(p, s, block, item, lut, memory, barriers, *reinterpret_cast<Targets<T, ITEMS>*>(targets), feeder, turn, past);
+                product<B, GROUP, T, WARPGROUPS, SPLIT, STAGES>(p, s, block, item, lut, memory, barriers, *reinterpret_cast<Targets<T, ITEMS>*>(targets), feeder, past);
             };
             if (HALF < N && item.z <= HALF) multiply(Constant<HALF>{});
             else multiply(Constant<N>{});

@@ -95,14 +95,6 @@ template <int BITS, int GROUP, int PAIRS> struct Reader {
         norms = reinterpret_cast<const u32*>(w.norms + tile * (k / GROUP) * 8 + (lane >> 2));
     }
 
-    // has a unit brought to the L2 cache
-    __device__ __forceinline__ void prefetch(int unit) const {
-#pragma unroll
-        for (int i = 0; i < BITS; i++) asm volatile("prefetch.global.L2 [%0];" ::"l"(codes + ((size_t)unit * BITS + i) * 32));
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++) asm volatile("prefetch.global.L2 [%0];" ::"l"(norms + ((size_t)unit * 128 / GROUP + g) * 16));
-    }
-
     __device__ __forceinline__ void read(int unit) {
         load_words<BITS, 2 * PAIRS>(codes + (size_t)unit * BITS * 32, pair0, words);
 #pragma unroll
@@ -135,43 +127,35 @@ template <int N, bool ITEMS> struct Targets {
     __device__ __forceinline__ size_t row_of(const int4& item, int token) const { return ITEMS ? row[token] : item.y + token; }
 };
 
-// Sums of a block to the output by way of one stage, which leaves the others to the next block's inputs. For outputs of 16 bits
-// and a multiple of eight rows. A token's rows lie side by side in runs of 16 bytes, permuted by exclusive or with its number.
-template <int KIND, int N, int WARPGROUPS>
-__device__ __forceinline__ void write_sums(const Gemm& p, const Segment& s, const int4& item, const Place<1, WARPGROUPS>& place,
-                                           const float (&sums)[1][N / 2], const Targets<N, false>& targets, char* stage) {
-    constexpr int ROWS = Place<1, WARPGROUPS>::ROWS, RUNS = ROWS / 8;
-    const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3, row = 32 * place.in_block + 16 * place.pair0;
-    float bias[2] = {};
-    if (s.bias)
+// Sums of a block to the output straight from registers, which leaves shared memory to the next block's inputs: 8 tokens by
+// 16 rows are turned around among the lanes of a warp, so that four of them write 16 rows of a token. For outputs of 16 bits
+// and a multiple of four rows. Each instruction runs once, so that a single block is sooner done by way of shared memory.
+template <int KIND, int N, int PAIRS, int WARPGROUPS>
+__device__ __forceinline__ void write_sums(const Gemm& p, const Segment& s, const int4& item, const Place<PAIRS, WARPGROUPS>& place,
+                                           const float (&sums)[PAIRS][N / 2], const Targets<N, false>& targets) {
+    const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3;
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            if (place.row0 + row + 8 * i + r < s.rows) bias[i] = load(s.bias, place.row0 + row + 8 * i + r, KIND);
-    // where this lane's part of four blocks of 8 x 8 begins: 8 rows of a token, the next 8, and both for 8 tokens on
-    const int token = lane / 16 * 8 + lane % 8, run = row / 8 + lane / 8 % 2;
-    const u32 to = shared_address(stage) + token * ROWS * 2 + (run ^ token % 8) * 16;
+    for (int pair = 0; pair < PAIRS; pair++) {
+        const int row = place.row0 + 32 * place.in_block + 16 * (place.pair0 + pair), first = row + t % 2 * 8 + t / 2 * 4;
+        const int tokens = first < s.rows ? min(item.z, N) : 0;
+        float bias[2] = {};
+        if (s.bias)
 #pragma unroll
-    for (int j = 0; j < N / 16; j++) {
-        u32 v[4];
+            for (int i = 0; i < 2; i++)
+                if (row + 8 * i + r < s.rows) bias[i] = load(s.bias, row + 8 * i + r, KIND);
+        unsigned short* to = as<KIND>(s.out) + (size_t)(item.y + r) * s.rows + first;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const float* y = sums[0] + 4 * (2 * j + i);
-            const float2 given = *reinterpret_cast<const float2*>(targets.scale + 8 * (2 * j + i) + 2 * t);
+        for (int j = 0; j < N / 8; j++) {
+            const float* y = sums[pair] + 4 * j;
+            const float2 given = *reinterpret_cast<const float2*>(targets.scale + 8 * j + 2 * t);
             const float2 scale = {given.x * s.weight.table.scale, given.y * s.weight.table.scale};
-            v[2 * i] = pack<KIND>(y[0] * scale.x + bias[0], y[1] * scale.y + bias[0]);
-            v[2 * i + 1] = pack<KIND>(y[2] * scale.x + bias[1], y[3] * scale.y + bias[1]);
+            const u32 a = turned(pack<KIND>(y[0] * scale.x + bias[0], y[1] * scale.y + bias[0]));
+            const u32 b = turned(pack<KIND>(y[2] * scale.x + bias[1], y[3] * scale.y + bias[1]));
+            const u32 other = __shfl_xor_sync(0xffffffffu, t % 2 ? a : b, 1);
+            if (8 * j + r < tokens) *reinterpret_cast<uint2*>(to) = uint2{t % 2 ? other : a, t % 2 ? b : other};
+            to += 8 * s.rows;
         }
-        store_transposed(to + j * 16 * ROWS * 2, v);
     }
-    __syncthreads();
-    const int runs = min(item.z, N) * RUNS;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < runs; i += 128 * WARPGROUPS) {
-        const int token = i / RUNS, run = i % RUNS, first = place.row0 + 8 * run;
-        const uint4 eight = *reinterpret_cast<const uint4*>(stage + token * ROWS * 2 + (run ^ token % 8) * 16);
-        if (first < s.rows) *reinterpret_cast<uint4*>(as<KIND>(s.out) + (size_t)(item.y + token) * s.rows + first) = eight;
-    }
-    copies_may_follow();
 }
 
 // Sums of a block to any output, over the blocks that share the input axis: side by side in `memory`, which must be free, then

@@ -41,13 +41,11 @@ __device__ __forceinline__ void copy_word(void* to, const void* from) {
 }
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// what this thread has read or written of shared memory comes before bulk copies that are asked for later
-__device__ __forceinline__ void copies_may_follow() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// four blocks of 8 x 8 numbers of 16 bits, as tensor cores leave them, transposed: lane i has where row i % 8 of block i / 8 goes
-__device__ __forceinline__ void store_transposed(u32 to, const u32 (&v)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
-        ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+// 8 x 8 numbers of 16 bits, two neighbours of a row in each lane, transposed
+__device__ __forceinline__ u32 turned(u32 v) {
+    u32 out;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
+    return out;
 }
 
 __device__ __forceinline__ void cluster_sync() {
