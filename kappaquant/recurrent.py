@@ -59,9 +59,8 @@ def delta_rule(
     solved = torch.linalg.solve_triangular(
         system, torch.cat([v * b, k * b * since], dim=-1), upper=False, unitriangular=True
     )
-    values, reading = solved.split(
-        [v.shape[-1], k.shape[-1]], dim=-1
-    )  # what is written, less what the state gives for these
+    # what is written, less what the state gives for these
+    values, reading = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
     attention = q @ k.transpose(-1, -2) * between
     q, k, decay = q * since, (k * until).transpose(-1, -2), total[..., -1].exp()[..., None, None]
 
@@ -97,8 +96,7 @@ class PromptMixer:
     ) -> Tensor:
         """[B, T, hidden] -> [B, T, hidden]; ``attention_mask`` [B, T] is 0 for padding."""
         m, (batch, tokens, _) = self._module, hidden_states.shape
-        own = tokens == 1 or torch.is_grad_enabled() or kwargs.get("cu_seq_lens_q") is not None
-        if own:
+        if tokens == 1 or torch.is_grad_enabled() or kwargs.get("cu_seq_lens_q") is not None:
             out: Tensor = type(m).forward(
                 m, hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs
             )

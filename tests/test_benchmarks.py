@@ -11,7 +11,18 @@ from kappaquant.format import BITS
 
 @pytest.mark.parametrize(
     "name",
-    ["codec_error", "demo", "plan_sizes", "quantize_cost", "gpu_kernels", "gpu_decode", "gpu_encode", "activations"],
+    [
+        "codec_error",
+        "demo",
+        "plan_sizes",
+        "quantize_cost",
+        "gpu_kernels",
+        "gpu_decode",
+        "gpu_encode",
+        "activations",
+        "gpu_kernels_2026-11-25",
+        "gpu_decode_2026-11-25",
+    ],
 )
 def test_results_say_what_they_ran_on(name: str) -> None:
     about = result(name)["environment"]

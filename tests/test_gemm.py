@@ -10,6 +10,7 @@ from kappaquant.errors import UnsupportedError
 from kappaquant.format import BITS, FORMATS, GROUP_SIZES, Format
 from kappaquant.kernels import gemm, inputs, int8_gemm, nvrtc, sorted_experts, tensor_cores, tiles
 from kappaquant.kernels.gemm import Launch
+from kappaquant.kernels.launches import whole_blocks
 from kappaquant.kernels.tensor_cores import INT8_BITS, Weight
 
 ALL = sorted(FORMATS.values(), key=lambda f: (f.bits, f.group_size))
@@ -47,6 +48,26 @@ def test_products_of_experts_compile() -> None:
     for bits, use in ((3, sorted_experts.choose(512, 256)), (6, sorted_experts.choose(16384, 256))):
         instance = use.instance([bits, 0, 0, 0], 128, items=True)
         assert nvrtc.compiled(use.file, instance, "sm_90a")[0].startswith(b"\x7fELF")
+
+
+@needs_compiler
+def test_pairs_are_not_for_experts() -> None:
+    with pytest.raises(UnsupportedError, match="pairs do not fetch inputs of experts"):
+        nvrtc.compiled("gemm.cu", Launch(256, 2, 2, 3, 1).instance([3, 0, 0, 0], 128, items=True), "sm_90a")
+
+
+@pytest.mark.parametrize("split", [1, 2, 4, 8])
+@pytest.mark.parametrize("slots", [132, 264])
+def test_blocks_are_split_only_where_the_others_fill_the_card(split: int, slots: int) -> None:
+    for blocks in range(1, 3 * slots):
+        whole = whole_blocks(blocks, split, slots)
+        rest = blocks - whole
+        assert 0 <= whole <= blocks
+        assert whole % split == 0  # every thread block of a cluster has one
+        if blocks % slots * split <= slots:
+            assert rest <= slots // split + split  # one turn of each cluster, and what whole clusters leave
+        else:
+            assert rest < split
 
 
 @needs_compiler

@@ -28,15 +28,8 @@ def test_the_rule_is_transformers(tokens: int, first: bool, state_bytes: int, mo
     state = None if first else random(batch, heads, dk, dv, seed=5)
     wide_q, wide_k = (x.repeat_interleave(heads // key_heads, dim=2) for x in (q, k))
     expected, last = torch_chunk_gated_delta_rule(
-        wide_q,
-        wide_k,
-        v,
-        g=decay,
-        beta=beta,
-        initial_state=state,
-        output_final_state=True,
-        use_qk_l2norm_in_kernel=True,
-    )
+        wide_q, wide_k, v, g=decay, beta=beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True,
+    )  # fmt: skip
     out, after = delta_rule(q, k, v, decay, beta, state)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(after, last, rtol=1e-4, atol=1e-5)
@@ -71,9 +64,11 @@ def test_a_module_reads_prompts_and_goes_on() -> None:
     torch.testing.assert_close(mixer(random(2, 70, 48)), plain(random(2, 70, 48)), rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_and_other_activations_take_the_modules_own_way() -> None:
+def test_what_takes_the_modules_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = module()
-    assert PromptMixer.refusal(plain) is None
+    for installed, reason in ((True, "flash-linear-attention is installed"), (False, None)):
+        monkeypatch.setattr(recurrent, "is_flash_linear_attention_available", lambda found=installed: found)
+        assert PromptMixer.refusal(plain) == reason
     assert PromptMixer(plain)(random(1, 5, 48)).requires_grad
     plain.activation = "gelu"
     assert "gelu, not silu" in str(PromptMixer.refusal(plain))

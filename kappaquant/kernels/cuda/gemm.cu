@@ -190,6 +190,7 @@ template <int B1, int B2, int B3, int B4, int GROUP, bool ITEMS, int N, int WARP
 __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(SPLIT, 1, 1) gemm(const __grid_constant__ Gemm p) {
     constexpr int BITS[4] = {B1, B2, B3, B4};
     constexpr bool PAIRED = paired(N, SPLIT);
+    static_assert(!ITEMS || !PAIRED, "pairs do not fetch inputs of experts");
     constexpr int BODY = STAGES * N / 8 * UNIT, SUMS = N * (64 * (N == 256 ? 1 : 2) * WARPGROUPS + 4) * 4;
     extern __shared__ __align__(1024) char memory[];  // inputs or sums, barriers, targets, table
     char* behind = memory + (BODY > SUMS ? BODY : SUMS);
