@@ -36,8 +36,8 @@ class _Gemm(ctypes.Structure):
     _fields_ = (
         ("segments", _Segment * _MOST_OUTPUTS), ("x", ctypes.c_void_p), ("scales", ctypes.c_void_p),
         ("items", ctypes.c_void_p), ("rows_of", ctypes.c_void_p), ("tokens", ctypes.c_int), ("blocks", ctypes.c_int),
-        ("k", ctypes.c_int), ("out_kind", ctypes.c_int), ("whole", ctypes.c_int), ("turns", ctypes.c_int),
-        ("row_blocks", ctypes.c_int), ("token_blocks", ctypes.c_int), ("lasting", ctypes.c_int),
+        ("k", ctypes.c_int), ("out_kind", ctypes.c_int), ("whole", ctypes.c_int), ("row_blocks", ctypes.c_int),
+        ("token_blocks", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -153,16 +153,11 @@ def linear(
     parameters.row_blocks = -(-blocks // 2) * 2 if use.paired else blocks
     parameters.token_blocks = items.work.shape[0] if items else -(-x.count // use.tokens)
     every = parameters.row_blocks * parameters.token_blocks
-    slots = _multiprocessors(device) * use.resident
-    parameters.whole = whole_blocks(every, use.split, slots)
-    parameters.turns = parameters.whole // use.split + every - parameters.whole
+    parameters.whole = whole_blocks(every, use.split, _multiprocessors(device) * use.resident)
     bits = [w.fmt.bits for w in weights] + [0] * (_MOST_OUTPUTS - len(weights))
     run = _kernel(use, tuple(bits), x.group_size, items is not None, device.index)
-    # a thread block goes on to the next turn only where its sums need no shared memory on their way
-    able = use.paired and dtype != torch.float32 and all(w.rows % 4 == 0 for w in weights)
-    clusters = min(parameters.turns, slots // use.split) if able else parameters.turns
-    parameters.lasting = clusters < parameters.turns
-    run((clusters * use.split, 1, 1), 128 * use.warpgroups, parameters, early=True)
+    grid = parameters.whole + (every - parameters.whole) * use.split
+    run((grid, 1, 1), 128 * use.warpgroups, parameters, early=True)
     return outs
 
 

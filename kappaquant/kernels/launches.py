@@ -28,7 +28,7 @@ class Spread:
 
     @property
     def paired(self) -> bool:
-        """Whether two thread blocks of a cluster, neighbours in rows, fetch inputs for each other and take several turns."""
+        """Whether two thread blocks of a cluster, neighbours in rows, fetch inputs for each other."""
         return False
 
 

@@ -40,72 +40,33 @@ __device__ __forceinline__ void scale(const u32* raw, const u32* norms, int firs
             a[2 * w + row] = scaled(raw[2 * w + row], permute(norms[(first + w) / PER_GROUP], 0, row ? 0x3232u : 0x1010u));
 }
 
-// Whether the two neighbours of a cluster fetch inputs for each other, which are most of what such a block reads, and go on to
-// further turns: those of the largest products
+// Whether the two neighbours of a cluster fetch inputs for each other: where these are most of what a block reads
 __device__ constexpr bool paired(int tokens, int split) { return tokens == 256 && split == 2; }
 
-// A unit of `blocks` of 8 tokens to a stage that is free
-__device__ __forceinline__ void fetch(const char* from, int blocks, u32 to, u32 full) {
-    barrier_expect(full, blocks * UNIT);
-    bulk_copy(to, from, blocks * UNIT, full);
-}
-
-// The same for two blocks of which each fetches half
-__device__ __forceinline__ void fetch_half(const char* from, int blocks, u32 to, u32 full) {
-    const int begin = blockIdx.x % 2 ? blocks / 2 : 0, count = blockIdx.x % 2 ? blocks - begin : blocks / 2;
-    barrier_expect(full, blocks * UNIT);
-    if (count) bulk_copy_to_pair(to + begin * UNIT, from + begin * UNIT, count * UNIT, full);
-}
-
-// What one thread of a block of a pair does for all: has inputs copied to the stages, unit after unit and turn after turn, as
-// soon as the warps have left a stage.
-template <int N, int STAGES> struct Feeder {
-    const Gemm& p;
-    u32 stages, full, empty;
-    int turn, left, fetched;  // what comes next: so many rounds of that turn; rounds that came before, in all turns
-    int blocks, ranks;        // of 8 tokens; that share the input axis
-    const char* from;
-
-    __device__ __forceinline__ Feeder(const Gemm& p, char* memory, u32 barriers) : p(p), stages(shared_address(memory)),
-        full(barriers), empty(barriers + 8 * STAGES), turn(blockIdx.x / 2), fetched(0) { enter(); }
-
-    __device__ __forceinline__ void enter() {
-        left = 0;
-        if (turn >= p.turns) return;
-        const Block block = Block::of<2, true>(p, turn);
-        left = block.rounds(p), ranks = block.ranks, blocks = (min(N, p.tokens - block.tokens * N) + 7) / 8;
-        from = p.x + ((size_t)block.rank * p.blocks + block.tokens * (N / 8)) * UNIT;
-    }
-
-    __device__ __forceinline__ void next() {
-        if (left == 0) return;
-        const int stage = fetched % STAGES;
-        if (fetched >= STAGES) barrier_wait(empty + 8 * stage, (fetched / STAGES + 1) & 1);
-        if (ranks == 1) fetch_half(from, blocks, stages + stage * (N / 8 * UNIT), full + 8 * stage);
-        else fetch(from, blocks, stages + stage * (N / 8 * UNIT), full + 8 * stage);
-        from += (size_t)ranks * p.blocks * UNIT;
-        fetched++;
-        if (--left == 0) turn += gridDim.x / 2, enter();
-    }
-};
-
-// A block of the output. For pairs, feeder: what fetches inputs, and past: rounds of the turns before.
-template <int BITS, int GROUP, int N, int WARPGROUPS, int SPLIT, int STAGES, bool ITEMS, typename Feeder>
+// A block of the output.
+template <int BITS, int GROUP, int N, int WARPGROUPS, int SPLIT, int STAGES, bool ITEMS>
 __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const Block& block, const int4& item, const u32* lut,
-                                        char* memory, u32 barriers, Targets<N, ITEMS>& targets, Feeder& feeder, int& past) {
+                                        char* memory, u32 barriers, Targets<N, ITEMS>& targets) {
     constexpr bool PAIRED = paired(N, SPLIT);
     constexpr int PAIRS = N == 256 ? 1 : 2;                 // pairs of rows of a tile that a warp multiplies
-    constexpr int WORDS = N < 128 ? 16 : 8;                 // of a row between two waits, as registers allow
+    constexpr int WORDS = N <= 128 ? 16 : 8;                // of a row between two waits, as registers allow
     constexpr int SLACK = STAGES > 3 ? 1 : 0;               // rounds that other warps may lag before this one waits to refill
     const Place<PAIRS, WARPGROUPS> place(s, block, item.x);
     const int lane = threadIdx.x & 31, rank = block.rank, step = block.ranks, rounds = block.rounds(p);
     Reader<BITS, GROUP, PAIRS> next(s.weight, place.tile, place.pair0, p.k);
     const u32 stages = shared_address(memory), full = barriers, empty = barriers + 8 * STAGES;
 
-    auto feed = [&](int round) {
+    // of what a pair multiplies each fetches half; of the halves of an input axis all
+    const char* x = p.x + (size_t)(item.y / 8) * UNIT;
+    const u32 bytes = (item.z + 7) / 8 * UNIT;
+    const u32 first_half = bytes / UNIT / 2 * UNIT, begin = blockIdx.x % 2 ? first_half : 0, half = blockIdx.x % 2 ? bytes - first_half : first_half;
+    auto fetch = [&](int round) {
         const int stage = round % STAGES;
-        const char* from = p.x + ((size_t)(rank + round * step) * p.blocks + item.y / 8) * UNIT;
-        fetch(from, (item.z + 7) / 8, stages + stage * (N / 8 * UNIT), full + 8 * stage);
+        const u32 to = stages + stage * (N / 8 * UNIT);
+        const char* from = x + (size_t)(rank + round * step) * p.blocks * UNIT;
+        barrier_expect(full + 8 * stage, bytes);
+        if (!PAIRED || step == 2) bulk_copy(to, from, bytes, full + 8 * stage);
+        else if (half) bulk_copy_to_pair(to + begin, from + begin, half, full + 8 * stage);
     };
     // a stage is left by the warps of all blocks that it was fetched with; by each twice where a pair splits the input axis
     auto leave = [&](int stage) {
@@ -120,26 +81,17 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
     u32 a[2 * WORDS];
     const int last = max(rank + (rounds - 1) * step, 0);  // unit
     next.read(min(rank, last));
-    if (!PAIRED || past == 0) {
-        wait_for_earlier(next.codes);
-        let_next_start();
-        if (threadIdx.x == 0) {
-#pragma unroll 1
-            for (int i = 0; i < STAGES; i++)
-                if constexpr (PAIRED) feeder.next();
-                else if (i < rounds) feed(i);
-        }
-    } else {
-        __syncthreads();  // the last block's targets have been read
-    }
+    wait_for_earlier(next.codes);
+    let_next_start();
+    if (threadIdx.x == 0)
+        for (int i = 0; i < STAGES && i < rounds; i++) fetch(i);
     targets.template fill<128 * WARPGROUPS>(p, item, p.scales);
-    const int before = PAIRED ? past : 0;
     for (int round = 0; round < rounds; round++) {
         const Reader<BITS, GROUP, PAIRS> now = next;
         next.read(min(rank + (round + 1) * step, last));  // without a branch, which would part the lanes
-        const int at = before + round, stage = at % STAGES;
+        const int stage = round % STAGES;
         const u64 b = swizzled(stages + stage * (N / 8 * UNIT), UNIT);
-        barrier_wait(full + 8 * stage, at / STAGES & 1);
+        barrier_wait(full + 8 * stage, round / STAGES & 1);
 #pragma unroll
         for (int phase = 0; phase < 16 * PAIRS / WORDS; phase++) {
             const int pair = phase % PAIRS, first = phase / PAIRS * WORDS;
@@ -148,7 +100,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
             keep_before<2 * WORDS>(raw);
             wgmma_wait<0>();  // a is free; defined any earlier, and the compiler would let no two products overlap
             scale<GROUP, WORDS>(raw, now.norm[pair], first, a);
-            if (phase == 0 && round) leave((at - 1) % STAGES);
+            if (phase == 0 && round) leave((round - 1) % STAGES);
             keep_before<2 * WORDS>(a);
             wgmma_fence();
 #pragma unroll
@@ -157,31 +109,16 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
                 wgmma<N>(sums[pair], a + 4 * i, b + chunk / 4 * 64 + chunk % 4 * 2);
             }
             wgmma_commit();
-            if (phase) continue;
-            if constexpr (PAIRED) {
-                if (threadIdx.x == 0 && at > SLACK) feeder.next();
-            } else {
-                const int old = round - 1 - SLACK;
-                if (threadIdx.x == 0 && old >= 0 && old + STAGES < rounds) {
-                    barrier_wait(empty + 8 * (old % STAGES), old / STAGES & 1);
-                    feed(old + STAGES);
-                }
+            const int old = round - 1 - SLACK;
+            if (phase == 0 && threadIdx.x == 0 && old >= 0 && old + STAGES < rounds) {
+                barrier_wait(empty + 8 * (old % STAGES), old / STAGES & 1);
+                fetch(old + STAGES);
             }
         }
     }
     wgmma_wait<0>();
-    if constexpr (PAIRED) {
-        past += rounds;
-        if (rounds) leave((past - 1) % STAGES);
-    }
     copies_wait();
     __syncthreads();  // targets are there, and the stages have been read
-    if constexpr (PAIRED)
-        if (p.lasting && step == 1) {
-            if (p.out_kind == 1) write_sums<1, N, PAIRS, WARPGROUPS>(p, s, item, place, sums, targets);
-            else write_sums<2, N, PAIRS, WARPGROUPS>(p, s, item, place, sums, targets);
-            return;
-        }
     collect_sums<N, PAIRS, WARPGROUPS, SPLIT>(p, s, block, item, place, sums, targets, reinterpret_cast<float*>(memory));
 }
 
@@ -204,45 +141,33 @@ __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(S
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    int past = 0, copied = -1;
-    auto take = [&](int turn, auto& feeder) {
-        const Block block = Block::of<SPLIT, PAIRED>(p, turn);
-        const int first_token = block.tokens * N;
-        const int4 item = ITEMS ? __ldg(p.items + block.tokens) : int4{0, first_token, min(N, p.tokens - first_token), 0};
-        if (ITEMS && item.z == 0) return;
-        int mine = 0;
+    if constexpr (PAIRED) cluster_arrive();
+    const Block block = Block::mine<SPLIT, PAIRED>(p);
+    if constexpr (ITEMS) wait_for_earlier();  // for the items
+    const int first_token = block.tokens * N;
+    const int4 item = ITEMS ? __ldg(p.items + block.tokens) : int4{0, first_token, min(N, p.tokens - first_token), 0};
+    if (ITEMS && item.z == 0) return;
+    int mine = 0;
 #pragma unroll
-        for (int i = 1; i < 4; i++)
-            if (BITS[i] && block.rows >= p.segments[i].first_block) mine = i;
-        const Segment& s = p.segments[mine];
-        auto run = [&](auto bits) {
-            constexpr int B = decltype(bits)::value;
-            if (!PAIRED || mine != copied) {
-                __syncthreads();  // barriers are ready, and the last table has been read
-                copy_table<B, true, 128 * WARPGROUPS>(s.weight.table, lut);
-                copied = mine;
-            }
-            constexpr int HALF = ITEMS && N > 8 && N <= 128 ? N / 2 : N;
-            auto multiply = [&](auto tokens) {
-                constexpr int T = decltype(tokens)::value;
-                product<B, GROUP, T, WARPGROUPS, SPLIT, STAGES>(p, s, block, item, lut, memory, barriers, *reinterpret_cast<Targets<T, ITEMS>*>(targets), feeder, past);
-            };
-            if (HALF < N && item.z <= HALF) multiply(Constant<HALF>{});
-            else multiply(Constant<N>{});
+    for (int i = 1; i < 4; i++)
+        if (BITS[i] && block.rows >= p.segments[i].first_block) mine = i;
+    const Segment& s = p.segments[mine];
+    auto run = [&](auto bits) {
+        constexpr int B = decltype(bits)::value;
+        copy_table<B, true, 128 * WARPGROUPS>(s.weight.table, lut);
+        if constexpr (PAIRED) cluster_wait();  // the other one's barriers are ready too
+        __syncthreads();
+        constexpr int HALF = ITEMS && N > 8 && N <= 128 ? N / 2 : N;
+        auto multiply = [&](auto tokens) {
+            constexpr int T = decltype(tokens)::value;
+            product<B, GROUP, T, WARPGROUPS, SPLIT, STAGES>(p, s, block, item, lut, memory, barriers, *reinterpret_cast<Targets<T, ITEMS>*>(targets));
         };
-        if (mine == 0) run(Constant<B1>{});
-        if constexpr (B2 != 0) if (mine == 1) run(Constant<B2>{});
-        if constexpr (B3 != 0) if (mine == 2) run(Constant<B3>{});
-        if constexpr (B4 != 0) if (mine == 3) run(Constant<B4>{});
+        if (HALF < N && item.z <= HALF) multiply(Constant<HALF>{});
+        else multiply(Constant<N>{});
     };
-    if constexpr (PAIRED) {
-        cluster_arrive(), cluster_wait();  // the other one's barriers are ready too
-        Feeder<N, STAGES> feeder(p, memory, barriers);
-        for (int turn = blockIdx.x / SPLIT; turn < p.turns; turn += gridDim.x / SPLIT) take(turn, feeder);
-        cluster_sync();  // what this one has done to the other one's barriers is done before either ends
-    } else {
-        if constexpr (ITEMS) wait_for_earlier();  // for the items
-        Constant<0> none;
-        take(blockIdx.x / SPLIT, none);
-    }
+    if (mine == 0) run(Constant<B1>{});
+    if constexpr (B2 != 0) if (mine == 1) run(Constant<B2>{});
+    if constexpr (B3 != 0) if (mine == 2) run(Constant<B3>{});
+    if constexpr (B4 != 0) if (mine == 3) run(Constant<B4>{});
+    if constexpr (PAIRED) cluster_sync();  // what this one does to the other one's barriers is done before either ends
 }

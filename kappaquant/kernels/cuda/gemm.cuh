@@ -17,8 +17,7 @@ struct Gemm {
     const int4* items;    // (expert, first position, positions) for each block of tokens, where there are experts
     const int* rows_of;   // output row of each position, or null
     int tokens, blocks, k, out_kind;  // out_kind: 0 float32, 1 float16, 2 bfloat16
-    int whole, turns, row_blocks, token_blocks;  // see Block
-    int lasting;          // thread blocks go on to further turns before the last
+    int whole, row_blocks, token_blocks;  // see Block
 };
 
 // The words of ROWS / 2 pairs of rows of a unit, `first` and up, plane after plane
@@ -42,22 +41,21 @@ __device__ __forceinline__ void load_words(const uint4* codes, int first, u32* w
     }
 }
 
-// What a thread block multiplies at a time: a turn of its cluster's. In the turns before the last, the first `whole` blocks of
-// the output are taken one by each thread block; of the rest, with which they would not fill the card once more, SPLIT in a
-// cluster share the input axis. Four blocks of tokens meet the same rows before the next rows are read; NEIGHBOURS of a
-// cluster meet the same tokens.
+// What a thread block multiplies. The first `whole` of them take a block of the output each; of the rest, with which they would
+// not fill the card once more, SPLIT in a cluster share the input axis. Four blocks of tokens meet the same rows before the next
+// rows are read; NEIGHBOURS of a cluster meet the same tokens.
 struct Block {
     int rows, tokens;  // counted in blocks
     int rank, ranks;   // of the thread blocks that share the input axis
 
-    template <int SPLIT, bool NEIGHBOURS> static __device__ __forceinline__ Block of(const Gemm& p, int turn) {
+    template <int SPLIT, bool NEIGHBOURS> static __device__ __forceinline__ Block mine(const Gemm& p) {
         constexpr int BAND = 4, STEP = NEIGHBOURS ? SPLIT : 1;
-        const int rank = SPLIT > 1 ? blockIdx.x % SPLIT : 0, full = p.whole / SPLIT;
-        const bool shared = SPLIT > 1 && turn >= full;
-        const int at = shared ? p.whole + turn - full : turn * SPLIT + rank;
+        const int beyond = (int)blockIdx.x - p.whole;
+        const bool shared = SPLIT > 1 && beyond >= 0;
+        const int at = shared ? p.whole + beyond / SPLIT : blockIdx.x;
         const int band = at / (BAND * p.row_blocks), wide = min(BAND, p.token_blocks - BAND * band);
         const int within = at % (BAND * p.row_blocks) / STEP;
-        return {within / wide * STEP + at % STEP, BAND * band + within % wide, shared ? rank : 0, shared ? SPLIT : 1};
+        return {within / wide * STEP + at % STEP, BAND * band + within % wide, shared ? beyond % SPLIT : 0, shared ? SPLIT : 1};
     }
 
     // of the input axis: units rank, rank + ranks, ...
@@ -127,38 +125,7 @@ template <int N, bool ITEMS> struct Targets {
     __device__ __forceinline__ size_t row_of(const int4& item, int token) const { return ITEMS ? row[token] : item.y + token; }
 };
 
-// Sums of a block to the output straight from registers, which leaves shared memory to the next block's inputs: 8 tokens by
-// 16 rows are turned around among the lanes of a warp, so that four of them write 16 rows of a token. For outputs of 16 bits
-// and a multiple of four rows. Each instruction runs once, so that a single block is sooner done by way of shared memory.
-template <int KIND, int N, int PAIRS, int WARPGROUPS>
-__device__ __forceinline__ void write_sums(const Gemm& p, const Segment& s, const int4& item, const Place<PAIRS, WARPGROUPS>& place,
-                                           const float (&sums)[PAIRS][N / 2], const Targets<N, false>& targets) {
-    const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3;
-#pragma unroll
-    for (int pair = 0; pair < PAIRS; pair++) {
-        const int row = place.row0 + 32 * place.in_block + 16 * (place.pair0 + pair), first = row + t % 2 * 8 + t / 2 * 4;
-        const int tokens = first < s.rows ? min(item.z, N) : 0;
-        float bias[2] = {};
-        if (s.bias)
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                if (row + 8 * i + r < s.rows) bias[i] = load(s.bias, row + 8 * i + r, KIND);
-        unsigned short* to = as<KIND>(s.out) + (size_t)(item.y + r) * s.rows + first;
-#pragma unroll
-        for (int j = 0; j < N / 8; j++) {
-            const float* y = sums[pair] + 4 * j;
-            const float2 given = *reinterpret_cast<const float2*>(targets.scale + 8 * j + 2 * t);
-            const float2 scale = {given.x * s.weight.table.scale, given.y * s.weight.table.scale};
-            const u32 a = turned(pack<KIND>(y[0] * scale.x + bias[0], y[1] * scale.y + bias[0]));
-            const u32 b = turned(pack<KIND>(y[2] * scale.x + bias[1], y[3] * scale.y + bias[1]));
-            const u32 other = __shfl_xor_sync(0xffffffffu, t % 2 ? a : b, 1);
-            if (8 * j + r < tokens) *reinterpret_cast<uint2*>(to) = uint2{t % 2 ? other : a, t % 2 ? b : other};
-            to += 8 * s.rows;
-        }
-    }
-}
-
-// Sums of a block to any output, over the blocks that share the input axis: side by side in `memory`, which must be free, then
+// Sums of a block to the output, over the blocks that share the input axis: side by side in `memory`, which must be free, then
 // in runs of four rows.
 template <int N, int PAIRS, int WARPGROUPS, int SPLIT, bool ITEMS>
 __device__ __forceinline__ void collect_sums(const Gemm& p, const Segment& s, const Block& block, const int4& item,

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(S
     constexpr int BODY = STAGES * (N / 8 * UNIT + (GROUP < 128 ? 128 / GROUP : 1) * 8 * N);
     constexpr int SUMS = N * (Place<N == 128 ? 1 : 2, WARPGROUPS>::ROWS + 4) * 4;
     extern __shared__ __align__(1024) char memory[];  // inputs or sums, barriers, targets
-    const Block block = Block::of<SPLIT, false>(p, blockIdx.x / SPLIT);
+    const Block block = Block::mine<SPLIT, false>(p);
     const int first_token = block.tokens * N;
     const int4 item = {0, first_token, min(N, p.tokens - first_token), 0};
     char* behind = memory + (BODY > SUMS ? BODY : SUMS);

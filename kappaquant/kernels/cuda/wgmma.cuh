@@ -41,13 +41,6 @@ __device__ __forceinline__ void copy_word(void* to, const void* from) {
 }
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// 8 x 8 numbers of 16 bits, two neighbours of a row in each lane, transposed
-__device__ __forceinline__ u32 turned(u32 v) {
-    u32 out;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(v));
-    return out;
-}
-
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
