@@ -111,14 +111,6 @@ def nf4(n: int, k: int, m: int) -> float:
     return replay([partial(matmul_4bit, x, w.t(), state) for w, state in packed])
 
 
-PEERS = {
-    "bf16 (cuBLAS)": (bf16, 16.0),
-    "int4 (tinygemm)": (tinygemm, 4.25),
-    "int4 (GemLite)": (gemlite, 4.25),
-    "nf4 (bitsandbytes)": (nf4, 4.5),
-}
-
-
 def grouped_mm(gate_up: Tensor, down: Tensor, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
     """Routed experts in bf16 as transformers' grouped_mm computes them: sorted by expert, two grouped products, put back.
 

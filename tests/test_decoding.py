@@ -235,10 +235,12 @@ def test_a_thousand_steps_take_no_memory() -> None:
         return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
 
     decoder.prefill(ids)
-    allocated, _ = held(1000)  # captures its graphs
+    first, _ = held(1000)  # captures its graphs
     decoder.prefill(ids)  # which may reserve a segment more or less; steps may not
-    assert held(0) == held(1000)
-    assert held(0)[0] == allocated
+    second, reserved = held(0)
+    assert held(1000) == (second, reserved)
+    decoder.prefill(ids)
+    assert held(0)[0] == second <= first  # the first time a few bytes more, which setting up held
 
 
 @gpu

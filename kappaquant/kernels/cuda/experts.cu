@@ -63,17 +63,20 @@ __global__ void __launch_bounds__(32 * WARPS) gate_up(const __grid_constant__ Ga
     const Part& part = p.parts[mine];
     const int tile = blockIdx.x - part.first_block, row = mine ? p.tokens * p.top_k + token : slot;
     float out[2][1][4] = {};
-    auto run = [&](auto bits, const Codes& w) {
-        constexpr int B = decltype(bits)::value;
-        accumulate<B, GROUP, HALF, 1, true>(w, p.in, lut, tile, token, p.tokens, warp, WARPS, out,
-                                            [&] { copy_table<B, HALF, 32 * WARPS>(w.table, lut); });
-    };
     if (mine == 0) {
         wait_for_earlier();  // for the router
-        run(Constant<B1>{}, expert_of<B1, GROUP>(part.weight, p.experts[slot], (part.rows + 31) / 32, p.in.k));
+        copy_table<B1, HALF, 32 * WARPS>(part.weight.table, lut);
+        Codes w = expert_of<B1, GROUP>(part.weight, p.experts[slot], (part.rows + 31) / 32, p.in.k);
+        accumulate<B1, GROUP, HALF, 1, true>(w, p.in, lut, tile, token, p.tokens, warp, WARPS, out);
     }
-    if constexpr (B2 != 0) if (mine == 1) run(Constant<B2>{}, part.weight);
-    if constexpr (B3 != 0) if (mine == 2) run(Constant<B3>{}, part.weight);
+    if constexpr (B2 != 0) if (mine == 1) {
+        copy_table<B2, HALF, 32 * WARPS>(part.weight.table, lut);
+        accumulate<B2, GROUP, HALF, 1, true>(part.weight, p.in, lut, tile, token, p.tokens, warp, WARPS, out);
+    }
+    if constexpr (B3 != 0) if (mine == 2) {
+        copy_table<B3, HALF, 32 * WARPS>(part.weight.table, lut);
+        accumulate<B3, GROUP, HALF, 1, true>(part.weight, p.in, lut, tile, token, p.tokens, warp, WARPS, out);
+    }
     keep(out, partial + warp * 33);
     __syncthreads();
     int column = 32 * tile + threadIdx.x;
@@ -112,14 +115,14 @@ __global__ void __launch_bounds__(32 * MOST_WARPS) down(const __grid_constant__ 
             int slot = token * p.top_k + job / p.splits;
             float weight = load(p.weights, slot, p.kind), out[2][1][4] = {};
             Codes w = expert_of<B1, GROUP>(p.routed, p.experts[slot], tiles, p.in.k);
-            accumulate<B1, GROUP, HALF, 1, true>(w, p.in, lut, tile, slot, 0, job % p.splits, p.splits, out, [] {});
+            accumulate<B1, GROUP, HALF, 1, true>(w, p.in, lut, tile, slot, 0, job % p.splits, p.splits, out);
 #pragma unroll
             for (int pair = 0; pair < 2; pair++)
 #pragma unroll
                 for (int i = 0; i < 4; i += 2) total[pair][0][i] += weight * out[pair][0][i];
         } else if constexpr (B2 != 0) {
             accumulate<B2, GROUP, HALF, 1, true>(p.shared, p.shared_in, lut + WORDS1, tile, p.shared_first + token, 0,
-                                                 job - routed_jobs, p.splits, shared, [] {});
+                                                 job - routed_jobs, p.splits, shared);
         }
     }
     keep(total, partial + warp * 33);

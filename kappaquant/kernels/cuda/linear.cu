@@ -20,15 +20,13 @@ struct Linear {
 };
 
 template <int BITS, int GROUP, bool HALF, int NT, int TILES, int WARPS>
-__device__ __forceinline__ void product(const Linear& p, const Segment& s, u32* lut, float* partial) {
+__device__ __forceinline__ void product(const Linear& p, const Segment& s, const u32* lut, float* partial) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, r = lane >> 2, t = lane & 3;
     constexpr int SPLITS = WARPS / TILES;                 // warps that share a tile
     const int tile0 = (blockIdx.x - s.first_block) * TILES, tile = tile0 + warp % TILES, token0 = blockIdx.y * 8 * NT;
     float out[2][NT][4] = {};
-    auto copy = [&] { copy_table<BITS, HALF, 32 * WARPS>(s.weight.table, lut); };
     if (32 * tile < s.rows)
-        accumulate<BITS, GROUP, HALF, NT, false>(s.weight, p.in, lut, tile, token0, p.tokens, warp / TILES, SPLITS, out, copy);
-    else copy();  // with the other warps
+        accumulate<BITS, GROUP, HALF, NT, false>(s.weight, p.in, lut, tile, token0, p.tokens, warp / TILES, SPLITS, out);
 
     // partial [WARPS][8 * NT tokens][33]: rows side by side, one word of padding against bank conflicts
 #pragma unroll
@@ -66,7 +64,9 @@ __global__ void __launch_bounds__(32 * WARPS, RESIDENT / WARPS) linear(const __g
         if (BITS[i] && (int)blockIdx.x >= p.segments[i].first_block) mine = i;
     const Segment& s = p.segments[mine];
     auto run = [&](auto bits) {
-        product<decltype(bits)::value, GROUP, HALF, NT, TILES, WARPS>(p, s, lut, memory + TABLE_WORDS);
+        constexpr int B = decltype(bits)::value;
+        copy_table<B, HALF, 32 * WARPS>(s.weight.table, lut);
+        product<B, GROUP, HALF, NT, TILES, WARPS>(p, s, lut, memory + TABLE_WORDS);
     };
     if (mine == 0) run(Constant<B1>{});
     if constexpr (B2 != 0) if (mine == 1) run(Constant<B2>{});

@@ -77,11 +77,10 @@ __device__ __forceinline__ void copy_table(const Table& table, u32* lut) {
 }
 
 // out[pair][n][i]: rows r + 16 * pair + 8 * (i >> 1), token token0 + 8 * n + 2 * t + (i & 1), over units first,
-// first + step, ... of one tile. Tokens that are not there are read as the last; ONE: all are token0, at any place. prepare
-// brings the table, while the first codes are on their way.
-template <int BITS, int GROUP, bool HALF, int NT, bool ONE, typename Prepare>
+// first + step, ... of one tile. Tokens that are not there are read as the last; ONE: all are token0, at any place.
+template <int BITS, int GROUP, bool HALF, int NT, bool ONE>
 __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, const u32* lut, int tile, int token0, int tokens,
-                                           int first, int step, float (&out)[2][NT][4], Prepare prepare) {
+                                           int first, int step, float (&out)[2][NT][4]) {
     typedef typename Sum<HALF>::type Acc;
     constexpr int SUB = GROUP < 128 ? GROUP : 128;        // inputs of one group in a unit
     constexpr int GROUPS = 128 / SUB;                     // groups in a unit
@@ -96,7 +95,6 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
     const uint4* begin = codes + (size_t)min(first, units - 1) * BITS * 32;
 #pragma unroll
     for (int i = 0; i < BITS; i++) next[i] = stream(begin + i * 32);
-    prepare();
     wait_for_earlier(begin);  // weights come first: no kernel writes them
     for (int unit = first; unit < units; unit += step) {
         u32 words[4 * BITS];
