@@ -166,7 +166,7 @@ def test_products(fmt: Format) -> None:
             for half, launch in made:
                 tokens, _ = inputs.rotate_tokens(x, fmt, half)
                 most = 1e-3 if half else 1e-2
-                for dtype in (torch.float32, torch.bfloat16):  # sums leave on two ways
+                for dtype in (torch.float32, torch.bfloat16):  # stored one by one, or by fours
                     (y,) = gemm.linear(tokens, [weight], dtype, launch=launch)
                     allowed = most if m * n > 100 else 3 * most  # few outputs vary more
                     if dtype == torch.bfloat16:
@@ -187,8 +187,8 @@ def test_products(fmt: Format) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("k", [128, 384, 1664])
-def test_blocks_go_on_to_the_next(launch: Launch, k: int) -> None:
-    """More of them than fit the card: inputs come ahead of their turn, and tables and targets change between turns."""
+def test_more_blocks_than_fit_the_card(launch: Launch, k: int) -> None:
+    """Of four outputs of different widths in one launch: whole ones first, and the rest by those that share the input axis."""
     m, dtype = 2 * launch.tokens + 9, torch.bfloat16 if k == 384 else torch.float16
     x = random(m, k).cuda().to(dtype)
     tokens, _ = inputs.rotate_tokens(x, Format(3, 128), True)
