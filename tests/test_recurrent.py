@@ -36,6 +36,16 @@ def test_the_rule_is_transformers(tokens: int, first: bool, state_bytes: int, mo
     assert out.is_contiguous()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_the_rule_is_the_same_on_a_gpu() -> None:
+    q, k, v = random(2, 200, 2, 128), random(2, 200, 2, 128, seed=1), random(2, 200, 6, 128, seed=2)
+    decay, beta = -random(2, 200, 6, seed=3).exp(), random(2, 200, 6, seed=4).sigmoid()
+    given = (q, k, v, decay, beta, random(2, 6, 128, 128, seed=5))
+    for mine, expected in zip(delta_rule(*(x.cuda() for x in given)), delta_rule(*given), strict=True):
+        assert float((mine.cpu() - expected).norm() / expected.norm()) < 1e-4
+
+
 def module() -> Qwen3_5MoeGatedDeltaNet:
     torch.manual_seed(0)
     config = Qwen3_5MoeTextConfig(
