@@ -23,7 +23,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 test-vllm:
-	python=$$(scripts/vllm_venv.sh) && $$python -m pytest tests/test_vllm.py tests/test_vllm_strictness.py tests/test_vllm_serve.py
+	python=$$(scripts/vllm_venv.sh) && $$python -m pytest tests/engines/vllm
 
 lint: $(READY)
 	$(BIN)/ruff check .

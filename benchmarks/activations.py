@@ -2,7 +2,7 @@
 
 Each variant is compared with the bf16 original, all else in float32: once with its decoded weights and exact products, once
 with each kind of input, every token by the kernels for few tokens, which a prompt would not use. Needs an NVIDIA GPU. The loss
-decides the default (kappaquant.gpu_ops.ACTIVATIONS).
+decides the default (kappaquant.kernels.tiled.ACTIVATIONS).
 
 python -m benchmarks.activations
 """
@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kappaquant
 from benchmarks.environment import environment, save
-from kappaquant import evaluate, gpu_ops
-from kappaquant.export import dequantize
-from kappaquant.gpu_ops import ACTIVATIONS
-from kappaquant.kernels import sorted_experts
+from kappaquant import evaluate
+from kappaquant.exports.plain import dequantize
+from kappaquant.kernels import tiled as gpu_ops
+from kappaquant.kernels.cuda import sorted_experts
+from kappaquant.kernels.tiled import ACTIVATIONS
 from scripts.demo import MODEL, HeldOut
 
 PLANS: dict[str, dict[str, Any]] = {

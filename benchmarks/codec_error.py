@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment, save
-from kappaquant import codec
-from kappaquant.format import BITS, Format
+from kappaquant.formats import codec
+from kappaquant.formats.codebook import BITS, Format
 
 GROUP_SIZE = 128
 BOUNDS = {3: 0.0320, 4: 0.0080, 5: 0.0020}  # of effort "best"

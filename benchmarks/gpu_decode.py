@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.environment import environment, save
 from benchmarks.random_model import packed, plain
-from kappaquant.bench import measure
+from kappaquant.runtime.bench import measure
 
 PREFILL = 2048
 CASES = ((1, 32), (8, 32), (1, PREFILL), (1, 4096), (8, 4096))  # (batch, context)

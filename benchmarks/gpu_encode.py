@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment, save
-from kappaquant import codec
-from kappaquant.format import BITS, Format
-from kappaquant.kernels import encoder
+from kappaquant.formats import codec
+from kappaquant.formats.codebook import BITS, Format
+from kappaquant.kernels.cuda import encoder
 
 ROWS, COLUMNS = 16384, 16384  # 0.54 GB
 GROUP_SIZE = 128

@@ -1,7 +1,7 @@
 """Codebook products against bf16 and int4 on one GPU: microseconds, TB/s and share of the card's read ceiling.
 
 Products are timed alone; the input's rotation is a time of its own, and `with input` their sum. Which kernel runs is what
-`kappaquant.gpu_ops` chooses for that batch. Peers run in the same process: bf16 through cuBLAS, torch's int4 (tinygemm),
+`kappaquant.kernels.tiled` chooses for that batch. Peers run in the same process: bf16 through cuBLAS, torch's int4 (tinygemm),
 transformers' grouped_mm for experts, and GemLite and bitsandbytes where they are installed.
 
 python -m benchmarks.gpu_kernels
@@ -23,9 +23,9 @@ from rich.table import Table
 from benchmarks import gpu_peers as peers
 from benchmarks.environment import environment, save
 from benchmarks.gpu_peers import DEVICE, GROUP, activations, copies, matmul_ceiling, read_ceiling, replay
-from kappaquant import gpu_ops
-from kappaquant.format import BITS, Format
-from kappaquant.kernels import decoded, tensor_cores
+from kappaquant.formats.codebook import BITS, Format
+from kappaquant.kernels import tiled as gpu_ops
+from kappaquant.kernels.cuda import decoded, tensor_cores
 
 LARGE, SMALL, SQUARE = (28672, 4096), (8192, 2048), (4096, 4096)
 BATCHES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)

@@ -28,8 +28,8 @@ from rich.table import Table
 import kappaquant
 from benchmarks.environment import ROOT, environment, save
 from kappaquant import evaluate
-from kappaquant.mlx_export import Options, export_mlx
-from kappaquant.mlx_export.affine import Effort
+from kappaquant.exports.mlx import Options, export_mlx
+from kappaquant.formats.affine import Effort
 from reference.text import extract_answer, problems, scenes
 
 MODEL = ROOT / "reference" / "model"
@@ -117,7 +117,7 @@ def codebook(source: kappaquant.Source, folder: Path) -> None:
 
 
 def bits_per_weight(folder: Path, params: int) -> float:
-    from kappaquant.safetensors_io import read_header
+    from kappaquant.files.safetensors import read_header
 
     size = sum(s.info.nbytes for path in folder.glob("*.safetensors") for s in read_header(path).values())
     return round(8 * size / params, 3)
@@ -183,7 +183,7 @@ def main() -> None:
 def codebook_row(
     source: kappaquant.Source, folder: Path, params: int, original: Any, sequences: list[list[int]], asked: list[Any]
 ) -> dict[str, dict[str, Any]]:
-    from kappaquant.integrations import mlx as integration
+    from kappaquant.engines import mlx as integration
 
     codebook(source, folder)
     model, tokenizer = integration.load(folder)

@@ -25,9 +25,9 @@ from transformers import Qwen3_5MoeTextConfig
 
 from benchmarks.environment import environment, save
 from benchmarks.quantize_cost import command_cost, write_random
-from kappaquant.architecture import parameter_shapes
-from kappaquant.format import TensorInfo
-from kappaquant.mlx_export import affine
+from kappaquant.formats import affine
+from kappaquant.formats.codebook import TensorInfo
+from kappaquant.models.skeleton import parameter_shapes
 
 GIB_RESIDENT = 2.0
 LAYERS, EXPERTS = 4, 64

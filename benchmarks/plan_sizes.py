@@ -18,10 +18,10 @@ from rich.table import Table
 from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
 from benchmarks.environment import environment, save
-from kappaquant.format import TensorInfo
-from kappaquant.layout import output_bytes
-from kappaquant.plan import make_plan
-from kappaquant.sizes import summary
+from kappaquant.checkpoints.layout import output_bytes
+from kappaquant.formats.codebook import TensorInfo
+from kappaquant.planning.plan import make_plan
+from kappaquant.planning.sizes import summary
 
 PLANS: dict[str, dict[str, Any]] = {
     "uniform 3": {"policy": "uniform", "bits": 3},

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment, save
-from kappaquant.format import TensorInfo
-from kappaquant.safetensors_io import build_header
+from kappaquant.files.safetensors import build_header
+from kappaquant.formats.codebook import TensorInfo
 
 SECONDS_PER_GB = {"fast": 4.0, "best": 20.0}
 GIB_RESIDENT = 1.5

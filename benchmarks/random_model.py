@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kappaquant import codec
-from kappaquant.architecture import model_class
-from kappaquant.format import Format, TensorInfo
-from kappaquant.loading import Assembler
-from kappaquant.plan import Plan, make_plan
+from kappaquant.formats import codec
+from kappaquant.formats.codebook import Format, TensorInfo
+from kappaquant.models.skeleton import model_class
+from kappaquant.planning.plan import Plan, make_plan
+from kappaquant.runtime.assemble import Assembler
 
 _SAMPLE = 256  # rows that are encoded; a large weight repeats them in random order, as fast to read as any
 
@@ -86,7 +86,7 @@ def packed(config: Any, device: str, **policy: Any) -> Any:
         model.init_weights()
         assembler.fill()
     if device != "cpu":
-        from kappaquant.fused import fuse
+        from kappaquant.runtime.fused.qwen3_5 import fuse
 
         fuse(model)  # as kappaquant.load does
     return model

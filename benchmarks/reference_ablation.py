@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kappaquant.format import TensorInfo
-from kappaquant.plan import Choice, Plan
-from kappaquant.policies import KEPT
-from kappaquant.sizes import summary
+from kappaquant.formats.codebook import TensorInfo
+from kappaquant.planning.plan import Choice, Plan
+from kappaquant.planning.policies import KEPT
+from kappaquant.planning.sizes import summary
 
 THRESHOLDS, LADDER = (4.0, 8.0, 15.0), (3, 4, 5, KEPT)  # the kurtosis policy's defaults
 TOLERANCE = 0.005

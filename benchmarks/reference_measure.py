@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from kappaquant import evaluate
-from kappaquant.evaluate.batches import by_length
-from kappaquant.evaluate.bootstrap import Bootstrap
-from kappaquant.evaluate.divergence import scored
-from kappaquant.evaluate.evaluation import Measured
-from kappaquant.evaluate.intervals import paired_difference
-from kappaquant.evaluate.logits import diverge, keep_top
+from kappaquant.evaluate.documents.evaluation import Measured
+from kappaquant.evaluate.measures.batches import by_length
+from kappaquant.evaluate.measures.bootstrap import Bootstrap
+from kappaquant.evaluate.measures.divergence import scored
+from kappaquant.evaluate.measures.intervals import paired_difference
+from kappaquant.evaluate.measures.logits import diverge, keep_top
 from reference.text import extract_answer, problems, scenes
 
 MAX_NEW_TOKENS = 80  # the longest worked answer takes 61

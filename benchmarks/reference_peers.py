@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kappaquant.format import TensorInfo
+from kappaquant.formats.codebook import TensorInfo
 
 BF16 = torch.bfloat16
 EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")

@@ -24,13 +24,13 @@ from benchmarks.environment import ROOT, environment, save
 from benchmarks.reference_ablation import Deciding, equal_bytes
 from benchmarks.reference_measure import Reading, Yardstick, answered, kld_difference, spread
 from benchmarks.reference_peers import PEERS, Peer, Weights, round_to_nearest
-from kappaquant import scanner
-from kappaquant.checkpoint import open_checkpoint
-from kappaquant.evaluate.report import rounded
-from kappaquant.format import TensorInfo
-from kappaquant.plan import Plan
-from kappaquant.policies import KEPT
-from kappaquant.source import Source
+from kappaquant.checkpoints.checkpoint import open_checkpoint
+from kappaquant.evaluate.documents.report import rounded
+from kappaquant.formats.codebook import TensorInfo
+from kappaquant.planning import profile as scanner
+from kappaquant.planning.plan import Plan
+from kappaquant.planning.policies import KEPT
+from kappaquant.sources.folder import Source
 
 MODEL = ROOT / "reference" / "model"
 OWN: dict[str, dict[str, Any]] = {

@@ -12,6 +12,7 @@ Importing this package teaches ``transformers`` to load its checkpoints, and imp
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kappaquant.engines.transformers.register import register_when_imported
 from kappaquant.errors import (
     AlreadyQuantizedError,
     FormatError,
@@ -22,29 +23,27 @@ from kappaquant.errors import (
     SourceError,
     UnsupportedError,
 )
-from kappaquant.integrations import register_when_imported
+from kappaquant.version import __version__
 
 if TYPE_CHECKING:
-    from kappaquant.checkpoint import Checkpoint, open_checkpoint
-    from kappaquant.integrations.transformers import load
-    from kappaquant.plan import Plan, make_plan
-    from kappaquant.quantizer import Options, quantize
-    from kappaquant.scanner import Profile, scan
-    from kappaquant.source import open_source
-
-__version__ = "0.1.0"
+    from kappaquant.checkpoints.checkpoint import Checkpoint, open_checkpoint
+    from kappaquant.engines.transformers.load import load
+    from kappaquant.planning.plan import Plan, make_plan
+    from kappaquant.planning.profile import Profile, scan
+    from kappaquant.quantizing.quantize import Options, quantize
+    from kappaquant.sources.folder import open_source
 
 _HOMES = {
-    "Checkpoint": "checkpoint",
-    "Options": "quantizer",
-    "Plan": "plan",
-    "Profile": "scanner",
-    "load": "integrations.transformers",
-    "make_plan": "plan",
-    "open_checkpoint": "checkpoint",
-    "open_source": "source",
-    "quantize": "quantizer",
-    "scan": "scanner",
+    "Checkpoint": "checkpoints.checkpoint",
+    "Options": "quantizing.quantize",
+    "Plan": "planning.plan",
+    "Profile": "planning.profile",
+    "load": "engines.transformers.load",
+    "make_plan": "planning.plan",
+    "open_checkpoint": "checkpoints.checkpoint",
+    "open_source": "sources.folder",
+    "quantize": "quantizing.quantize",
+    "scan": "planning.profile",
 }
 
 __all__ = [

@@ -25,12 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kappaquant
 from benchmarks.environment import ROOT, environment, save
-from kappaquant import evaluate, scanner
-from kappaquant.generate import stream
-from kappaquant.plots import kurtosis_by_layer
-from kappaquant.report import profile_table
-from kappaquant.sizes import summary
-from kappaquant.source import Source
+from kappaquant import evaluate
+from kappaquant.commands.plots import kurtosis_by_layer
+from kappaquant.commands.tables import profile_table
+from kappaquant.planning import profile as scanner
+from kappaquant.planning.sizes import summary
+from kappaquant.runtime.generate import stream
+from kappaquant.sources.folder import Source
 from reference.text import extract_answer, problems, scenes
 
 MODEL = ROOT / "reference" / "model"

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import gpu_plot
 from benchmarks.readme import README, render, result
-from kappaquant.format import BITS
+from kappaquant.formats.codebook import BITS
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from benchmarks.reference_ablation import TOLERANCE, Deciding, equal_bytes
 from benchmarks.reference_measure import Reading, Yardstick, answered, kld_difference
 from benchmarks.reference_peers import PEERS, Peer, Weights, round_to_nearest
 from benchmarks.reference_table import MODEL, OWN, RECIPES, peer_rows
-from kappaquant import scanner
 from kappaquant.evaluate import ExactMatch
-from kappaquant.format import TensorInfo
-from kappaquant.policies import KEPT
+from kappaquant.formats.codebook import TensorInfo
+from kappaquant.planning import profile as scanner
+from kappaquant.planning.policies import KEPT
 
 SEEDS = range(10)
 

@@ -12,7 +12,7 @@ from kappaquant.commands.options import CheckpointArg, JsonOpt, OriginalOpt
 from kappaquant.commands.terminal import console, errors, progress, show
 
 if TYPE_CHECKING:
-    from kappaquant.checkpoint import Checkpoint
+    from kappaquant.checkpoints.checkpoint import Checkpoint
 
 
 def inspect(
@@ -28,11 +28,11 @@ def inspect(
     as_json: JsonOpt = False,
 ) -> None:
     """Show what a quantized checkpoint holds, by family."""
-    from kappaquant.checkpoint import open_checkpoint
-    from kappaquant.report import checkpoint_json, checkpoint_table
+    from kappaquant.checkpoints.checkpoint import open_checkpoint
+    from kappaquant.commands.tables import checkpoint_json, checkpoint_table
 
     if plot:
-        from kappaquant.plots import bits_map, png_figure
+        from kappaquant.commands.plots import bits_map, png_figure
 
         png_figure(plot)
     opened = open_checkpoint(checkpoint, source=source)
@@ -45,7 +45,7 @@ def inspect(
 
 def _fits(opened: Checkpoint, cards: int, expert_parallel: bool) -> bool:
     """Whether so many cards can share a checkpoint; says why not, and how many can, on stderr."""
-    from kappaquant import parallel
+    from kappaquant.models import sharding as parallel
 
     what = {name: opened.entry(name).info for name in opened.keys()}, opened.format_of, opened.config
     found = list(parallel.problems(*what, cards, expert_parallel=expert_parallel))
@@ -58,7 +58,7 @@ def _fits(opened: Checkpoint, cards: int, expert_parallel: bool) -> bool:
 
 def verify(checkpoint: CheckpointArg, source: OriginalOpt = None) -> None:
     """Check names, shapes, completeness and hashes; exit code 1 names what is wrong."""
-    from kappaquant.checkpoint import open_checkpoint
+    from kappaquant.checkpoints.checkpoint import open_checkpoint
     from kappaquant.errors import FormatError
 
     try:
@@ -83,8 +83,8 @@ def dequantize(
     source: OriginalOpt = None,
 ) -> None:
     """Write a plain Hugging Face folder that any tool loads."""
-    from kappaquant.checkpoint import open_checkpoint
-    from kappaquant.export import dequantize as run
+    from kappaquant.checkpoints.checkpoint import open_checkpoint
+    from kappaquant.exports.plain import dequantize as run
 
     with progress("dequantize") as report:
         path = run(open_checkpoint(checkpoint, source=source), output, dtype, lambda d, t: report("write", d, t))

@@ -14,7 +14,7 @@ from kappaquant.commands.text import default_device
 from kappaquant.errors import OutputError, UnsupportedError
 
 if TYPE_CHECKING:
-    from kappaquant.evaluate.pair import Pair
+    from kappaquant.evaluate.runs.pair import Pair
 
 
 def evaluate(
@@ -76,14 +76,14 @@ def evaluate(
     """Measure divergence, perplexity, tasks and speed against the original, with intervals; each model is loaded alone."""
     from transformers.utils import logging as transformers_logging
 
-    from kappaquant.evaluate.against import Options, evaluate_against
-    from kappaquant.evaluate.evaluation import Evaluation, write_whole
-    from kappaquant.evaluate.markdown import markdown as tables
-    from kappaquant.evaluate.pair import content_digest, open_pair
-    from kappaquant.evaluate.questions import parse_task
-    from kappaquant.evaluate.scores import carry_over
-    from kappaquant.evaluate.throughput import cases, measure
-    from kappaquant.format import EVALUATION_NAME
+    from kappaquant.evaluate.documents.evaluation import Evaluation, write_whole
+    from kappaquant.evaluate.documents.markdown import markdown as tables
+    from kappaquant.evaluate.measures.scores import carry_over
+    from kappaquant.evaluate.measures.throughput import cases, measure
+    from kappaquant.evaluate.runs.against import Options, evaluate_against
+    from kappaquant.evaluate.runs.pair import content_digest, open_pair
+    from kappaquant.evaluate.runs.questions import parse_task
+    from kappaquant.formats.codebook import EVALUATION_NAME
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # there is one
@@ -125,7 +125,7 @@ def evaluate(
 
 
 def _text(pair: Pair, given: Path | None) -> Path:
-    from kappaquant.evaluate.against import TEXT_NAME
+    from kappaquant.evaluate.runs.against import TEXT_NAME
 
     if given is None and not (pair.source.folder / TEXT_NAME).exists():
         raise UnsupportedError(

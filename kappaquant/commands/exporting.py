@@ -21,9 +21,9 @@ from kappaquant.commands.terminal import console, errors, progress
 from kappaquant.errors import PlanError
 
 if TYPE_CHECKING:
-    from kappaquant.checkpoint import Checkpoint
-    from kappaquant.plan import Plan
-    from kappaquant.source import Source
+    from kappaquant.checkpoints.checkpoint import Checkpoint
+    from kappaquant.planning.plan import Plan
+    from kappaquant.sources.folder import Source
 
 TARGETS = ("mlx",)
 
@@ -60,15 +60,15 @@ def export(
     as_json: JsonOpt = False,
 ) -> None:
     """Write a mixed-precision folder that stock mlx_lm loads; run the same command again to resume a run that was cut off."""
-    from kappaquant.workers import warm_up
+    from kappaquant.files.processes import warm_up
 
     if to not in TARGETS:
         raise PlanError(f"--to {to!r}: must be one of {', '.join(TARGETS)}")
     warm_up(source, jobs)
     from transformers.utils import logging as transformers_logging
 
-    from kappaquant.manifest import json_text
-    from kappaquant.mlx_export import Options, export_mlx
+    from kappaquant.checkpoints.manifest import json_text
+    from kappaquant.exports.mlx import Options, export_mlx
 
     transformers_logging.set_verbosity_error()  # hints at faster kernels, for the check
     opened = _open(source, revision, stream)
@@ -100,9 +100,9 @@ def export(
 
 def _open(source: str, revision: str | None, stream: bool) -> Source | Checkpoint:
     """A quantized checkpoint if the folder is one, else a plain source."""
-    from kappaquant.checkpoint import open_checkpoint
-    from kappaquant.format import LEGACY_CONFIG_NAME, MANIFEST_NAME
-    from kappaquant.source import open_source
+    from kappaquant.checkpoints.checkpoint import open_checkpoint
+    from kappaquant.formats.codebook import LEGACY_CONFIG_NAME, MANIFEST_NAME
+    from kappaquant.sources.folder import open_source
 
     if any((Path(source) / name).exists() for name in (MANIFEST_NAME, LEGACY_CONFIG_NAME)):
         return open_checkpoint(source)
@@ -111,7 +111,7 @@ def _open(source: str, revision: str | None, stream: bool) -> Source | Checkpoin
 
 def _override(text: str) -> tuple[str, int, int | None]:
     """PATTERN=BITS[:GROUP]."""
-    from kappaquant.plan import parse_override
+    from kappaquant.planning.plan import parse_override
 
     setting, colon, group = text.rpartition(":")
     if not colon or "=" in group:
@@ -128,11 +128,11 @@ def _plan(
     overrides: list[tuple[str, int]],
     inputs: dict[str, Any],
 ) -> Plan:
-    from kappaquant.checkpoint import Checkpoint
+    from kappaquant.checkpoints.checkpoint import Checkpoint
     from kappaquant.commands.options import numbers
-    from kappaquant.mlx_export import plan_of
-    from kappaquant.plan import Plan, make_plan, overridden
-    from kappaquant.scanner import Profile
+    from kappaquant.exports.mlx import plan_of
+    from kappaquant.planning.plan import Plan, make_plan, overridden
+    from kappaquant.planning.profile import Profile
 
     checkpoint = opened if isinstance(opened, Checkpoint) else None
     tensors = {n: checkpoint.entry(n).info for n in checkpoint.keys()} if checkpoint else opened.tensors  # type: ignore[union-attr]

@@ -28,8 +28,8 @@ from kappaquant.commands.terminal import console, progress, show
 from kappaquant.errors import PlanError
 
 if TYPE_CHECKING:
-    from kappaquant.plan import Plan
-    from kappaquant.source import Source
+    from kappaquant.planning.plan import Plan
+    from kappaquant.sources.folder import Source
 
 
 def scan(
@@ -47,10 +47,10 @@ def scan(
     as_json: JsonOpt = False,
 ) -> None:
     """Measure every weight: κ, outliers, and the error at each bit width."""
-    from kappaquant import scanner
-    from kappaquant.plots import kurtosis_by_layer, png_figure
-    from kappaquant.report import profile_table
-    from kappaquant.source import open_source
+    from kappaquant.commands.plots import kurtosis_by_layer, png_figure
+    from kappaquant.commands.tables import profile_table
+    from kappaquant.planning import profile as scanner
+    from kappaquant.sources.folder import open_source
 
     if plot:
         png_figure(plot)
@@ -88,11 +88,11 @@ def plan(
     """Choose bits and show exact sizes; reads headers only and writes no weights."""
     from rich.filesize import decimal
 
-    from kappaquant import parallel
-    from kappaquant.layout import output_bytes
-    from kappaquant.report import plan_table
-    from kappaquant.sizes import summary
-    from kappaquant.source import open_source
+    from kappaquant.checkpoints.layout import output_bytes
+    from kappaquant.commands.tables import plan_table
+    from kappaquant.models import sharding as parallel
+    from kappaquant.planning.sizes import summary
+    from kappaquant.sources.folder import open_source
 
     opened = open_source(source, revision, stream=True)
     chosen = (policy, bits, recipe, profile, thresholds, ladder, group_size, overrides)
@@ -144,13 +144,13 @@ def quantize(
     """Write the quantized checkpoint; run the same command again to resume a run that was cut off."""
     from rich.filesize import decimal
 
-    from kappaquant.workers import warm_up
+    from kappaquant.files.processes import warm_up
 
     warm_up(source, jobs)
-    from kappaquant.plan import Plan
-    from kappaquant.quantizer import Options
-    from kappaquant.quantizer import quantize as run
-    from kappaquant.source import open_source
+    from kappaquant.planning.plan import Plan
+    from kappaquant.quantizing.quantize import Options
+    from kappaquant.quantizing.quantize import quantize as run
+    from kappaquant.sources.folder import open_source
 
     options = Options(effort, target, jobs, device, allow_nonfinite)  # type: ignore[arg-type]
     opened = open_source(source, revision, stream=stream)
@@ -179,8 +179,8 @@ def _make_plan(
     fuse: bool,
     target: str | None = None,
 ) -> Plan:
-    from kappaquant.plan import make_plan, parse_override
-    from kappaquant.scanner import Profile
+    from kappaquant.planning.plan import make_plan, parse_override
+    from kappaquant.planning.profile import Profile
 
     return make_plan(
         source.tensors, source.config, policy, bits=bits, recipe=recipe,

@@ -13,8 +13,8 @@ from kappaquant.commands.options import CheckpointArg, JsonOpt, RevisionOpt
 from kappaquant.commands.terminal import console, errors, show
 
 if TYPE_CHECKING:
-    from kappaquant.evaluate.compare import Comparison
-    from kappaquant.evaluate.evaluation import Measured
+    from kappaquant.evaluate.documents.compare import Comparison
+    from kappaquant.evaluate.documents.evaluation import Measured
 
 
 def compare(
@@ -29,12 +29,12 @@ def compare(
     as_json: JsonOpt = False,
 ) -> None:
     """Set evaluated checkpoints of one original side by side: size, KL divergence, agreement, perplexity, tasks."""
-    from kappaquant.evaluate.compare import compare as run
-    from kappaquant.evaluate.compare import report_path
-    from kappaquant.evaluate.evaluation import Evaluation
-    from kappaquant.evaluate.pair import source_facts
-    from kappaquant.plots import pareto
-    from kappaquant.source import LocalSource, open_source
+    from kappaquant.commands.plots import pareto
+    from kappaquant.evaluate.documents.compare import compare as run
+    from kappaquant.evaluate.documents.compare import report_path
+    from kappaquant.evaluate.documents.evaluation import Evaluation
+    from kappaquant.evaluate.runs.pair import source_facts
+    from kappaquant.sources.folder import LocalSource, open_source
 
     evaluations = {str(path): Evaluation.load(report_path(path)) for path in checkpoints}
     facts = None
@@ -87,7 +87,7 @@ def _pairs(comparison: Comparison) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    from kappaquant.evaluate.markdown import difference
+    from kappaquant.evaluate.documents.markdown import difference
 
     table = Table(title="two by two on the same questions", title_justify="left")
     for column in ("task", "first", "second", "first minus second", "p (McNemar)", "at 5 %"):
@@ -126,9 +126,9 @@ def card(
     force: Annotated[bool, typer.Option("--force", help="Replace a README.md that kappaquant did not write.")] = False,
 ) -> None:
     """Write the checkpoint's model card from its manifest and evaluation."""
-    from kappaquant.card import CARD_NAME, make_card, write_card
-    from kappaquant.checkpoint import open_checkpoint
-    from kappaquant.format import EVALUATION_NAME
+    from kappaquant.checkpoints.checkpoint import open_checkpoint
+    from kappaquant.formats.codebook import EVALUATION_NAME
+    from kappaquant.publishing.card import CARD_NAME, make_card, write_card
 
     default = checkpoint / EVALUATION_NAME
     made = make_card(
@@ -152,7 +152,7 @@ def push(
     ] = False,
 ) -> None:
     """Upload the checkpoint and its card; refused when verify fails or the card has no evaluation. Run again to resume."""
-    from kappaquant.publish import push as run
+    from kappaquant.publishing.push import push as run
 
     url = run(checkpoint, repo, private=private, revision=revision, force=force)
     console().print(url, highlight=False, markup=False)

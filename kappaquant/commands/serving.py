@@ -18,8 +18,8 @@ def convert(
     source: OriginalOpt = None,
 ) -> None:
     """Re-label a tq3_native checkpoint as kappaquant v1, without changing a code."""
-    from kappaquant.checkpoint import open_checkpoint
-    from kappaquant.convert import convert as run
+    from kappaquant.checkpoints.checkpoint import open_checkpoint
+    from kappaquant.exports.kappaquant_v1 import convert as run
 
     opened = open_checkpoint(checkpoint, source=source)
     for notice in opened.notices:
@@ -47,7 +47,7 @@ def serve(
     """Answer OpenAI's HTTP API, through vLLM, MLX or transformers."""
     import os
 
-    from kappaquant.serve import choose
+    from kappaquant.engines.serve import choose
 
     server = choose(checkpoint, "mlx" if mlx else engine, host=host, port=port, context=context, options=options or ())
     errors().print(f"{server.engine}: {'; '.join(server.why)}", markup=False, highlight=False, soft_wrap=True)

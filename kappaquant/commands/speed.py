@@ -13,7 +13,7 @@ from kappaquant.commands.terminal import show
 from kappaquant.commands.text import default_device, load_quantized
 
 if TYPE_CHECKING:
-    from kappaquant.bench import Row
+    from kappaquant.runtime.bench import Row
 
 
 def bench(
@@ -35,8 +35,8 @@ def bench(
     import torch
     import transformers
 
-    import kappaquant
-    from kappaquant.bench import load_original, measure
+    from kappaquant.runtime.bench import load_original, measure
+    from kappaquant.version import __version__
 
     where = device or default_device()
     cases = [(rows, tokens) for rows in batch or [1] for tokens in context or [32, 2048]]
@@ -50,7 +50,7 @@ def bench(
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if where.startswith("cuda") else "cpu",
         "activations": activations,
-        "kappaquant": kappaquant.__version__,
+        "kappaquant": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "rows": [{"model": name, **row.to_json()} for name, row in found],

@@ -36,6 +36,6 @@ def errors() -> Any:
 
 
 def progress(title: str, unit: str | None = None) -> Any:
-    from kappaquant.report import ProgressBar
+    from kappaquant.commands.tables import ProgressBar
 
     return ProgressBar(title, errors(), unit)

@@ -33,8 +33,8 @@ def generate(
     activations: ActivationsOpt = "int8",
 ) -> None:
     """Continue a prompt, token by token as they come."""
-    from kappaquant.generate import stream
-    from kappaquant.sampling import Sampling
+    from kappaquant.runtime.generate import stream
+    from kappaquant.runtime.sampling import Sampling
 
     Sampling(temperature, top_p, top_k, min_p, seed)  # bad options are met before a model is loaded
     model, tokenizer = load_quantized(checkpoint, device, activations)
@@ -59,8 +59,8 @@ def chat(
     activations: ActivationsOpt = "int8",
 ) -> None:
     """Talk to the model; an empty line or end of input leaves."""
-    from kappaquant.generate import chat as reply
-    from kappaquant.sampling import Sampling
+    from kappaquant.runtime.generate import chat as reply
+    from kappaquant.runtime.sampling import Sampling
 
     Sampling(temperature, top_p, top_k, min_p, seed)
     model, tokenizer = load_quantized(checkpoint, device, activations)

@@ -1,10 +1,10 @@
 """Compare a quantized variant with the model it was made from: KL divergence, perplexity, exact match."""
 
-from kappaquant.evaluate.batches import windows
-from kappaquant.evaluate.divergence import Divergence, Perplexity, kl_divergence, perplexity
-from kappaquant.evaluate.intervals import sign_test, wilson
-from kappaquant.evaluate.report import Variant, json_report
-from kappaquant.evaluate.tasks import ExactMatch, Paired, Question, complete, exact_match, paired
+from kappaquant.evaluate.documents.report import Variant, json_report
+from kappaquant.evaluate.measures.batches import windows
+from kappaquant.evaluate.measures.divergence import Divergence, Perplexity, kl_divergence, perplexity
+from kappaquant.evaluate.measures.intervals import sign_test, wilson
+from kappaquant.evaluate.measures.tasks import ExactMatch, Paired, Question, complete, exact_match, paired
 
 __all__ = [
     "Divergence",

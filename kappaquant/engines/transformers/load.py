@@ -1,0 +1,102 @@
+"""transformers 5: ``AutoModel….from_pretrained`` reads kappaquant checkpoints, and ``load`` reads either format."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kappaquant.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from kappaquant.errors import FormatError
+from kappaquant.formats.codebook import LEGACY_FORMAT, QUANT_METHOD
+from kappaquant.kernels.tiled import ACTIVATIONS, check_activations
+from kappaquant.models.skeleton import load_config, model_class
+from kappaquant.runtime.assemble import set_activations
+from kappaquant.runtime.fused.qwen3_5 import fuse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger("kappaquant")
+
+_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def register() -> None:
+    """Make ``from_pretrained`` know quant_method "kappaquant"; more calls do nothing."""
+    import_module("kappaquant.engines.transformers.hooks")
+
+
+def load(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    activations: str = ACTIVATIONS[0],
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a quantized checkpoint folder, v1 or tq3_native, as a transformers model with packed weights.
+
+    Args:
+        dtype: of the kept tensors and activations; default the one in config.json.
+        device: default the CPU.
+        activations: what kernels on NVIDIA GPUs multiply by, "int8" or "bf16" (float16 with scales); see docs/kernels.md.
+
+    Returns:
+        The model in evaluation mode, of the class config.json names, and its tokenizer (None if the folder has none).
+
+    Raises:
+        FormatError: a tensor is missing, extra or misshapen, or the checkpoint is malformed.
+        UnsupportedError: the architecture is unknown to transformers, or a packed tensor has no packed module.
+    """
+    check_activations(activations)
+    register()
+    checkpoint = open_checkpoint(path)
+    for notice in checkpoint.notices:
+        logger.warning("%s: %s", checkpoint.path, notice)
+    if not checkpoint.config:
+        raise FormatError(f"{checkpoint.path}: has no config.json; copy the original model's there to load it")
+    config = load_config(checkpoint.path)
+    cls = model_class(config)
+    declared = config.dtype if isinstance(config.dtype, torch.dtype) else None
+    wanted = dtype or declared or _common_dtype(checkpoint)
+    if checkpoint.format == LEGACY_FORMAT:
+        model = _load_legacy(cls, config, checkpoint, wanted)
+    else:
+        model = cls.from_pretrained(checkpoint.path, config=config, dtype=wanted)
+    set_activations(model, activations)
+    model = model.to(device or "cpu")
+    if model.device.type == "cuda":
+        fuse(model)
+    return model, _tokenizer(checkpoint.path)
+
+
+def _load_legacy(cls: type[PreTrainedModel], config: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The same path, but config.json does not say that the folder is quantized, and its index may be stale."""
+    from transformers import GenerationConfig
+
+    config.quantization_config = {"quant_method": QUANT_METHOD, "folder": str(checkpoint.path)}
+    kept = {name: checkpoint.tensor(name) for name in checkpoint.keys() if checkpoint.format_of(name) is None}
+    model = cls.from_pretrained(None, config=config, state_dict=kept, dtype=dtype)
+    if (checkpoint.path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    return model
+
+
+def _common_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What most kept tensors are, for a config.json that names no dtype."""
+    kept = Counter(checkpoint.dtype(name) for name in checkpoint.keys() if checkpoint.format_of(name) is None)
+    found = [_TORCH_DTYPES[name] for name, _ in kept.most_common() if name in _TORCH_DTYPES]
+    return found[0] if found else torch.bfloat16
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        logger.info("%s: no tokenizer files", folder)
+        return None
+    return AutoTokenizer.from_pretrained(folder)

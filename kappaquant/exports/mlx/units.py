@@ -1,0 +1,168 @@
+"""The pieces of work of an export: a slab of one tensor, read, folded, quantized or cast, and written in place by any process.
+
+Weights that read the residual stream are cut by rows, those that write it by columns, since the rotation runs along the other
+axis. How a tensor is cut depends on its shape alone, so that what is learnt of it does not depend on jobs or interruptions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kappaquant.checkpoints.checkpoint import Entry
+from kappaquant.errors import NonFiniteError
+from kappaquant.exports.mlx.layout import Tensor
+from kappaquant.exports.mlx.rotation import rotate, rotate_columns
+from kappaquant.exports.weights import read, read_rows
+from kappaquant.files.safetensors import Stored, write_bytes
+from kappaquant.files.tensors import TORCH_DTYPES
+from kappaquant.formats.affine import Effort, quantize
+from kappaquant.formats.codebook import DTYPE_BYTES
+from kappaquant.planning.policies import KEPT
+from kappaquant.quantizing.slices import tensor_bytes
+
+UNIT_ELEMENTS = 1 << 21  # 8 MB as float32, of which a unit holds several copies
+_SLAB = 128  # columns are cut at multiples of every group
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Matrices [first, last) of a tensor, and of each the rows and columns [start, stop)."""
+
+    first: int
+    last: int
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+    @property
+    def numel(self) -> int:
+        return (self.last - self.first) * (self.rows[1] - self.rows[0]) * (self.columns[1] - self.columns[0])
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One slab of ``tensor``, its number among them, and where it comes from and goes to.
+
+    Attributes:
+        entries: source parameter -> where its bytes are, for every parameter of the slab and its gain.
+        one_plus: the norm multiplies by 1 + its weight.
+        target_path, stored: the output shard, and the places of its tensors by key.
+    """
+
+    tensor: Tensor
+    number: int
+    slab: Slab
+    entries: dict[str, Entry]
+    one_plus: bool
+    target_path: Path
+    stored: dict[str, Stored]
+    effort: Effort
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Squared error against the folded weights, and their energy."""
+
+    squared_error: float = 0.0
+    energy: float = 0.0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.squared_error + other.squared_error, self.energy + other.energy)
+
+
+def slabs(tensor: Tensor) -> Iterator[Slab]:
+    """Cuts of a tensor, of about UNIT_ELEMENTS each."""
+    rows, width, count = tensor.rows, tensor.width, len(tensor.pieces)
+    size = rows * width
+    if size <= UNIT_ELEMENTS:
+        step = max(1, UNIT_ELEMENTS // max(size, 1))
+        for first in range(0, count, step):
+            yield Slab(first, min(first + step, count), (0, rows), (0, width))
+        return
+    for index in range(count):
+        if tensor.action == "out":
+            step = max(1, UNIT_ELEMENTS // rows // _SLAB) * _SLAB
+            for start in range(0, width, step):
+                yield Slab(index, index + 1, (0, rows), (start, min(start + step, width)))
+        else:
+            step = max(1, UNIT_ELEMENTS // width)
+            for start in range(0, rows, step):
+                yield Slab(index, index + 1, (start, min(start + step, rows)), (0, width))
+
+
+def run_unit(unit: Unit) -> Sums:
+    """Make one slab and write it into the (already allocated) output shard.
+
+    Raises:
+        NonFiniteError: NaN, infinity, or values that the output's dtype cannot hold; names the tensor.
+    """
+    tensor, slab = unit.tensor, unit.slab
+    weight = folded(tensor, slab, unit.entries, unit.one_plus)
+    if not bool(weight.isfinite().all()):
+        raise NonFiniteError(f"{tensor.pieces[slab.first].name}: holds NaN or infinity; repair the source")
+    descriptor = os.open(unit.target_path, os.O_WRONLY)
+    try:
+        if tensor.bits == KEPT:
+            cast = weight.to(TORCH_DTYPES[tensor.dtype])
+            if not bool(cast.isfinite().all()):
+                raise NonFiniteError(
+                    f"{tensor.pieces[slab.first].name}: holds {float(weight.abs().max()):.6g}, more than {tensor.dtype} can; "
+                    "give --dtype BF16"
+                )
+            _write(descriptor, unit.stored[tensor.key], tensor, slab, cast)
+            difference = cast.double() - weight.double()
+            return Sums(float(difference.square().sum()), float(weight.double().square().sum()))
+        dtype = TORCH_DTYPES[tensor.dtype]
+        made = quantize(weight, tensor.bits, tensor.group_size, dtype, unit.effort, tensor.pieces[slab.first].name)
+        _write(descriptor, unit.stored[tensor.key], tensor, slab, made.packed)
+        _write(descriptor, unit.stored[f"{tensor.path}.scales"], tensor, slab, made.scales)
+        _write(descriptor, unit.stored[f"{tensor.path}.biases"], tensor, slab, made.biases)
+        return Sums(made.squared_error, made.energy)
+    finally:
+        os.close(descriptor)
+
+
+def folded(tensor: Tensor, slab: Slab, entries: dict[str, Entry], one_plus: bool) -> torch.Tensor:
+    """float32 [matrices, rows, columns] of a slab, with gain and rotation."""
+    count, (top, bottom), (left, right) = slab.last - slab.first, slab.rows, slab.columns
+    weight = torch.empty(count, bottom - top, right - left)
+    if tensor.action == "one":
+        return weight.fill_(1.0)
+    for index, piece in enumerate(tensor.pieces[slab.first : slab.last]):
+        step = max(
+            1, UNIT_ELEMENTS // tensor.width
+        )  # a slab of columns passes over whole rows, but never holds them all
+        for start in range(top, bottom, step):
+            stop = min(start + step, bottom)
+            whole = read_rows(entries[piece.name], piece.row + start, piece.row + stop)
+            weight[index, start - top : stop - top] = whole[:, left:right]
+    if tensor.action == "plus_one":
+        return weight.add_(1.0)
+    if tensor.gain is not None:
+        gain = read(entries[tensor.gain]).to(torch.float32)
+        weight *= gain + 1.0 if one_plus else gain
+    if tensor.action == "in":
+        return rotate(weight)
+    if tensor.action == "out":
+        for index in range(count):
+            weight[index] = rotate_columns(weight[index])
+    return weight
+
+
+def _write(descriptor: int, stored: Stored, tensor: Tensor, slab: Slab, values: torch.Tensor) -> None:
+    """Put [matrices, rows, n] where a slab's part of a stored tensor is."""
+    size = DTYPE_BYTES[stored.info.dtype]
+    row_bytes = stored.info.numel * size // (len(tensor.pieces) * tensor.rows)
+    begin = stored.offset + (slab.first * tensor.rows + slab.rows[0]) * row_bytes
+    if slab.columns == (0, tensor.width):
+        write_bytes(descriptor, tensor_bytes(values), begin)
+        return
+    begin += row_bytes * slab.columns[0] // tensor.width
+    data = tensor_bytes(values)
+    per_row = len(data) // values.shape[1]
+    for row in range(values.shape[1]):
+        write_bytes(descriptor, data[row * per_row : (row + 1) * per_row], begin + row * row_bytes)

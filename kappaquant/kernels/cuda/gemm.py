@@ -1,0 +1,199 @@
+"""Codebook products of many tokens on NVIDIA Hopper GPUs: weights are decoded once for up to 256 tokens.
+
+float16 inputs serve all widths. Nothing is scaled after their products: a weight's operand is its table entry times its
+group's norm, and a token has one scale. So the error is that of float16, whatever the format: about 4e-4 of a product's size.
+int8 inputs serve 2 to 5 bits (int8_gemm.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kappaquant.errors import UnsupportedError
+from kappaquant.kernels.cuda import device as gpu
+from kappaquant.kernels.cuda import int8_gemm, nvrtc, tiles
+from kappaquant.kernels.cuda.inputs import KINDS, Tokens, address
+from kappaquant.kernels.cuda.launches import BARRIER_BYTES, TARGET_BYTES, Spread, split_of, whole_blocks
+from kappaquant.kernels.cuda.tensor_cores import INT8_BITS, TABLE_BYTES, Codes, Weight
+
+NAME = "gemm"
+_MOST_OUTPUTS = 4
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = (
+        ("weight", Codes), ("out", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("rows", ctypes.c_int),
+        ("first_block", ctypes.c_int),
+    )  # fmt: skip
+
+
+class _Gemm(ctypes.Structure):
+    _fields_ = (
+        ("segments", _Segment * _MOST_OUTPUTS), ("x", ctypes.c_void_p), ("scales", ctypes.c_void_p),
+        ("items", ctypes.c_void_p), ("rows_of", ctypes.c_void_p), ("tokens", ctypes.c_int), ("blocks", ctypes.c_int),
+        ("k", ctypes.c_int), ("out_kind", ctypes.c_int), ("whole", ctypes.c_int), ("row_blocks", ctypes.c_int),
+        ("token_blocks", ctypes.c_int),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch(Spread):
+    """A launch of float16 inputs: 8, 16, 32, 64, 128 or 256 ``tokens``; a warpgroup has 128 rows, or 64 with 256 tokens."""
+
+    file = "gemm.cu"
+    half = True
+
+    @property
+    def rows(self) -> int:
+        """Of a thread block."""
+        return (64 if self.tokens == 256 else 128) * self.warpgroups
+
+    @property
+    def paired(self) -> bool:
+        return self.tokens == 256 and self.split == 2
+
+    def instance(self, bits: Sequence[int], group_size: int, items: bool = False) -> str:
+        """Of the kernel template, for outputs of these widths, 0 for none."""
+        flags = f"{self.tokens}, {self.warpgroups}, {self.split}, {self.stages}, {self.resident}"
+        return f"gemm<{', '.join(map(str, bits))}, {group_size}, {str(items).lower()}, {flags}>"
+
+    def shared_bytes(self, bits: int, group_size: int) -> int:
+        """Shared memory of a thread block whose widest codes have ``bits``."""
+        staged = self.stages * self.tokens * 2 * tiles.INPUTS
+        sums = 4 * self.tokens * (self.rows + 4)
+        return BARRIER_BYTES + TARGET_BYTES * self.tokens + TABLE_BYTES.get(bits, 0) + max(staged, sums)
+
+
+@dataclass(frozen=True)
+class Items:
+    """Work of experts: each thread block multiplies the tokens of one item.
+
+    Attributes:
+        work: int32 [items, 4]: expert, first position (a multiple of 8), positions (0: none), 0.
+        rows_of: int32 [positions]: the output row of each.
+        rows: of the output.
+    """
+
+    work: Tensor
+    rows_of: Tensor
+    rows: int
+
+
+@cache
+def refusal(device: torch.device) -> str | None:
+    """Why products can not be made here, or None."""
+    reason = gpu.refusal(device)
+    if reason:
+        return reason
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"needs compute capability 9.0 (Hopper), {torch.cuda.get_device_name(device)} has {major}.{minor}"
+    return None
+
+
+@cache
+def choose(tokens: int, row_count: int, units: int, multiprocessors: int) -> Launch:
+    """The launch of float16 inputs for ``tokens`` of products with ``row_count`` rows in all, as measured on an H200.
+
+    Blocks of 256 tokens beat those of 128 by 3 to 14 % from 256 tokens on. Few rows want small blocks: at 32 to 128 tokens
+    8192 x 2048 takes two thirds of the time with 128 rows in a block that it takes with 256. With 256 tokens a pair of blocks that
+    fetch inputs for each other takes 6 % less at 512 tokens than blocks on their own (an H100).
+    """
+    block = next((n for n in (16, 32, 64, 128) if tokens <= n), 256)
+    if block <= 128 and row_count < 128 * multiprocessors:
+        use = Launch(block, 1, 1, 3 if block == 128 else 4, 1 if block == 128 else 2)
+    else:
+        use = Launch(block, 2, 1, 3 if block == 256 else 4, 2 if block == 16 else 1)
+    blocks = -(-row_count // use.rows) * -(-tokens // block)
+    split = split_of(blocks, units, multiprocessors, use.resident)
+    return replace(use, split=max(2, split) if block == 256 else split)
+
+
+def linear(
+    x: Tokens, weights: Sequence[Weight], dtype: torch.dtype, biases: Sequence[Tensor | None] | None = None,
+    launch: Launch | int8_gemm.Launch | None = None, items: Items | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """x times each weight, [tokens, rows] each, in one launch; the weights share group size and width, not bits.
+
+    Args:
+        biases: [rows] in ``dtype``, or None, for each weight.
+        launch: for float16 or int8 as x is; by default as ``choose`` says.
+        items: for weights of experts [E, rows, in_features]: which positions of x meet which expert.
+
+    Raises:
+        UnsupportedError: more than four weights, shapes or widths that the input does not serve, or no Hopper GPU.
+    """
+    _check(x, weights, items)
+    device, units = x.values.device, x.values.shape[0]
+    count = items.rows if items else x.count
+    outs = [torch.empty(count, w.rows, dtype=dtype, device=device) for w in weights]
+    if not count:
+        return outs
+    row_count = sum(w.rows for w in weights)
+    use = launch or (choose if x.half else int8_gemm.choose)(x.count, row_count, units, _multiprocessors(device))
+    if use.half != x.half:
+        raise UnsupportedError(f"{NAME}: {use} is not for inputs in {x.values.dtype}")
+    if items is not None and use.paired:
+        raise UnsupportedError(f"{NAME}: {use} fetches inputs in pairs, which experts have not: split must not be 2")
+    parameters = _Gemm(
+        x=x.values.data_ptr(), scales=x.scales.data_ptr(), items=address(items.work if items else None),
+        rows_of=address(items.rows_of if items else None), tokens=x.count, blocks=x.values.shape[1],
+        k=units * tiles.INPUTS, out_kind=KINDS[dtype],
+    )  # fmt: skip
+    blocks = 0
+    for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
+        bias = address(biases[i] if biases else None)
+        parameters.segments[i] = _Segment(weight.parameters(x.half), out.data_ptr(), bias, weight.rows, blocks)
+        blocks += -(-weight.rows // use.rows)
+    parameters.row_blocks = -(-blocks // 2) * 2 if use.paired else blocks
+    parameters.token_blocks = items.work.shape[0] if items else -(-x.count // use.tokens)
+    every = parameters.row_blocks * parameters.token_blocks
+    parameters.whole = whole_blocks(every, use.split, _multiprocessors(device) * use.resident)
+    bits = [w.fmt.bits for w in weights] + [0] * (_MOST_OUTPUTS - len(weights))
+    run = _kernel(use, tuple(bits), x.group_size, items is not None, device.index)
+    grid = parameters.whole + (every - parameters.whole) * use.split
+    run((grid, 1, 1), 128 * use.warpgroups, parameters, early=True)
+    return outs
+
+
+def _check(x: Tokens, weights: Sequence[Weight], items: Items | None) -> None:
+    reason = refusal(x.values.device)
+    if reason:
+        raise UnsupportedError(f"{NAME}: {reason}")
+    if not 1 <= len(weights) <= _MOST_OUTPUTS:
+        raise UnsupportedError(f"{NAME}: {len(weights)} weights share an input; one launch takes 1 to {_MOST_OUTPUTS}")
+    k = x.values.shape[0] * tiles.INPUTS
+    for weight in weights:
+        if (x.group_size, k) != (weight.fmt.group_size, tiles.padded(weight.in_features, weight.fmt)):
+            raise UnsupportedError(
+                f"{NAME}: the input is [{k}] in groups of {x.group_size}; a weight [{weight.rows}, {weight.in_features}] "
+                f"is {weight.fmt.id}"
+            )
+        if not x.half and weight.fmt.bits not in INT8_BITS:
+            raise UnsupportedError(
+                f"{NAME}: int8 inputs serve {', '.join(map(str, INT8_BITS))} bits, not {weight.fmt.bits}; float16 inputs serve all"
+            )
+        experts = weight.tiled.codes.dim() == 6
+        if experts != (items is not None):
+            raise UnsupportedError(f"{NAME}: weights of experts need items, and others take none")
+    if items is not None and not x.half:
+        raise UnsupportedError(f"{NAME}: experts take float16 inputs, got {x.values.dtype}")
+
+
+@cache
+def _kernel(
+    use: Launch | int8_gemm.Launch, bits: tuple[int, ...], group_size: int, items: bool, device: int
+) -> nvrtc.Kernel:
+    instance = use.instance(bits, group_size, items) if isinstance(use, Launch) else use.instance(bits, group_size)
+    return nvrtc.kernel(use.file, instance, device, use.shared_bytes(max(bits), group_size))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,199 @@
+"""Codebook products on NVIDIA tensor cores (compute capability 8.0 and later), compiled by NVRTC.
+
+The rotated input becomes int8 or float16 with one scale per token and group, the codes become the other operand in
+registers by byte permutes: no weight is ever written back. int8 serves 2 to 5 bits; float16 all widths.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kappaquant.errors import UnsupportedError
+from kappaquant.formats.codebook import Format
+from kappaquant.kernels.cuda import device as gpu
+from kappaquant.kernels.cuda import nvrtc, tiles
+from kappaquant.kernels.cuda.inputs import KINDS, Input, address
+
+NAME = "tensor_cores"
+INT8_BITS = (2, 3, 4, 5)  # above, rounding a codebook to int8 would cost more than the width gains
+_MOST_OUTPUTS = 4
+TABLE_BYTES = {6: 128 << 6, 7: 128 << 7, 8: 128 << 8}  # in shared memory: a copy for each lane
+
+
+class _Table(ctypes.Structure):
+    _fields_ = (("bytes", ctypes.c_uint32 * 8), ("half", ctypes.c_void_p), ("scale", ctypes.c_float))
+
+
+class Codes(ctypes.Structure):
+    """``Codes`` of product.cuh."""
+
+    _fields_ = (("codes", ctypes.c_void_p), ("norms", ctypes.c_void_p), ("table", _Table))
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = (
+        ("weight", Codes), ("out", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("rows", ctypes.c_int),
+        ("first_block", ctypes.c_int),
+    )  # fmt: skip
+
+
+class Inputs(ctypes.Structure):
+    """``Inputs`` of product.cuh."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("halves", ctypes.c_void_p), ("padded", ctypes.c_int),
+        ("k", ctypes.c_int),
+    )  # fmt: skip
+
+    @classmethod
+    def of(cls, x: Input) -> Inputs:
+        return cls(x.values.data_ptr(), x.scales.data_ptr(), x.halves.data_ptr(), x.scales.shape[1], x.values.shape[1])
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        ("segments", _Segment * _MOST_OUTPUTS), ("inputs", Inputs), ("tokens", ctypes.c_int), ("out_kind", ctypes.c_int),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight [rows, in_features], or of experts [E, rows, in_features], in tiles, with the tables of its codebook.
+
+    The tiles serve int8 and float16 inputs alike; only the table that decodes them differs.
+    """
+
+    tiled: tiles.Tiled
+    fmt: Format
+    rows: int
+    in_features: int
+    codebook: tuple[float, ...]
+
+    @classmethod
+    def of(cls, packed: Tensor, norms: Tensor, fmt: Format, in_features: int, codebook: Sequence[float]) -> Weight:
+        """From the bytes on disk: packed uint8 [..., n, bytes], norms float16 [..., n, G], on a CUDA device.
+
+        Raises:
+            UnsupportedError: see ``refusal``.
+        """
+        reason = refusal(packed.device, codebook)
+        if reason:
+            raise UnsupportedError(f"{NAME}: {reason}")
+        return cls(tiles.tile(packed, norms, fmt), fmt, norms.shape[-2], in_features, tuple(codebook))
+
+    def parameters(self, half: bool) -> Codes:
+        """What a kernel needs to decode it to float16, or to int8."""
+        table = _table(self.codebook, self.fmt.bits, half, self.tiled.codes.device)
+        return Codes(self.tiled.codes.data_ptr(), self.tiled.norms.data_ptr(), table)
+
+
+@cache
+def _table(codebook: tuple[float, ...], bits: int, half: bool, device: torch.device) -> _Table:
+    if bits > 5:
+        entries, scale = _entries(codebook, bits, device)
+        return _Table(half=entries.data_ptr(), scale=scale)
+    words, scale = (tiles.half_table if half else tiles.int8_table)(codebook, bits)
+    table = _Table(scale=scale)
+    table.bytes[: len(words)] = words
+    return table
+
+
+@cache
+def _entries(codebook: tuple[float, ...], bits: int, device: torch.device) -> tuple[Tensor, float]:
+    """(float16 entries on the device, scale) of the wide tables; the cache keeps what tables point to."""
+    words, scale = tiles.half_table(codebook, bits)
+    return torch.tensor(words, dtype=torch.int64).to(device, torch.int32), scale
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a product is spread over the card.
+
+    Attributes:
+        token_tiles: blocks of 8 tokens that a thread block multiplies.
+        tiles: tiles of 32 rows in a thread block, which then reads its tokens once for all of them.
+        warps: warps of a thread block, a multiple of ``tiles``; those of one tile split the input axis.
+        resident: warps that a multiprocessor must hold, which bounds registers; 0 leaves them to the compiler.
+    """
+
+    token_tiles: int
+    tiles: int
+    warps: int
+    resident: int
+
+
+def choose(tokens: int, tile_count: int, units: int, bits: int) -> Launch:
+    """As measured on an H200 (``benchmarks/gpu_kernels.py``): 1700 warps fill it, and fewer warps to a tile save sums."""
+    token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 64 else 16
+    if token_tiles == 4:
+        return Launch(token_tiles, 2, 4, 0)
+    warps, most = 4, 4 if token_tiles == 16 else 16  # their sums must fit in shared memory
+    while warps < most and tile_count * warps < 1700 and 4 * warps <= units:
+        warps *= 2
+    return Launch(token_tiles, 1, warps, 0 if token_tiles > 1 else {2: 24, 3: 28}.get(bits, 16))
+
+
+def linear(
+    x: Input, weights: Sequence[Weight], dtype: torch.dtype, biases: Sequence[Tensor | None] | None = None,
+    launch: Launch | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """x times each weight, [tokens, rows] each, in one launch; the weights share group size and width, not bits.
+
+    Args:
+        biases: [rows] in ``dtype``, or None, for each weight.
+        launch: by default as ``choose`` says.
+
+    Raises:
+        UnsupportedError: more than four weights, or widths that the input's type does not serve.
+    """
+    _check(x, weights)
+    tokens, k = x.values.shape
+    outs = [torch.empty(tokens, w.rows, dtype=dtype, device=x.values.device) for w in weights]
+    if not tokens:
+        return outs
+    bits = [w.fmt.bits for w in weights] + [0] * (_MOST_OUTPUTS - len(weights))
+    tile_counts = [w.tiled.codes.shape[0] for w in weights]
+    use = launch or choose(tokens, sum(tile_counts), k // tiles.INPUTS, max(bits))
+    parameters = _Linear(inputs=Inputs.of(x), tokens=tokens, out_kind=KINDS[dtype])
+    blocks = 0
+    for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
+        parameters.segments[i] = _Segment(
+            weight.parameters(x.half), out.data_ptr(), address(biases[i] if biases else None), weight.rows, blocks,
+        )  # fmt: skip
+        blocks += -(-tile_counts[i] // use.tiles)
+    flags = f"{x.group_size}, {str(x.half).lower()}, {use.token_tiles}, {use.tiles}, {use.warps}, {use.resident}"
+    sums = 4 * 8 * use.token_tiles * 33 * use.warps
+    table = TABLE_BYTES.get(max(bits), 0) if x.half else 0
+    instance = f"linear<{', '.join(map(str, bits))}, {flags}>"
+    run = nvrtc.kernel("linear.cu", instance, x.values.device.index, sums + table)
+    run((blocks, -(-tokens // (8 * use.token_tiles)), 1), 32 * use.warps, parameters, early=True)
+    return outs
+
+
+def _check(x: Input, weights: Sequence[Weight]) -> None:
+    if not 1 <= len(weights) <= _MOST_OUTPUTS:
+        raise UnsupportedError(f"{NAME}: {len(weights)} weights share an input; one launch takes 1 to {_MOST_OUTPUTS}")
+    mine = (x.group_size, x.values.shape[1])
+    for weight in weights:
+        if mine != (weight.fmt.group_size, tiles.padded(weight.in_features, weight.fmt)):
+            raise UnsupportedError(
+                f"{NAME}: the input is [{x.values.shape[1]}] in groups of {x.group_size}; a weight "
+                f"[{weight.rows}, {weight.in_features}] is {weight.fmt.id}"
+            )
+        if not x.half and weight.fmt.bits not in INT8_BITS:
+            raise UnsupportedError(
+                f"{NAME}: int8 inputs serve {', '.join(map(str, INT8_BITS))} bits, not {weight.fmt.bits}; float16 inputs serve all"
+            )
+
+
+def refusal(device: torch.device, codebook: Sequence[float]) -> str | None:
+    """Why a weight can not be multiplied here, or None."""
+    if any(a != -b for a, b in zip(codebook, reversed(codebook), strict=True)):
+        return "the codebook is not symmetric about 0"
+    return gpu.refusal(device)

@@ -1,0 +1,163 @@
+"""The dry run's arithmetic: exact bytes, bits per weight and bytes read per decoded token, from headers and a plan alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from kappaquant.formats.codebook import TensorInfo
+from kappaquant.models.roles import Role, TensorKind, kind_of, tied_embeddings
+from kappaquant.planning.plan import Plan
+
+_ROUTED = (Role.ROUTED_GATE, Role.ROUTED_UP, Role.ROUTED_GATE_UP, Role.ROUTED_DOWN)
+_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k")
+
+
+@dataclass(frozen=True)
+class TensorSize:
+    """One tensor under a plan.
+
+    Attributes:
+        bits: 2..8, or 16 for kept.
+        params: number of weights.
+        source_bytes: its bytes in the source.
+        output_bytes: its bytes in the output: packed indices and norms, or the source's own bytes.
+        active: the share of it that one decoded token reads, 0 to 1; exact.
+    """
+
+    name: str
+    role: Role
+    family: str
+    bits: int
+    params: int
+    source_bytes: int
+    output_bytes: int
+    active: Fraction
+
+
+@dataclass(frozen=True)
+class Total:
+    """Sums over some tensors; ``bits_per_weight`` counts norms and padding."""
+
+    tensors: int
+    params: int
+    source_bytes: int
+    output_bytes: int
+    active_params: int
+    active_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.output_bytes / self.params if self.params else 0.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The dry run: per tensor, per family (in order of size), per bits (ascending), and in all.
+
+    Bytes are the tensors' data; a file adds its safetensors header and the source's other files. Active bytes are what
+    decoding one token of text reads: routed experts by top-k, one row of the embedding, no vision tower and no MTP head.
+    """
+
+    per_tensor: tuple[TensorSize, ...]
+    families: dict[str, Total]
+    by_bits: dict[int, Total]
+    total: Total
+
+    @property
+    def output_bytes(self) -> int:
+        return self.total.output_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.total.bits_per_weight
+
+    @property
+    def active_bytes_per_token(self) -> int:
+        return self.total.active_bytes
+
+
+def summary(plan: Plan, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Summary:
+    """Exact sizes of what ``plan`` makes of these tensors. Raises PlanError where the plan does not fit them."""
+    plan.check(tensors, config)
+    kinds = {name: kind_of(name, info, config) for name, info in tensors.items()}
+    active = active_shares(tensors, config)
+    rows = []
+    for name, info in tensors.items():
+        fmt = plan.format_of(name)
+        rows.append(
+            TensorSize(
+                name=name,
+                role=kinds[name].role,
+                family=kinds[name].family,
+                bits=plan.bits(name),
+                params=info.numel,
+                source_bytes=info.nbytes,
+                output_bytes=fmt.nbytes(info.shape) if fmt else info.nbytes,
+                active=active[name],
+            )
+        )
+    families: dict[str, list[TensorSize]] = {}
+    by_bits: dict[int, list[TensorSize]] = {}
+    for row in rows:
+        families.setdefault(row.family, []).append(row)
+        by_bits.setdefault(row.bits, []).append(row)
+    totals = {family: _total(members) for family, members in families.items()}
+    return Summary(
+        per_tensor=tuple(rows),
+        families=dict(sorted(totals.items(), key=lambda item: -item[1].output_bytes)),
+        by_bits={bits: _total(by_bits[bits]) for bits in sorted(by_bits)},
+        total=_total(rows),
+    )
+
+
+def active_shares(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Fraction]:
+    """The share of each tensor that decoding one token of text reads, 0 to 1; exact."""
+    kinds = {name: kind_of(name, info, config) for name, info in tensors.items()}
+    experts = _experts_per_layer(tensors, kinds)
+    return {
+        name: _active(info, kinds[name], experts.get(kinds[name].layer, 0), config) for name, info in tensors.items()
+    }
+
+
+def _total(rows: Iterable[TensorSize]) -> Total:
+    rows = list(rows)
+    return Total(
+        tensors=len(rows),
+        params=sum(row.params for row in rows),
+        source_bytes=sum(row.source_bytes for row in rows),
+        output_bytes=sum(row.output_bytes for row in rows),
+        active_params=round(sum(row.params * row.active for row in rows)),
+        active_bytes=round(sum(row.output_bytes * row.active for row in rows)),
+    )
+
+
+def _experts_per_layer(tensors: Mapping[str, TensorInfo], kinds: Mapping[str, TensorKind]) -> dict[int | None, int]:
+    """Routed experts of each layer, counted from the tensors themselves."""
+    counts: dict[int | None, int] = {}
+    for name, kind in kinds.items():
+        if kind.role in _ROUTED:
+            count = tensors[name].shape[0] if kind.expert is None else kind.expert + 1
+            counts[kind.layer] = max(counts.get(kind.layer, 0), count)
+    return counts
+
+
+def _active(info: TensorInfo, kind: TensorKind, experts: int, config: Mapping[str, Any]) -> Fraction:
+    if kind.role in (Role.VISION, Role.MTP):
+        return Fraction(0)
+    if kind.role is Role.EMBEDDING and not tied_embeddings(config) and info.numel:
+        return Fraction(1, info.shape[0])
+    if kind.role in _ROUTED and experts:
+        return min(Fraction(1), Fraction(_top_k(config, experts), experts))
+    return Fraction(1)
+
+
+def _top_k(config: Mapping[str, Any], experts: int) -> int:
+    """Experts a token is sent to; all of them where config.json does not say."""
+    for part in (config.get("text_config") or {}, config):
+        for key in _TOP_K_KEYS:
+            if isinstance(part.get(key), int):
+                return part[key]
+    return experts

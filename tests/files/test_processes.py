@@ -1,0 +1,89 @@
+"""Work in several processes: a failure waits for what still runs, and a lost worker is named as such."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from kappaquant.errors import NonFiniteError, PlanError, UnsupportedError, WorkerError
+from kappaquant.files import processes as workers_module
+from kappaquant.files.processes import ItemError, choose_device, choose_jobs, each, pool
+
+
+def write_late_or_fail(path: Path) -> str:
+    if path.name == "fails":
+        while not (path.parent / "started").exists():
+            time.sleep(0.005)
+        raise NonFiniteError("bad")
+    (path.parent / "started").touch()
+    time.sleep(0.5)
+    path.write_text("late")
+    return path.name
+
+
+def kill_yourself(number: int) -> int:
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_after_a_failure_nothing_writes_any_more(tmp_path: Path) -> None:
+    items = [tmp_path / "slow", tmp_path / "fails", *(tmp_path / f"later{i}" for i in range(20))]
+    with pool(2) as workers:
+        with pytest.raises(ItemError) as failure:
+            list(each(write_late_or_fail, items, workers))
+        assert failure.value.item == tmp_path / "fails"
+        written = sorted(os.listdir(tmp_path))
+        assert "slow" in written
+        time.sleep(1.2)
+        assert sorted(os.listdir(tmp_path)) == written
+    assert len(written) < 10, "what had not begun was cancelled"
+
+
+def test_a_killed_worker_is_a_typed_error() -> None:
+    with pool(2) as workers, pytest.raises(WorkerError, match="fewer --jobs"):
+        list(each(kill_yourself, range(4), workers))
+
+
+@pytest.mark.parametrize("jobs", [0, -1])
+def test_fewer_jobs_than_one(jobs: int) -> None:
+    with pytest.raises(PlanError, match=f"jobs = {jobs}: must be at least 1"):
+        choose_jobs(jobs, 10**12)
+
+
+def test_small_work_starts_no_processes() -> None:
+    assert choose_jobs(None, 1000) == 1
+    assert 1 <= choose_jobs(None, 10**12) <= 8
+    assert choose_jobs(3, 1000) == 3
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", ""])
+def test_a_device_that_is_not_there(device: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"device '{device}'.*cpu, cuda"):
+        choose_device(device)
+
+
+def test_workers_are_prepared_only_where_they_will_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[bool] = []
+    monkeypatch.setattr(workers_module, "_serve", lambda: started.append(True))
+    monkeypatch.setattr(workers_module.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    with (tmp_path / "model.safetensors").open("wb") as shard:
+        shard.truncate(255_000_000)
+    for source, jobs, expected in (
+        (tmp_path, None, 0),
+        (tmp_path, 2, 1),
+        ("someone/model", 1, 0),
+        ("someone/model", None, 1),
+    ):
+        started.clear()
+        workers_module.warm_up(source, jobs)
+        assert len(started) == expected, (source, jobs)
+    with (tmp_path / "model-2.safetensors").open("wb") as shard:
+        shard.truncate(255_000_000)
+    started.clear()
+    workers_module.warm_up(tmp_path, None)
+    assert started

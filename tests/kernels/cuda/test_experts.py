@@ -1,0 +1,96 @@
+"""Kernels of routed and shared experts: against decoded weights in float64, on every width."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_products import gpu, needs_compiler, random
+
+from kappaquant.errors import UnsupportedError
+from kappaquant.formats import codec
+from kappaquant.formats.codebook import BITS, Format
+from kappaquant.kernels import tiled as gpu_ops
+from kappaquant.kernels.cuda import experts, inputs, nvrtc, tensor_cores
+
+EXPERTS, TOP_K = 7, 3
+
+
+@needs_compiler
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_kernels_compile(arch: str) -> None:
+    for instance in (
+        "gate_up<3, 0, 0, 128, false, 8>", "gate_up<6, 4, 8, 64, true, 8>", "gate_up<2, 5, 3, 256, false, 8>",
+        "down<4, 0, 128, false>", "down<3, 5, 32, false>", "down<7, 6, 128, true>",
+    ):  # fmt: skip
+        assert nvrtc.compiled("experts.cu", instance, arch)[0].startswith(b"\x7fELF")
+
+
+def test_refusals_say_why() -> None:
+    weights = [tensor_cores.Weight(None, Format(b, g), 1, 1, ()) for b, g in ((3, 128), (6, 128), (4, 64))]  # type: ignore[arg-type]
+    assert experts.refusal(weights[:1], False) is None
+    assert experts.refusal(weights[:2], True) is None
+    assert "int8 inputs serve 2, 3, 4, 5 bits, not tq6g128" in str(experts.refusal(weights[:2], False))
+    assert "groups of 64, 128" in str(experts.refusal([weights[0], weights[2]], False))
+    with pytest.raises(UnsupportedError, match="activations 'int4': must be one of int8, bf16"):
+        gpu_ops.check_activations("int4")
+
+
+def prepared(bits: int, *shape: int, seed: int, group: int = 128) -> tuple[tensor_cores.Weight, torch.Tensor]:
+    fmt = Format(bits, group)
+    encoded = codec.encode(random(*shape, seed=seed).cuda() / 8, fmt, "fast")
+    decoded = codec.decode(encoded.packed, encoded.norms, fmt, shape[-1]).double()
+    return tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, shape[-1], fmt.codebook), decoded
+
+
+@gpu
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+@pytest.mark.parametrize("half", [False, True], ids=["int8", "float16"])
+@pytest.mark.parametrize("bits", BITS)
+def test_experts(bits: int, half: bool, group: int) -> None:
+    if not half and bits not in tensor_cores.INT8_BITS:
+        pytest.skip("int8 inputs serve 2 to 5 bits")
+    hidden, inner = 300, 160
+    other = 3 if bits == 4 else 4
+    gate_up, gate_up_plain = prepared(bits, EXPERTS, 2 * inner, hidden, seed=1, group=group)
+    down, down_plain = prepared(other, EXPERTS, hidden, inner, seed=2, group=group)
+    shared = [prepared(b, inner, hidden, seed=b, group=group) for b in (other, bits)]
+    shared_down, shared_down_plain = prepared(bits, hidden, inner, seed=3, group=group)
+    for tokens in (1, 2, 5, 17):
+        x = random(tokens, hidden, seed=tokens).cuda().bfloat16()
+        index = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)]).cuda()
+        weights = torch.rand(tokens, TOP_K, device="cuda").bfloat16()
+        gate = random(tokens, seed=9).cuda().bfloat16()
+        residual = random(tokens, hidden, seed=8).cuda().bfloat16()
+
+        rotated, _ = inputs.rotate(x, gate_up.fmt, half)
+        inside = experts.gate_up(rotated, index, gate_up, (shared[0][0], shared[1][0]), torch.bfloat16)
+        rows = x.double().repeat_interleave(TOP_K, 0)
+        expected = torch.einsum("sh,sih->si", rows, gate_up_plain[index.flatten()])
+        of_shared = x.double() @ torch.cat([plain for _, plain in shared]).T
+        close(inside, torch.cat([expected, of_shared]), half)
+
+        first, second = inside.chunk(2, dim=-1)
+        h = torch.nn.functional.silu(first) * second
+        again, _ = inputs.rotate(first, down.fmt, half, gate_of=second)
+        y = experts.down(again, index, weights, down, shared_down, gate, residual)
+        routed = torch.einsum("si,shi->sh", h[: len(rows)].double(), down_plain[index.flatten()])
+        routed = (routed.view(tokens, TOP_K, hidden) * weights.double()[..., None]).sum(1)
+        beside = h[len(rows) :].double() @ shared_down_plain.T * torch.sigmoid(gate.double())[:, None]
+        close(y - residual, routed + beside, half, 2)
+        assert torch.equal(y, experts.down(again, index, weights, down, shared_down, gate, residual))
+
+        alone = experts.forward(rotated, index, weights, gate_up, down)
+        close(alone, routed, half, 2)
+
+
+def close(y: torch.Tensor, expected: torch.Tensor, half: bool, layers: int = 1) -> None:
+    assert float((y.double() - expected).norm() / expected.norm()) < layers * (5e-3 if half else 0.02)
+
+
+@gpu
+def test_no_tokens_give_no_rows() -> None:
+    gate_up, _ = prepared(3, EXPERTS, 64, 128, seed=1)
+    down, _ = prepared(3, EXPERTS, 128, 32, seed=2)
+    rotated, _ = inputs.rotate(torch.empty(0, 128, device="cuda"), gate_up.fmt, False)
+    index = torch.empty(0, TOP_K, dtype=torch.int64, device="cuda")
+    assert experts.forward(rotated, index, index.float(), gate_up, down).shape == (0, 128)

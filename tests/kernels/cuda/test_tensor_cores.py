@@ -1,0 +1,247 @@
+"""The tensor-core kernels: layout and tables on any machine, compilation without a GPU, products on a GPU against the codec."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+import torch
+from gpu_products import ALL, error, gpu, needs_compiler, prepared, random
+
+from kappaquant.errors import UnsupportedError
+from kappaquant.formats import codec
+from kappaquant.formats.codebook import BITS, Format
+from kappaquant.kernels.cuda import inputs, nvrtc, tensor_cores, tiles
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.id)
+def test_tiles_hold_the_bits_of_the_disk(fmt: Format) -> None:
+    for shape in ((45, 3 * fmt.group_size - 5), (2, 3, 33, fmt.group_size)):
+        encoded = codec.encode(random(*shape), fmt, "fast")
+        tiled = tiles.tile(encoded.packed, encoded.norms, fmt)
+        packed, norms = tiles.untile(tiled, fmt, shape[-2], fmt.groups(shape[-1]))
+        assert torch.equal(packed, encoded.packed)
+        assert torch.equal(norms, encoded.norms)
+
+
+def test_whole_tiles_take_no_more_bytes_than_the_disk() -> None:
+    for fmt in ALL:
+        encoded = codec.encode(random(64, 512), fmt, "fast")
+        tiled = tiles.tile(encoded.packed, encoded.norms, fmt)
+        assert tiled.codes.nbytes + tiled.norms.nbytes == encoded.packed.nbytes + encoded.norms.nbytes
+
+
+def test_tiling_in_chunks_equals_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt = Format(5, 64)
+    encoded = codec.encode(random(200, 256), fmt, "fast")
+    once = tiles.tile(encoded.packed, encoded.norms, fmt)
+    monkeypatch.setattr(tiles, "_CHUNK", 1)
+    assert torch.equal(tiles.tile(encoded.packed, encoded.norms, fmt).codes, once.codes)
+
+
+def table_bytes(words: list[int]) -> list[int]:
+    return list(struct.pack(f"<{len(words)}I", *words))
+
+
+@pytest.mark.parametrize("bits", tensor_cores.INT8_BITS)
+def test_int8_tables_are_near_the_codebook(bits: int) -> None:
+    book = Format(bits, 128).codebook
+    words, scale = tiles.int8_table(book, bits)
+    entries = [b - 256 if b > 127 else b for b in table_bytes(words)][: 2**bits if bits < 4 else 2 ** (bits - 1)]
+    if bits < 4:
+        made = [e * scale for e in entries]
+    else:  # negative half by magnitude; the complement ~e = -e - 1 stands for its negative
+        made = [(e + 0.5) * scale for e in reversed(entries)] + [(~e + 0.5) * scale for e in entries]
+    error = sum((m - c) ** 2 for m, c in zip(made, book, strict=True)) / sum(c * c for c in book)
+    assert error < 0.005**2
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_float16_tables_hold_the_codebook(bits: int) -> None:
+    book = Format(bits, 128).codebook
+    words, scale = tiles.half_table(book, bits)
+
+    def value(raw: int) -> float:
+        return struct.unpack("<e", struct.pack("<H", raw))[0] * scale
+
+    if bits > 5:
+        made = [value(w) for w in words]
+    else:
+        raw = table_bytes(words)
+        pairs = [raw[at + i] | raw[at + 8 + i] << 8 for at in range(0, len(raw), 16) for i in range(8)]
+        made = [value(p) for p in pairs][: 2**bits if bits < 4 else 2 ** (bits - 1)]
+        if bits >= 4:
+            made = made[::-1] + [-m for m in made]
+    assert made == pytest.approx(book, rel=1e-3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_kernels_compile(arch: str) -> None:
+    instances = [f"linear<{b}, 0, 0, 0, 128, false, 1, 1, 4, 0>" for b in tensor_cores.INT8_BITS]
+    instances += [f"linear<{b}, 0, 0, 0, 64, true, 2, 1, 8, 16>" for b in BITS]
+    instances += ["linear<3, 4, 5, 2, 256, false, 8, 2, 4, 0>", "linear<6, 8, 7, 0, 32, true, 1, 1, 4, 16>"]
+    for instance in instances:
+        code, name = nvrtc.compiled("linear.cu", instance, arch)
+        assert code.startswith(b"\x7fELF")
+        assert b"linear" in name
+    for flags in ("2, false, 0, false", "1, true, 1, false", "0, false, 2, false", "2, false, 0, true"):
+        assert nvrtc.compiled("rotate.cu", f"rotate<128, {flags}>", arch)[0].startswith(b"\x7fELF")
+
+
+@needs_compiler
+def test_a_kernel_that_does_not_compile_says_why() -> None:
+    with pytest.raises(UnsupportedError, match=r"(?s)linear.cu: linear<6, .*int8 tables are for 2 to 5 bits"):
+        nvrtc.compiled("linear.cu", "linear<6, 0, 0, 0, 128, false, 1, 1, 4, 0>", "sm_90")
+
+
+def test_refusals_say_why() -> None:
+    fmt = Format(3, 128)
+    assert "NVIDIA GPU" in str(tensor_cores.refusal(torch.device("cpu"), fmt.codebook))
+    encoded = codec.encode(random(4, 128), fmt)
+    with pytest.raises(UnsupportedError, match="needs an NVIDIA GPU"):
+        tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, 128, fmt.codebook)
+
+
+def test_inputs_that_do_not_go_together_are_refused() -> None:
+    fmt, x, gain = Format(3, 128), random(4, 256), random(256)
+    wrong: list[tuple[str, torch.Tensor, dict[str, torch.Tensor]]] = [
+        ("float64", x.double(), {}),
+        ("neighbouring columns", random(256, 4).t(), {}),
+        ("residual must lie as x does", x, {"residual": random(4, 512)[:, :256], "gain": gain}),
+        ("gate_of must lie as x does", x, {"gate_of": x.half()}),
+        (r"gain must be torch.float32 \[256\]", x, {"gain": random(128)}),
+        ("a residual is added before a norm", x, {"residual": x}),
+        ("needs an NVIDIA GPU, got a tensor on cpu", x, {"gain": gain}),
+    ]
+    for message, given, others in wrong:
+        with pytest.raises(UnsupportedError, match=message):
+            inputs.rotate(given, fmt, False, **others)  # type: ignore[arg-type]
+
+
+def test_every_launch_fits_the_card() -> None:
+    """Shared memory of 227 KB a block (compute capability 9.0) holds the sums and the widest table."""
+    for tokens in (1, 8, 9, 16, 17, 64, 65, 128, 4096):
+        for tile_count in (1, 64, 896, 10000):
+            for units in (1, 4, 32, 256):
+                for bits in BITS:
+                    use = tensor_cores.choose(tokens, tile_count, units, bits)
+                    assert use.warps % use.tiles == 0
+                    assert use.warps <= 16
+                    assert 4 * 8 * use.token_tiles * 33 * use.warps + (128 << 8) <= 227 << 10
+                    padded = 8 if tokens <= 8 else -(-tokens // 128) * 128
+                    assert -(-tokens // (8 * use.token_tiles)) * 8 * use.token_tiles <= padded
+
+
+@gpu
+@pytest.mark.parametrize("half", [False, True], ids=["int8", "float16"])
+@pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.id)
+def test_products(fmt: Format, half: bool) -> None:
+    if not half and fmt.bits not in tensor_cores.INT8_BITS:
+        pytest.skip("int8 inputs serve 2 to 5 bits")
+    for n, k in ((45, 3 * fmt.group_size - 5), (1, fmt.group_size), (300, 1024 + fmt.group_size)):
+        weight, decoded = prepared(fmt, n, k)
+        for m in (1, 3, 8, 9, 33, 64, 130):
+            x = random(m, k, seed=m).cuda().bfloat16()
+            rotated, _ = inputs.rotate(x, fmt, half)
+            (y,) = tensor_cores.linear(rotated, [weight], torch.float32)
+            assert error(y, x, decoded) < (1e-3 if half else 0.013), (n, k, m)
+
+
+@gpu
+@pytest.mark.parametrize("half", [False, True], ids=["int8", "float16"])
+@pytest.mark.parametrize("bits", BITS)
+def test_error_on_a_layer_of_usual_size(bits: int, half: bool) -> None:
+    if not half and bits not in tensor_cores.INT8_BITS:
+        pytest.skip("int8 inputs serve 2 to 5 bits")
+    fmt = Format(bits, 128)
+    weight, decoded = prepared(fmt, 2048, 4096)
+    x = random(16, 4096, seed=1).cuda().bfloat16()
+    rotated, _ = inputs.rotate(x, fmt, half)
+    (y,) = tensor_cores.linear(rotated, [weight], torch.float32)
+    assert error(y, x, decoded) < (4e-3 if half else 0.01)
+
+
+@gpu
+@pytest.mark.parametrize("half", [False, True], ids=["int8", "float16"])
+def test_outputs_of_different_widths_share_an_input(half: bool) -> None:
+    made = [prepared(Format(b, 128), n, 640, seed=b) for b, n in ((3, 70), (5, 32), (2, 1), (4, 129))]
+    biases = [random(w.rows).cuda().bfloat16() if i % 2 else None for i, (w, _) in enumerate(made)]
+    x = random(5, 640).cuda().bfloat16()
+    rotated, _ = inputs.rotate(x, Format(3, 128), half)
+    outs = tensor_cores.linear(rotated, [w for w, _ in made], torch.bfloat16, biases)
+    for y, bias, (_, decoded) in zip(outs, biases, made, strict=True):
+        assert y.dtype == torch.bfloat16
+        assert error(y if bias is None else y - bias, x, decoded) < 0.015
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_goes_before_the_rotation(dtype: torch.dtype) -> None:
+    fmt, width = Format(3, 128), 500
+    x, residual = random(5, width).cuda().to(dtype), random(5, width, seed=1).cuda().to(dtype)
+    gain = random(width, seed=2).cuda().to(dtype)
+
+    def back(rotated: inputs.Input) -> torch.Tensor:
+        values = rotated.values.float().view(5, -1, 128) * rotated.scales.t()[:5, :, None]
+        return codec.unrotate(values.view(5, -1), 128)[:, :width]
+
+    def close(rotated: inputs.Input, expected: torch.Tensor) -> bool:
+        return float((back(rotated) - expected.float()).norm() / expected.float().norm()) < 5e-4
+
+    assert close(inputs.rotate(x, fmt, True)[0], x)
+    rotated, total = inputs.rotate(x, fmt, True, residual=residual, gain=gain, one_plus_gain=True)
+    assert torch.equal(total, x + residual)
+    h = (x + residual).float()
+    normed = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
+    assert close(rotated, (normed * (1 + gain.float())).to(dtype))
+    kept = torch.full_like(x, torch.nan)
+    assert close(inputs.rotate(x + residual, fmt, True, gain=gain, normed=kept)[0], gain * normed.to(dtype))
+    assert float((kept.float() - gain.float() * normed).norm() / kept.float().norm()) < 5e-3
+    gated = torch.nn.functional.silu(x) * residual
+    assert close(inputs.rotate(x, fmt, True, gate_of=residual)[0], gated)
+    integers, _ = inputs.rotate(x, fmt, False)
+    assert torch.equal(integers.halves[:, :5], integers.values.view(5, -1, 128).sum(-1).t() / 2)
+    assert int(integers.values.abs().max()) == 127
+
+
+@gpu
+def test_no_tokens_give_no_rows() -> None:
+    fmt = Format(3, 128)
+    weight, _ = prepared(fmt, 32, 256)
+    rotated, _ = inputs.rotate(torch.empty(0, 256, device="cuda"), fmt, False)
+    assert tensor_cores.linear(rotated, [weight], torch.float32)[0].shape == (0, 32)
+
+
+@gpu
+def test_a_graph_replays_the_kernels() -> None:
+    fmt = Format(4, 128)
+    weight, decoded = prepared(fmt, 256, 512)
+    x = random(1, 512).cuda().bfloat16()
+
+    def step() -> torch.Tensor:
+        return tensor_cores.linear(inputs.rotate(x, fmt, False)[0], [weight], torch.float32)[0]
+
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    x.copy_(random(1, 512, seed=7))
+    graph.replay()
+    assert error(y, x, decoded) < 0.013
+
+
+@gpu
+def test_an_input_of_another_kind_is_refused() -> None:
+    fmt = Format(3, 128)
+    weight, _ = prepared(fmt, 32, 256)
+    wide, _ = prepared(Format(6, 128), 32, 256)
+    x = random(1, 256).cuda().bfloat16()
+    rotated, _ = inputs.rotate(x[:, :128].contiguous(), fmt, False)
+    with pytest.raises(UnsupportedError, match=r"a weight \[32, 256\] is tq3g128"):
+        tensor_cores.linear(rotated, [weight], torch.float32)
+    rotated, _ = inputs.rotate(x, fmt, False)
+    with pytest.raises(UnsupportedError, match="int8 inputs serve 2, 3, 4, 5 bits, not 6"):
+        tensor_cores.linear(rotated, [wide], torch.float32)
+    with pytest.raises(UnsupportedError, match="5 weights"):
+        tensor_cores.linear(rotated, [weight] * 5, torch.float32)

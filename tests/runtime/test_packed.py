@@ -1,0 +1,194 @@
+"""Modules with packed weights against plain modules that carry the decoded weights."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from kappaquant.formats import codec
+from kappaquant.formats.codebook import Format
+from kappaquant.kernels import dispatch as ops
+from kappaquant.runtime.experts import ExpertBlock, ExpertWeights, KeptWeight, QuantExperts
+from kappaquant.runtime.packed import PackedWeight, QuantEmbedding, QuantLinear, SharedRotation, hold_packed
+
+
+def _packed(weight: torch.Tensor, fmt: Format) -> tuple[PackedWeight, torch.Tensor]:
+    """(filled module, what it decodes to)"""
+    encoded = codec.encode(weight, fmt, "fast")
+    module = PackedWeight(fmt, weight.shape, fmt.codebook, device="cpu")
+    module.fill((), encoded.packed, encoded.norms)
+    module.finish()
+    return module, codec.decode(encoded.packed, encoded.norms, fmt, weight.shape[-1])
+
+
+def _close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    assert actual.shape == expected.shape
+    assert float((actual - expected).detach().abs().max() / expected.detach().abs().max()) < tolerance
+
+
+@pytest.fixture
+def rotations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The group size of each rotation that really ran."""
+    counted: list[int] = []
+    rotate = ops.rotate
+    monkeypatch.setattr(ops, "rotate", lambda x, group: counted.append(group) or rotate(x, group))
+    return counted
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear(bias: bool, dtype: torch.dtype) -> None:
+    weight, decoded = _packed(torch.randn(20, 90), Format(4, 64))
+    plain_bias = nn.Parameter(torch.randn(20, dtype=dtype)) if bias else None
+    x = torch.randn(2, 3, 90, dtype=dtype)
+    y = QuantLinear(weight, plain_bias, SharedRotation())(x)
+    assert y.dtype == dtype
+    expected = x.float() @ decoded.T + (plain_bias.float() if plain_bias is not None else 0)
+    _close(y.float(), expected, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_embedding_looks_rows_up() -> None:
+    weight, decoded = _packed(torch.randn(30, 48), Format(6, 32))
+    ids = torch.tensor([[3, 29], [0, 3]])
+    _close(QuantEmbedding(weight, torch.float32)(ids), decoded[ids])
+    _close(QuantEmbedding(weight, torch.float32, scale=8.0)(ids), 8 * decoded[ids])
+
+
+def test_layers_that_read_one_tensor_rotate_it_once(rotations: list[int]) -> None:
+    shared = SharedRotation()
+    q, k, v = (QuantLinear(_packed(torch.randn(8, 64), Format(3, 32))[0], None, shared) for _ in range(3))
+    x = torch.randn(5, 64)
+    first = [layer(x) for layer in (q, k, v)]
+    assert rotations == [32]
+    apart = [QuantLinear(layer.weight, None, SharedRotation())(x) for layer in (q, k, v)]
+    assert rotations == [32] * 4
+    for a, b in zip(first, apart, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_shared_rotation_is_never_stale(rotations: list[int]) -> None:
+    shared = SharedRotation()
+    x = torch.randn(2, 32)
+    assert torch.equal(shared(x, 32), codec.rotate(x, 32))
+    x.add_(1)  # the same tensor with other content
+    assert torch.equal(shared(x, 32), codec.rotate(x, 32))
+    assert shared(x, 64).shape == (2, 64)  # another group size
+    twin = x.clone()
+    assert torch.equal(shared(twin, 32), codec.rotate(x, 32))
+    assert len(rotations) == 4
+    with torch.inference_mode():
+        y = torch.randn(2, 32)
+        shared(y, 32)
+        y.add_(1)
+        assert torch.equal(shared(y, 32), codec.rotate(y, 32))
+
+
+def test_a_shared_rotation_keeps_nothing_alive() -> None:
+    shared = SharedRotation()
+    x = torch.randn(2, 32)
+    rotated = weakref.ref(shared(x, 32))
+    assert rotated() is not None
+    alive = weakref.ref(x)
+    del x
+    gc.collect()
+    assert alive() is None
+    assert rotated() is None
+
+
+def test_a_deep_copy_is_independent() -> None:
+    shared = SharedRotation()
+    pair = nn.ModuleList(QuantLinear(_packed(torch.randn(8, 32), Format(3, 32))[0], None, shared) for _ in range(2))
+    x = torch.randn(1, 32)
+    expected = pair[0](x)
+    twin = copy.deepcopy(pair)
+    assert twin[0].rotation is twin[1].rotation
+    assert twin[0].rotation is not shared
+    assert torch.equal(twin[0](x), expected)
+
+
+def test_casting_a_model_leaves_packed_weights_alone() -> None:
+    weight, decoded = _packed(torch.randn(16, 64), Format(3, 32))
+    layer = QuantLinear(weight, nn.Parameter(torch.zeros(16)), SharedRotation()).to(torch.bfloat16)
+    assert layer.bias is not None
+    assert layer.bias.dtype == torch.bfloat16
+    assert (weight.tq_norms.dtype, weight.codebook.dtype) == (torch.float16, torch.float32)
+    assert torch.equal(weight.dequantize(), decoded)
+
+
+def test_the_state_dict_holds_bytes_only_once_filled() -> None:
+    fmt = Format(3, 32)
+    weight = PackedWeight(fmt, (4, 32), fmt.codebook)
+    assert not weight.state_dict()
+    filled, _ = _packed(torch.randn(4, 32), fmt)
+    assert set(filled.state_dict()) == {"tq_packed", "tq_norms"}
+
+
+def test_any_module_can_hold_a_packed_weight() -> None:
+    router = nn.Bilinear(4, 4, 4)  # some module that is no linear layer
+    router.weight = nn.Parameter(torch.randn(4, 32))
+    weight, decoded = _packed(router.weight.detach(), Format(4, 32))
+    hold_packed(router, "weight", weight, torch.float32)
+    assert torch.equal(router.weight, decoded)
+    assert "weight" not in dict(router.named_parameters())
+    assert isinstance(router, nn.Bilinear)
+
+
+def _experts_reference(
+    x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    for token in range(x.shape[0]):
+        for slot in range(index.shape[1]):
+            expert = index[token, slot]
+            gate, up = (gate_up[expert] @ x[token]).chunk(2)
+            out[token] += weights[token, slot] * (down[expert] @ (nn.functional.silu(gate) * up))
+    return out
+
+
+def test_experts_of_mixed_formats() -> None:
+    experts, hidden, inner = 4, 64, 40
+    gate_up, down = torch.randn(experts, 2 * inner, hidden), torch.randn(experts, hidden, inner)
+    gate_low, gate_up[0:2, :inner] = _packed(gate_up[0:2, :inner], Format(3, 32))
+    gate_high, gate_up[2:4, :inner] = _packed(gate_up[2:4, :inner], Format(5, 64))
+    up_some, up_decoded = _packed(gate_up[[0, 3], inner:], Format(2, 32))
+    gate_up[[0, 3], inner:] = up_decoded
+    up_kept = KeptWeight((2, inner, hidden), torch.float32, "cpu")
+    up_kept.fill((), gate_up[[1, 2], inner:])
+    down_all, down = _packed(down, Format(4, 32))
+    blocks = [
+        ExpertBlock(gate_low, [0, 1], 0, experts),
+        ExpertBlock(gate_high, [2, 3], 0, experts),
+        ExpertBlock(up_some, [0, 3], inner, experts),
+        ExpertBlock(up_kept, [1, 2], inner, experts),
+    ]
+    for block in blocks:
+        block.slots = torch.empty_like(block.slots, device="cpu")
+        block.finish()
+    module = QuantExperts(
+        ExpertWeights(blocks, 2 * inner),
+        ExpertWeights([ExpertBlock(down_all, range(experts), 0, experts)], hidden),
+        nn.SiLU(),
+        SharedRotation(),
+    )
+    x = torch.randn(7, hidden)
+    index = torch.stack([torch.randperm(experts)[:2] for _ in range(7)])
+    weights = torch.rand(7, 2)
+    _close(module(x, index, weights), _experts_reference(x, index, weights, gate_up, down))
+
+
+def test_experts_rotate_tokens_once_not_once_per_expert(rotations: list[int]) -> None:
+    gate_up, _ = _packed(torch.randn(8, 64, 32), Format(3, 32))
+    down, _ = _packed(torch.randn(8, 32, 32), Format(3, 32))
+    module = QuantExperts(
+        ExpertWeights([ExpertBlock(gate_up, range(8), 0, 8)], 64),
+        ExpertWeights([ExpertBlock(down, range(8), 0, 8)], 32),
+        nn.SiLU(),
+        SharedRotation(),
+    )
+    module(torch.randn(5, 32), torch.arange(10).view(5, 2) % 8, torch.rand(5, 2))
+    assert rotations == [32, 32]
