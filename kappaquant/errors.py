@@ -41,3 +41,7 @@ class UnsupportedError(KappaquantError):
 
 class WorkerError(KappaquantError):
     """A worker process was ended from outside, most often for want of memory."""
+
+
+class RegistrationError(KappaquantError):
+    """An extension, such as an architecture, contradicts itself, or what is registered under its name already."""

@@ -15,9 +15,39 @@ from pathlib import Path
 from typing import Any
 
 from kappaquant.errors import KappaquantError, SourceError
-from kappaquant.formats.codebook import DTYPE_BYTES, TensorInfo
+
+# safetensors dtype -> bytes per element
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
 
 _MAX_HEADER = 100_000_000  # the safetensors package refuses longer ones too
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor: no data.
+
+    Attributes:
+        name: key in the checkpoint.
+        dtype: safetensors dtype string, one of ``DTYPE_BYTES``.
+        shape: logical shape.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -150,3 +180,12 @@ def write_bytes(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     while view:
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
+
+
+def write_at(path: Path, stored: Stored, element: int, data: bytes | memoryview) -> None:
+    """Elements of a stored tensor, from ``element`` on, into its (already allocated) file; any process may write any part."""
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        write_bytes(descriptor, data, stored.offset + element * DTYPE_BYTES[stored.info.dtype])
+    finally:
+        os.close(descriptor)

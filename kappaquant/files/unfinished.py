@@ -149,6 +149,8 @@ class Partial:
 
     def discard(self) -> None:
         """Remove everything unfinished, the journal last: what is left of a killed removal is still recognized."""
+        if not self.root.exists():
+            return
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.journal.unlink(missing_ok=True)

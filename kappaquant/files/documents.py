@@ -1,0 +1,54 @@
+"""JSON documents: read or refused by name, written in one form, whole or not at all. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kappaquant.errors import KappaquantError, OutputError
+
+
+def read_json(path: Path, error: type[KappaquantError]) -> dict[str, Any]:
+    """A JSON object from a file, or ``error`` that names it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path}: missing; a checkpoint folder needs it") from None
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror})") from None
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: not JSON ({problem})") from None
+    if not isinstance(content, dict):
+        raise error(f"{path}: a JSON {type(content).__name__} where an object belongs")
+    return content
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a document of an output that is not finished yet, and so need not be atomic."""
+    path.write_text(json_text(content), encoding="utf-8")
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 (hexadecimal) over JSON values, in the order given."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, sync and rename it, so that it is never half there; else OutputError."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as problem:
+        raise OutputError(f"{path}: cannot be written ({problem.strerror})") from None
