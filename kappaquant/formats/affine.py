@@ -14,8 +14,7 @@ from torch import Tensor
 
 from kappaquant.errors import NonFiniteError, PlanError
 from kappaquant.formats import codec
-from kappaquant.formats.blocks import Products
-from kappaquant.formats.codebook import Format
+from kappaquant.formats.search import Products
 
 Effort = Literal["fast", "best"]
 EFFORTS: tuple[Effort, ...] = ("fast", "best")
@@ -101,7 +100,7 @@ def quantize(
         difference = q.mul_(scale).add_(bias).sub_(x)
         errors[block] = grid.sums.dot(difference, difference)
         energies[block] = grid.sums.dot(x, x)
-    packed = codec.pack(codes, Format(bits, group_size))
+    packed = codec.pack(codes, bits)
     lead = weight.shape[:-1]
     return Quantized(
         packed.reshape(*lead, -1),
@@ -114,7 +113,7 @@ def quantize(
 
 def dequantize(packed: Tensor, scales: Tensor, biases: Tensor, bits: int, group_size: int) -> Tensor:
     """float32 [..., in] from what ``quantize`` stores; scale and bias are applied in float32."""
-    codes = codec.unpack(packed, Format(bits, group_size))
+    codes = codec.unpack(packed, bits)
     grouped = codes.view(*scales.shape, group_size).float()
     values = grouped * scales.float().unsqueeze(-1) + biases.float().unsqueeze(-1)
     return values.view(*scales.shape[:-1], -1)

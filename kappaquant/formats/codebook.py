@@ -1,88 +1,67 @@
-"""The formats as data: ids, sizes, signs, codebooks, names on disk. Standard library only; docs/format.md is normative."""
+"""Codebook formats as data: sizes, centroids, names on disk. No torch until something is encoded; docs/format.md is normative."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 from kappaquant.errors import FormatError, PlanError
+from kappaquant.formats.base import Effort, Encoded, Format, Part
+from kappaquant.formats.signs import GROUP_SIZES, check_group_size
 
-QUANT_METHOD = "kappaquant"
-FORMAT_VERSION = 1
-ROTATION = "signs-wht-signs/1"
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PACKED_SUFFIX = ".tq_packed"
 NORMS_SUFFIX = ".tq_norms"
-MANIFEST_NAME = "kappaquant.json"
-EVALUATION_NAME = "evaluation.json"  # of one checkpoint: no copy takes it along
-CARD_MARK = "<!-- kappaquant card:"  # begins the last line of a model card that was made here
-LEGACY_CONFIG_NAME = "tq_config.json"
-LEGACY_FORMAT = "tq3_native"
-LEGACY_SEED = 42
-
 BITS = range(2, 9)
-GROUP_SIZES = (32, 64, 128, 256)
-
-# bit i of this little-endian stream is sign draw i: 1 is +1, 0 is -1. These are the first 512 draws of MT19937
-# seeded with 42, one per 32-bit output, lowest bit; written out so that no framework's generator is needed.
-_SIGN_BITS = int.from_bytes(
-    bytes.fromhex(
-        "2242d73f177cab01f6ba4affe75f6b6507d021a85ce6402438d201c5cbbf2514"
-        "26ceab17e2897d893dd3ac5836c9bc75027bf31b7ea93e9a3e53a5aaab248ab4"
-    ),
-    "little",
-)
-
-# safetensors dtype -> bytes per element
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4,
-    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
-QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")
+NORM_DTYPES = ("F16", "F32")
+AUTO: Literal["auto"] = "auto"
+"""In place of a group size: what suits each weight's input axis; see ``fitting``."""
+GroupSize = int | Literal["auto"]
+_AUTO_SIZES = (128, 64, 32)
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a safetensors header says of one tensor: no data.
+class CodebookFormat(Format):
+    """Groups of rotated weights, each replaced by a code for one of 2**bits centroids, times the group's norm.
 
-    Attributes:
-        name: key in the checkpoint.
-        dtype: safetensors dtype string, one of ``DTYPE_BYTES``.
-        shape: logical shape.
+    Args:
+        codebook: ascending centroids, float32 values symmetric about 0; by default the unit Gaussian's Lloyd-Max
+            centroids over sqrt(group_size).
+        norms: dtype of the norms, "F16" or "F32".
+
+    Raises:
+        PlanError: bits or group size out of range.
     """
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
+    def __init__(
+        self, bits: int, group_size: int, codebook: tuple[float, ...] | None = None, norms: str = "F16"
+    ) -> None:
+        check_bits(bits)
+        check_group_size(group_size)
+        self.bits = bits
+        self.group_size = self.step = group_size
+        self.id = f"tq{bits}g{group_size}"
+        self.rotation = f"signs-wht-signs/{group_size}"
+        self.norms = norms
+        self.codebook = gaussian_codebook(bits, group_size) if codebook is None else codebook
+        own = "" if self.codebook == gaussian_codebook(bits, group_size) else f"+{_digest(self.codebook)}"
+        self._key = f"{self.id}{own}" + ("" if norms == "F16" else f"+{norms}")
 
     @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+    def key(self) -> str:
+        return self._key
 
     @property
-    def nbytes(self) -> int:
-        return self.numel * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class Format:
-    """One way to store a weight: ``bits`` per index, groups of ``group_size`` along the last axis, one float16 norm each."""
-
-    bits: int
-    group_size: int
-
-    def __post_init__(self) -> None:
-        check_bits(self.bits)
-        check_group_size(self.group_size)
-
-    @property
-    def id(self) -> str:
-        return f"tq{self.bits}g{self.group_size}"
+    def code_bits(self) -> int:
+        return (len(set(self.codebook)) - 1).bit_length()
 
     @property
     def bytes_per_group(self) -> int:
@@ -98,36 +77,78 @@ class Format:
     def norms_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (*shape[:-1], self.groups(shape[-1]))
 
-    def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Stored bytes of a weight of this shape: packed indices plus float16 norms."""
-        return math.prod(self.packed_shape(shape)) + 2 * math.prod(self.norms_shape(shape))
+    def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
+        return {PACKED_SUFFIX: ("U8", self.packed_shape(shape)), NORMS_SUFFIX: (self.norms, self.norms_shape(shape))}
 
-    @property
-    def codebook(self) -> tuple[float, ...]:
-        """The 2**bits centroids, ascending, as float32 values: unit-Gaussian Lloyd-Max over sqrt(group_size)."""
-        half = codebook_data()["gaussian"][str(self.bits)]
-        return symmetric([float32(c / math.sqrt(self.group_size)) for c in half])
+    def encode(self, weight: Tensor, effort: Effort = "best", *, name: str = "weight") -> Encoded:
+        from kappaquant.formats import codec
+
+        return codec.encode(weight, self, effort, name=name)
+
+    def decode(self, parts: Mapping[str, Tensor], in_features: int) -> Tensor:
+        from kappaquant.formats import codec
+
+        return codec.decode(parts[PACKED_SUFFIX], parts[NORMS_SUFFIX], self, in_features)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        from kappaquant.formats import codec
+
+        return codec.rotate(x, self.group_size)
+
+    def decode_rotated(self, parts: Mapping[str, Tensor], in_features: int) -> Tensor:
+        from kappaquant.formats import codec
+
+        return codec.decode_rotated(parts[PACKED_SUFFIX], parts[NORMS_SUFFIX], self)
+
+    def columns(self, start: int, stop: int) -> dict[str, slice]:
+        first, last = start // self.group_size, start // self.group_size + self.groups(stop - start)
+        width = self.bytes_per_group
+        return {PACKED_SUFFIX: slice(first * width, last * width), NORMS_SUFFIX: slice(first, last)}
+
+    def settings(self) -> dict[str, Any]:
+        return {"codebook": list(self.codebook), "norms": self.norms}
+
+    def restored(self, settings: Mapping[str, Any]) -> CodebookFormat:
+        book, norms = settings.get("codebook"), settings.get("norms", "F16")
+        if not isinstance(book, list) or len(book) != 2**self.bits or not _ascending(book):
+            raise ValueError(f"no codebook of {2**self.bits} ascending values for {self.id}")
+        return CodebookFormat(self.bits, self.group_size, tuple(book), norms)
+
+    def __reduce__(self) -> tuple[type[CodebookFormat], tuple[Any, ...]]:
+        return CodebookFormat, (self.bits, self.group_size, self.codebook, self.norms)
+
+
+def fitting(bits: int, in_features: int, group_size: GroupSize = AUTO) -> CodebookFormat:
+    """The codebook format of this width for an input axis.
+
+    With "auto" groups are the largest power of two from 32 to 128 that divides the axis, or 128 with the last group padded where
+    that takes fewer bytes, or where none divides it.
+
+    Raises:
+        PlanError: bits or group size out of range.
+    """
+    if group_size != AUTO:
+        return CodebookFormat(bits, group_size)
+    row = (in_features,)
+    padded = CodebookFormat(bits, 128)
+    dividing = next((size for size in _AUTO_SIZES if in_features % size == 0), 128)
+    found = CodebookFormat(bits, dividing)
+    return padded if padded.nbytes(row) < found.nbytes(row) else found
 
 
 def check_bits(bits: int) -> None:
-    if bits not in BITS:
+    """Raise PlanError for a width that no codebook has."""
+    if isinstance(bits, bool) or bits not in BITS:
         raise PlanError(f"bits = {bits!r}: a codebook has 2 to 8 bits; 16 keeps a tensor as it is")
 
 
-def check_group_size(group_size: int) -> None:
-    if group_size not in GROUP_SIZES:
+def check_group_choice(group_size: object) -> None:
+    """Raise PlanError for what is neither a group size nor "auto"."""
+    if group_size != AUTO and group_size not in GROUP_SIZES:
         allowed = ", ".join(map(str, GROUP_SIZES))
-        raise PlanError(f"group size {group_size!r}: the Hadamard rotation needs a power of two, one of {allowed}")
-
-
-FORMATS: dict[str, Format] = {f.id: f for f in (Format(bits, group) for bits in BITS for group in GROUP_SIZES)}
-
-
-def format_by_id(format_id: str, tensor: str) -> Format:
-    """The registry's entry for an id read from a checkpoint; ``tensor`` is named when there is none."""
-    if format_id not in FORMATS:
-        raise FormatError(f"{tensor}: unknown format id {format_id!r}; this version reads {', '.join(FORMATS)}")
-    return FORMATS[format_id]
+        raise PlanError(
+            f"group size {group_size!r}: must be auto, or a power of two for the Hadamard rotation: {allowed}"
+        )
 
 
 def float32(value: float) -> float:
@@ -140,13 +161,24 @@ def symmetric(half: list[float]) -> tuple[float, ...]:
 
 
 @cache
+def gaussian_codebook(bits: int, group_size: int) -> tuple[float, ...]:
+    """The 2**bits centroids, ascending, as float32 values: unit-Gaussian Lloyd-Max over sqrt(group_size)."""
+    half = codebook_data()["gaussian"][str(bits)]
+    return symmetric([float32(c / math.sqrt(group_size)) for c in half])
+
+
+@cache
 def codebook_data() -> dict[str, dict]:
     """``codebooks.json``: "gaussian" (converged, unit variance) and "tq3_native" (the published literals, per group size)."""
     return json.loads(resources.files("kappaquant.formats").joinpath("codebooks.json").read_text())
 
 
-def legacy_codebook(bits: int, group_size: int) -> tuple[float, ...]:
-    """The published tool's centroids, float32 literals: its Lloyd iterations stopped early, so they are no formula."""
+def published_codebook(bits: int, group_size: int) -> tuple[float, ...]:
+    """The centroids of published tq3_native files, float32 literals: their Lloyd iterations stopped early, so they are no formula.
+
+    Raises:
+        FormatError: no file with this width and group was ever seen.
+    """
     books = codebook_data()["tq3_native"]
     half = books.get(str(group_size), {}).get(str(bits))
     if half is None:
@@ -157,9 +189,15 @@ def legacy_codebook(bits: int, group_size: int) -> tuple[float, ...]:
     return symmetric(half)
 
 
-@cache
-def signs(group_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The rotation's two sign vectors (s1, s2), each of ``group_size`` entries +1 or -1."""
-    check_group_size(group_size)
-    draws = tuple(1 if _SIGN_BITS >> i & 1 else -1 for i in range(2 * group_size))
-    return draws[:group_size], draws[group_size:]
+def _digest(codebook: tuple[float, ...]) -> str:
+    return hashlib.sha256(struct.pack(f"<{len(codebook)}d", *codebook)).hexdigest()[:12]
+
+
+def _ascending(book: list[Any]) -> bool:
+    numbers = all(type(c) in (int, float) and math.isfinite(c) for c in book)
+    return numbers and all(low < high for low, high in pairwise(book))
+
+
+FORMATS: dict[str, CodebookFormat] = {
+    fmt.id: fmt for fmt in (CodebookFormat(bits, group_size) for bits in BITS for group_size in GROUP_SIZES)
+}

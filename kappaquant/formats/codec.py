@@ -7,50 +7,43 @@ A group of ``group_size`` weights along the input axis is stored as one norm and
 with H the orthonormal Walsh-Hadamard transform in natural order, s1 and s2 fixed signs and c the Lloyd-Max codebook of
 a Gaussian with variance 1/group_size. This is the scalar case of HIGGS (Malinovskii et al., NAACL 2025).
 
-The steps, over blocks of groups, are those of ``blocks``: codes and norms depend neither on the block size nor on the
+The steps, over blocks of groups, are those of ``hadamard`` and ``search``: codes and norms depend neither on the block size nor on the
 device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kappaquant.errors import NonFiniteError, PlanError
-from kappaquant.formats.blocks import Assignment, Rotation, nearest
-from kappaquant.formats.codebook import BITS, Format
+from kappaquant.formats.base import EFFORTS, Effort, Encoded
+from kappaquant.formats.codebook import BITS, NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat
+from kappaquant.formats.hadamard import Rotation
+from kappaquant.formats.search import Assignment, nearest
 
 T = TypeVar("T")
-Effort = Literal["fast", "best"]
-EFFORTS: tuple[Effort, ...] = ("fast", "best")
+NORMS_TORCH = {"F16": torch.float16, "F32": torch.float32}
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """What ``encode`` made of a weight [..., out, in].
-
-    Attributes:
-        packed: uint8 [..., out, G * bytes_per_group], a dense little-endian bitstream per group.
-        norms: [..., out, G], float16 (float32 on request); one scale per group.
-        squared_error: sum of (w - decoded)^2, over the zero-padded groups.
-        energy: sum of w^2.
-    """
-
-    packed: Tensor
-    norms: Tensor
-    squared_error: float
-    energy: float
+class CodebookEncoded(Encoded):
+    """What ``encode`` made of a weight [..., out, in]."""
 
     @property
-    def relative_mse(self) -> float:
-        return self.squared_error / self.energy if self.energy else 0.0
+    def packed(self) -> Tensor:
+        """uint8 [..., out, G * bytes_per_group], a dense little-endian bitstream per group."""
+        return self.parts[PACKED_SUFFIX]
+
+    @property
+    def norms(self) -> Tensor:
+        """[..., out, G], one scale per group."""
+        return self.parts[NORMS_SUFFIX]
 
 
 def rotate(x: Tensor, group_size: int) -> Tensor:
@@ -67,23 +60,13 @@ def unrotate(y: Tensor, group_size: int) -> Tensor:
     return _over_groups(y, group_size, Rotation.inverse)
 
 
-def encode(
-    weight: Tensor,
-    fmt: Format,
-    effort: Effort = "best",
-    *,
-    codebook: Sequence[float] | None = None,
-    norm_dtype: torch.dtype = torch.float16,
-    name: str = "weight",
-) -> Encoded:
+def encode(weight: Tensor, fmt: CodebookFormat, effort: Effort = "best", *, name: str = "weight") -> CodebookEncoded:
     """Quantize a weight [..., out, in] of any float dtype; rows are zero-padded to whole groups.
 
     Effort "fast" takes the nearest centroid at the group norm; "best" first searches the scale of each group. Both end
     with the least-squares norm for the chosen centroids, and take the same bytes.
 
     Args:
-        codebook: 2**bits ascending centroids, symmetric about 0; default the format's own.
-        norm_dtype: float16, or float32 for tq3_native.
         name: what an error calls the weight.
 
     Raises:
@@ -92,8 +75,8 @@ def encode(
     """
     if effort not in EFFORTS:
         raise PlanError(f"effort {effort!r}: must be one of {', '.join(EFFORTS)}")
-    table = nearest(tuple(codebook or fmt.codebook), weight.device)
-    count = math.prod(fmt.norms_shape(tuple(weight.shape)))
+    table = nearest(fmt.codebook, weight.device)
+    count, norm_dtype = math.prod(fmt.norms_shape(tuple(weight.shape))), NORMS_TORCH[fmt.norms]
     packed = torch.empty(count, fmt.bytes_per_group, dtype=torch.uint8, device=weight.device)
     norms = torch.empty(count, dtype=norm_dtype, device=weight.device)
     errors = torch.empty(count, device=weight.device)
@@ -110,9 +93,8 @@ def encode(
         errors[block] = _error(y, assignment, norm, stored)
         energies[block] = norm * norm
     shape = tuple(weight.shape)
-    return Encoded(
-        packed.view(fmt.packed_shape(shape)),
-        norms.view(fmt.norms_shape(shape)),
+    return CodebookEncoded(
+        {PACKED_SUFFIX: packed.view(fmt.packed_shape(shape)), NORMS_SUFFIX: norms.view(fmt.norms_shape(shape))},
         errors.sum(dtype=torch.float64).item(),
         energies.sum(dtype=torch.float64).item(),
     )
@@ -122,7 +104,7 @@ def squared_errors(
     weight: Tensor, group_size: int, bits: Iterable[int] = BITS, name: str = "weight"
 ) -> dict[int, float]:
     """Sum of squared errors of effort "fast" at each bit width, from one rotation of the weight [..., out, in]."""
-    tables = {b: nearest(Format(b, group_size).codebook, weight.device) for b in bits}
+    tables = {b: nearest(CodebookFormat(b, group_size).codebook, weight.device) for b in bits}
     totals = dict.fromkeys(tables, 0.0)
     for _, y, norm, assignment in _unit_blocks(weight, group_size, name):
         for b, table in tables.items():
@@ -132,16 +114,9 @@ def squared_errors(
     return totals
 
 
-def decode(
-    packed: Tensor, norms: Tensor, fmt: Format, in_features: int, codebook: Sequence[float] | Tensor | None = None
-) -> Tensor:
-    """The weight, float32 [..., out, in_features], from packed [..., out, G * bytes_per_group] and norms [..., out, G].
-
-    A codebook that is a float32 tensor on the same device is used as it is: nothing then waits for a GPU.
-    """
-    book = codebook
-    if not isinstance(book, Tensor):
-        book = torch.tensor(tuple(book or fmt.codebook), dtype=torch.float32, device=packed.device)
+def decode(packed: Tensor, norms: Tensor, fmt: CodebookFormat, in_features: int) -> Tensor:
+    """The weight, float32 [..., out, in_features], from packed [..., out, G * bytes_per_group] and norms [..., out, G]."""
+    book = centroids(fmt, packed.device)
     lead = packed.shape[:-1]
     rows = packed.reshape(-1, fmt.bytes_per_group)
     scales = norms.reshape(-1).float()
@@ -154,16 +129,39 @@ def decode(
     return out.view(*lead, -1)[..., :in_features].contiguous()
 
 
-def pack(codes: Tensor, fmt: Format) -> Tensor:
-    """uint8 codes [..., G * group_size] -> uint8 [..., G * bytes_per_group]; code i fills bits [i*bits, (i+1)*bits)."""
-    block = codes.reshape(-1, fmt.group_size).t()
-    return _pack_block(block, fmt.bits).t().reshape(*codes.shape[:-1], -1)
+def decode_rotated(packed: Tensor, norms: Tensor, fmt: CodebookFormat) -> Tensor:
+    """norm * c[code], still rotated: float32 [..., out, G * group_size]; its product with ``rotate(x)`` is that of w and x."""
+    values = centroids(fmt, packed.device)[unpack(packed, fmt.bits).to(torch.int32)].view(*norms.shape, fmt.group_size)
+    return values.mul_(norms.float().unsqueeze(-1)).flatten(-2)
 
 
-def unpack(packed: Tensor, fmt: Format) -> Tensor:
-    """Inverse of ``pack``: uint8 [..., G * bytes_per_group] -> uint8 codes [..., G * group_size]."""
-    block = packed.reshape(-1, fmt.bytes_per_group).t()
-    return _unpack_block(block, fmt.bits).t().reshape(*packed.shape[:-1], -1)
+@cache
+def centroids(fmt: CodebookFormat, device: torch.device) -> Tensor:
+    """The codebook, float32 [2**bits]; made once a device, so that nothing waits for a GPU later."""
+    return torch.tensor(fmt.codebook, dtype=torch.float32, device=device)
+
+
+def norms_refusal(norms: Tensor) -> str | None:
+    """Why norms can not be held in float16, or None: none may become infinite, zero, or lose digits as a subnormal."""
+    if norms.dtype == torch.float16 or not norms.numel():
+        return None
+    size = norms.abs()
+    most, least = torch.finfo(torch.float16).max, torch.finfo(torch.float16).tiny
+    if bool((size > most).any()):
+        return f"a norm is {size.max().item():.6g}, float16 holds at most {most:g}"
+    if bool(((size > 0) & (size < least)).any()):
+        return f"a norm is {size[size > 0].min().item():.6g}, float16 loses digits below {least:.6g}"
+    return None
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [..., 8 * n] -> uint8 [..., n * bits], a dense little-endian stream: code i fills bits [i*bits, (i+1)*bits)."""
+    return _pack_block(codes.reshape(-1, 8).t(), bits).t().reshape(*codes.shape[:-1], -1)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Inverse of ``pack``: uint8 [..., n * bits] -> uint8 codes [..., 8 * n]."""
+    return _unpack_block(packed.reshape(-1, bits).t(), bits).t().reshape(*packed.shape[:-1], -1)
 
 
 def _over_groups(x: Tensor, group_size: int, transform: Callable[[Rotation], Tensor]) -> Tensor:

@@ -1,0 +1,83 @@
+"""One parameter in files: what it is, where its bytes are, and how rows of it are read. Torch only once elements are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kappaquant.errors import FormatError
+from kappaquant.files.safetensors import Stored, TensorInfo
+from kappaquant.formats.base import Format
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEPT_BITS = 16
+"""What counts as the bits of a parameter that is stored as it is, whatever its dtype."""
+Located = tuple[Path, Stored]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of a source or checkpoint; small, and the same in every process.
+
+    Attributes:
+        info: name, source dtype and logical shape.
+        fmt: how it is packed, None where it is kept.
+        parts: suffix -> where that part is; the suffix of a kept parameter is empty.
+    """
+
+    info: TensorInfo
+    fmt: Format | None
+    parts: dict[str, Located]
+
+    @property
+    def bits(self) -> int:
+        """Bits that a code carries, 16 where the parameter is kept."""
+        return self.fmt.code_bits if self.fmt else KEPT_BITS
+
+    @property
+    def rows(self) -> int:
+        """All axes but the last, flattened."""
+        return math.prod(self.info.shape[:-1])
+
+    @property
+    def nbytes(self) -> int:
+        """On disk."""
+        return sum(stored.info.nbytes for _, stored in self.parts.values())
+
+    def elements(self, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a kept parameter, flat."""
+        from kappaquant.files.tensors import read_elements
+
+        if self.fmt is not None:
+            raise FormatError(f"{self.info.name}: is quantized to {self.bits} bits; decode it, or read its parts")
+        path, stored = self.parts[""]
+        return read_elements(path, stored, start, stop)
+
+    def read_parts(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Rows [start, stop) of every part of a packed parameter seen as [rows, in], as its format describes them."""
+        from kappaquant.files.tensors import read_elements
+
+        if self.fmt is None:
+            raise FormatError(f"{self.info.name}: is kept as {self.info.dtype}; it has no parts")
+        found = {}
+        for suffix, (path, stored) in self.parts.items():
+            width = stored.info.numel // max(1, self.rows)
+            found[suffix] = read_elements(path, stored, start * width, stop * width).view(stop - start, width)
+        return found
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the parameter seen as [rows, in]: float32 [stop - start, in], decoded if it is packed."""
+        width = self.info.shape[-1]
+        if self.fmt is None:
+            return self.elements(start * width, stop * width).view(stop - start, width).float()
+        return self.fmt.decode(self.read_parts(start, stop), width)
+
+    def read(self) -> Tensor:
+        """The whole parameter in its shape: as it is stored if kept, else decoded to float32."""
+        if self.fmt is None:
+            return self.elements(0, self.info.numel).view(self.info.shape)
+        return self.read_rows(0, self.rows).view(self.info.shape)

@@ -1,0 +1,44 @@
+"""Formats by id: those of this package, and any that is registered. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kappaquant.errors import FormatError, RegistrationError
+from kappaquant.formats.base import Format
+from kappaquant.formats.codebook import FORMATS
+
+_FORMATS: dict[str, Format] = {**FORMATS}
+
+
+def register(fmt: Format) -> None:
+    """Let plans and checkpoints name a format by its id, in this process.
+
+    Raises:
+        RegistrationError: the id is another format's already.
+    """
+    held = _FORMATS.setdefault(fmt.id, fmt)
+    if held != fmt:
+        raise RegistrationError(f"format id {fmt.id!r} is taken by {held}; give {fmt} another id")
+
+
+def unregister(format_id: str) -> None:
+    """Take a registered format back."""
+    del _FORMATS[format_id]
+
+
+def formats() -> tuple[Format, ...]:
+    """All that are registered, those of this package first."""
+    return tuple(_FORMATS.values())
+
+
+def suffixes() -> Iterator[str]:
+    """What the stored names of any format's parts end in, each once."""
+    yield from dict.fromkeys(suffix for fmt in formats() for suffix in fmt.parts((256, 256)))
+
+
+def format_by_id(format_id: str, tensor: str) -> Format:
+    """The format of an id read from a plan or checkpoint; ``tensor`` is named when there is none. Raises FormatError."""
+    if format_id not in _FORMATS:
+        raise FormatError(f"{tensor}: unknown format id {format_id!r}; this version reads {', '.join(_FORMATS)}")
+    return _FORMATS[format_id]
