@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
-from kappaquant.formats.codebook import Format, TensorInfo
+from kappaquant.files.safetensors import TensorInfo
+from kappaquant.formats.base import Format
 from kappaquant.models.roles import Role, TensorKind, kind_of
 
 ROUTED = (Role.ROUTED_GATE, Role.ROUTED_UP, Role.ROUTED_GATE_UP, Role.ROUTED_DOWN)
@@ -56,10 +57,10 @@ def problems(
         if fmt is None or not _cut(name, info, config, expert_parallel):
             continue
         share, rest = divmod(info.shape[-1], cards)
-        if rest or (share % fmt.group_size and cards > 1):
+        if rest or (share % fmt.step and cards > 1):
             yield (
                 f"{name}: {info.shape[-1]} inputs over {cards} cards are {info.shape[-1] / cards:g} each, no whole number of "
-                f"groups of {fmt.group_size}"
+                f"groups of {fmt.step}"
             )
 
 

@@ -1,0 +1,11 @@
+"""Llama and Mistral: attention and a gated MLP, nothing else."""
+
+from __future__ import annotations
+
+from kappaquant.models.architectures.base import Architecture
+from kappaquant.models.architectures.patterns import ATTENTION, FUSED_ATTENTION, FUSED_MLP, MLP
+
+ARCHITECTURES = tuple(
+    Architecture(model_type, (name,), in_layer={**ATTENTION, **MLP}, fused=FUSED_ATTENTION + FUSED_MLP)
+    for model_type, name in (("llama", "LlamaForCausalLM"), ("mistral", "MistralForCausalLM"))
+)
