@@ -15,15 +15,16 @@ import numpy as np
 import torch
 
 from kappaquant.errors import NonFiniteError, PlanError
+from kappaquant.files.documents import read_json
 from kappaquant.files.processes import ItemError, choose_device, choose_jobs, each, pool
 from kappaquant.files.safetensors import Stored
-from kappaquant.files.tensors import read_elements
-from kappaquant.formats.codebook import BITS, check_bits, check_group_size
+from kappaquant.files.tensors import FLOATS, ranges, read_elements
+from kappaquant.formats.codebook import BITS, check_bits
+from kappaquant.formats.signs import check_group_size
 from kappaquant.kernels import dispatch as ops
 from kappaquant.models.roles import family_of, layer_of
 from kappaquant.planning.moments import Moments
-from kappaquant.quantizing.slices import FLOATS, ranges
-from kappaquant.sources.folder import Source, read_json
+from kappaquant.sources.source import Source
 
 PROFILE_VERSION = 1
 TOP_SHARE = 0.001

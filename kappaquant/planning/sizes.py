@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from kappaquant.formats.codebook import TensorInfo
+from kappaquant.files.safetensors import TensorInfo
 from kappaquant.models.roles import Role, TensorKind, kind_of, tied_embeddings
 from kappaquant.planning.plan import Plan
 
@@ -20,7 +20,8 @@ class TensorSize:
     """One tensor under a plan.
 
     Attributes:
-        bits: 2..8, or 16 for kept.
+        format: its format's id, or "kept".
+        bits: of one code, 16 for kept.
         params: number of weights.
         source_bytes: its bytes in the source.
         output_bytes: its bytes in the output: packed indices and norms, or the source's own bytes.
@@ -30,6 +31,7 @@ class TensorSize:
     name: str
     role: Role
     family: str
+    format: str
     bits: int
     params: int
     source_bytes: int
@@ -55,7 +57,7 @@ class Total:
 
 @dataclass(frozen=True)
 class Summary:
-    """The dry run: per tensor, per family (in order of size), per bits (ascending), and in all.
+    """The dry run: per tensor, per family (in order of size), per format (by bits, ascending; kept last), and in all.
 
     Bytes are the tensors' data; a file adds its safetensors header and the source's other files. Active bytes are what
     decoding one token of text reads: routed experts by top-k, one row of the embedding, no vision tower and no MTP head.
@@ -63,7 +65,7 @@ class Summary:
 
     per_tensor: tuple[TensorSize, ...]
     families: dict[str, Total]
-    by_bits: dict[int, Total]
+    by_format: dict[str, Total]
     total: Total
 
     @property
@@ -92,6 +94,7 @@ def summary(plan: Plan, tensors: Mapping[str, TensorInfo], config: Mapping[str, 
                 name=name,
                 role=kinds[name].role,
                 family=kinds[name].family,
+                format=plan.choice(name).format,
                 bits=plan.bits(name),
                 params=info.numel,
                 source_bytes=info.nbytes,
@@ -100,15 +103,15 @@ def summary(plan: Plan, tensors: Mapping[str, TensorInfo], config: Mapping[str, 
             )
         )
     families: dict[str, list[TensorSize]] = {}
-    by_bits: dict[int, list[TensorSize]] = {}
-    for row in rows:
+    by_format: dict[str, list[TensorSize]] = {}
+    for row in sorted(rows, key=lambda row: (row.bits, row.format)):
         families.setdefault(row.family, []).append(row)
-        by_bits.setdefault(row.bits, []).append(row)
+        by_format.setdefault(row.format, []).append(row)
     totals = {family: _total(members) for family, members in families.items()}
     return Summary(
         per_tensor=tuple(rows),
         families=dict(sorted(totals.items(), key=lambda item: -item[1].output_bytes)),
-        by_bits={bits: _total(by_bits[bits]) for bits in sorted(by_bits)},
+        by_format={fmt: _total(members) for fmt, members in by_format.items()},
         total=_total(rows),
     )
 

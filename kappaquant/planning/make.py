@@ -1,0 +1,208 @@
+"""Making a plan: defaults, a policy and overrides, from headers and evidence; never from weights. No torch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from kappaquant.errors import PlanError
+from kappaquant.files.safetensors import TensorInfo
+from kappaquant.formats.codebook import AUTO, BITS, GroupSize, check_group_choice, fitting
+from kappaquant.formats.entry import KEPT_BITS
+from kappaquant.formats.registry import formats
+from kappaquant.models.inventory import Inventory
+from kappaquant.models.roles import Role, name_patterns
+from kappaquant.planning.plan import KEPT, Choice, Plan, check_bits_or_kept, format_of
+from kappaquant.planning.policies.base import Budget, Evidence, Policy, choice_bytes
+from kappaquant.planning.policies.registry import policy_by_name
+
+logger = logging.getLogger("kappaquant")
+
+ENGINES = ("vllm",)
+"""Engines whose fused layers a plan can be checked against."""
+Setting = int | str
+"""What an override gives a tensor: bits (2..8, or 16 to keep it), or a format id."""
+
+
+def make_plan(
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    policy: str | Policy = "uniform",
+    *,
+    profile: Mapping[str, float | None] | None = None,
+    size: int | None = None,
+    group_size: GroupSize = AUTO,
+    overrides: Iterable[tuple[str, Setting]] = (),
+    fuse: bool = False,
+    target: str | None = None,
+    **options: Any,
+) -> Plan:
+    """Choose a format for every tensor.
+
+    Args:
+        tensors: every tensor of the source, by name.
+        config: its config.json.
+        policy: a registered policy, by name with its ``options``: "uniform" (``bits``), "recipe" (``recipe``) or "kurtosis"
+            (``profile``, ``thresholds``, ``ladder``); or a policy object.
+        profile: tensor -> excess kurtosis κ, needed for each tensor the kurtosis policy decides.
+        size: bytes that all tensors may take together, for policies that keep to a budget.
+        group_size: weights per norm, a power of two from 32 to 256, or "auto": for each tensor what suits its input axis.
+        overrides: (glob over tensor names, bits or format id) pairs, case-sensitive; the last that matches wins over policy and
+            defaults.
+        fuse: raise tensors that serving engines fuse (q/k/v, gate/up, ...) to the most bits among them.
+        target: an engine of ``ENGINES``: warn of fused layers whose mixed widths cost it speed.
+
+    Raises:
+        PlanError: a parameter out of range or unknown, a tensor without κ, an override that matches nothing or a tensor
+            that cannot be quantized, a budget that is exceeded.
+    """
+    check_group_choice(group_size)
+    if target is not None and target not in ENGINES:
+        raise PlanError(f"target {target!r} is unknown; the targets are {', '.join(ENGINES)}")
+    overrides = list(overrides)
+    chosen = policy if isinstance(policy, Policy) else policy_by_name(policy, options)
+    if size is not None and not chosen.takes_size:
+        raise PlanError(
+            f"size {size}: the {chosen.name} policy keeps to no size; leave it out, or take a policy that does"
+        )
+    inventory = Inventory(tensors, config)
+    fixed = {n: Choice(KEPT, why) for n in tensors if (why := _keep(inventory, n, group_size))}
+    fixed |= _overridden(inventory, overrides, group_size)
+    budget = Budget(fixed, size, group_size)
+    decided = chosen.choose(inventory, Evidence(profile), budget)
+    choices = {name: fixed.get(name) or _decided(chosen, decided, name) for name in tensors}
+    if fuse:
+        _level(choices, inventory)
+    if size is not None and (total := sum(choice_bytes(choices[n], info) for n, info in tensors.items())) > size:
+        raise PlanError(f"the {chosen.name} policy's plan takes {total:,} bytes, more than the {size:,} allowed")
+    inputs = chosen.inputs() | ({} if size is None else {"size": size})
+    inputs |= {"overrides": [list(pair) for pair in overrides], "fuse": fuse}
+    warnings = _warnings(inventory, choices)
+    if target:
+        warnings += _mixed(choices, inventory, target)
+    for warning in warnings:
+        logger.warning(warning)
+    return Plan(choices, group_size, chosen.name, inputs, warnings)
+
+
+def overridden(
+    plan: Plan, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], overrides: Iterable[tuple[str, Setting]]
+) -> Plan:
+    """``plan`` with (glob over tensor names, setting) pairs on top, the last that matches winning; raises PlanError."""
+    overrides = list(overrides)
+    forced = _overridden(Inventory(tensors, config), overrides, plan.group_size)
+    added = [*plan.inputs.get("overrides", []), *(list(pair) for pair in overrides)]
+    return replace(plan, choices={**plan.choices, **forced}, inputs={**plan.inputs, "overrides": added})
+
+
+def parse_override(text: str) -> tuple[str, Setting]:
+    """``"PATTERN=BITS"`` or ``"PATTERN=FORMAT"`` as (pattern, setting); raises PlanError."""
+    pattern, _, setting = text.rpartition("=")
+    setting = setting.strip()
+    known = [fmt.id for fmt in formats()]
+    if not pattern or not (setting.isdecimal() or setting in known):
+        raise PlanError(
+            f"override {text!r}: write PATTERN=BITS, such as '*.o_proj.weight=4'; BITS is 2 to 8, or 16, or a format id: "
+            f"{', '.join(known)}"
+        )
+    return pattern, int(setting) if setting.isdecimal() else setting
+
+
+def _keep(inventory: Inventory, name: str, group_size: GroupSize) -> str:
+    """Why no policy is asked about a tensor; empty where one is."""
+    if keep := inventory.kinds[name].keep:
+        return keep
+    width = inventory.tensors[name].shape[-1]
+    group = fitting(min(BITS), width, group_size).group_size  # which axes are too short does not depend on the bits
+    return f"input axis {width} is below the group size {group}: padding would waste bytes" if width < group else ""
+
+
+def _decided(policy: Policy, decided: Mapping[str, Choice], name: str) -> Choice:
+    if name not in decided:
+        raise PlanError(f"{name}: the {policy.name} policy made no choice for it; set it by hand with an override")
+    return decided[name]
+
+
+def _overridden(
+    inventory: Inventory, overrides: Iterable[tuple[str, Setting]], group_size: GroupSize
+) -> dict[str, Choice]:
+    last: dict[str, tuple[str, Setting]] = {}
+    for pattern, setting in overrides:
+        where = f"override {pattern!r}"
+        if isinstance(setting, str):
+            format_of(Choice(setting, ""), where)
+        else:
+            check_bits_or_kept(setting, where)
+        matched = [name for name in inventory.tensors if fnmatchcase(name, pattern)]
+        if not matched:
+            raise PlanError(
+                f"override {pattern!r} matches no tensor; it is a glob over whole names, such as '*.o_proj.weight'"
+            )
+        last |= dict.fromkeys(matched, (pattern, setting))
+    refused = [n for n, (_, setting) in last.items() if setting not in (KEPT_BITS, KEPT) and inventory.kinds[n].refuse]
+    if refused:
+        pattern, setting = last[refused[0]]
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        what = f"{setting} bits" if isinstance(setting, int) else setting
+        raise PlanError(
+            f"{refused[0]}{more}: override {pattern!r} cannot give it {what}: {inventory.kinds[refused[0]].refuse}; "
+            f"narrow the pattern, or keep the tensor with a later override of 16"
+        )
+    return {
+        name: Choice(_format_id(setting, inventory.tensors[name], group_size), f"set by {pattern!r}")
+        for name, (pattern, setting) in last.items()
+    }
+
+
+def _format_id(setting: Setting, info: TensorInfo, group_size: GroupSize) -> str:
+    if isinstance(setting, str):
+        return setting
+    return KEPT if setting == KEPT_BITS else fitting(setting, info.shape[-1], group_size).id
+
+
+def _level(choices: dict[str, Choice], inventory: Inventory) -> None:
+    bits = {name: fmt.bits if (fmt := format_of(choice, name)) else KEPT_BITS for name, choice in choices.items()}
+    for group in inventory.fused:
+        top = max(group, key=lambda name: bits[name])
+        for name in group:
+            if bits[name] < bits[top]:
+                choices[name] = Choice(choices[top].format, f"raised from {bits[name]} bits to fuse with {top}")
+
+
+def _mixed(choices: Mapping[str, Choice], inventory: Inventory, target: str) -> tuple[str, ...]:
+    """One warning for each kind of fused layer that has mixed widths, with the layers."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for names in inventory.fused:
+        kinds = [inventory.kinds[name] for name in names]
+        formats = [format_of(choices[name], name) for name in names]
+        widths = ", ".join(map(str, sorted({fmt.bits if fmt else KEPT_BITS for fmt in formats})))
+        if "," not in widths:
+            continue
+        cost = "multiplies once for each width"
+        if any(kind.expert is not None for kind in kinds):
+            cost = "runs experts of mixed widths without GPU kernels"
+        key = f"{_patterns(names)}: {widths} bits", cost
+        found.setdefault(key, []).append(str(kinds[0].layer))
+    return tuple(
+        f"{what} in layers {', '.join(layers)}: {target} fuses these, and {cost}; --fuse-legal makes them equal"
+        for (what, cost), layers in found.items()
+    )
+
+
+def _warnings(inventory: Inventory, choices: Mapping[str, Choice]) -> tuple[str, ...]:
+    kept = [name for name, choice in choices.items() if choice.format == KEPT]
+    config = inventory.config
+    if not inventory.known:
+        what = config.get("model_type") or config.get("architectures")
+        return (f"unknown architecture {what!r}: only plain projections were quantized; kept: {_patterns(kept)}",)
+    strange = [name for name in kept if inventory.kinds[name].role is Role.UNKNOWN]
+    if strange:
+        return (f"not recognized in a {config.get('model_type')} model, and kept: {_patterns(strange)}",)
+    return ()
+
+
+def _patterns(names: Iterable[str]) -> str:
+    return ", ".join(name_patterns(names))

@@ -1,0 +1,43 @@
+"""Policies by name: those of this package, and any that is registered; the command line takes its options from here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kappaquant.errors import PlanError, RegistrationError
+from kappaquant.planning.policies.base import Policy
+from kappaquant.planning.policies.kurtosis import Kurtosis
+from kappaquant.planning.policies.recipe import Recipe
+from kappaquant.planning.policies.uniform import Uniform
+
+_POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Uniform, Recipe, Kurtosis)}
+
+
+def register(policy: type[Policy]) -> None:
+    """Let ``make_plan`` and the command line know a policy, in this process.
+
+    Raises:
+        RegistrationError: the name is another policy's already.
+    """
+    if _POLICIES.setdefault(policy.name, policy) is not policy:
+        raise RegistrationError(
+            f"policy {policy.name!r} is taken by {_POLICIES[policy.name].__name__}; give yours another name"
+        )
+
+
+def unregister(name: str) -> None:
+    """Take a registered policy back."""
+    del _POLICIES[name]
+
+
+def policies() -> dict[str, type[Policy]]:
+    """All that are registered, by name."""
+    return dict(_POLICIES)
+
+
+def policy_by_name(name: str, options: Mapping[str, Any]) -> Policy:
+    """The policy of this name with these parameters. Raises PlanError for an unknown name or parameter."""
+    if name not in _POLICIES:
+        raise PlanError(f"policy {name!r} is unknown; the policies are {', '.join(_POLICIES)}")
+    return _POLICIES[name].made(options)
