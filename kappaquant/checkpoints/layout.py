@@ -1,17 +1,15 @@
-"""What an output checkpoint looks like, byte by byte, computed from headers and the plan before anything is written."""
+"""What an output shard looks like, byte by byte, computed from headers before anything is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
-from kappaquant.errors import PlanError
-from kappaquant.files.safetensors import Stored, build_header, file_size
-from kappaquant.formats.codebook import LEGACY_FORMAT, NORMS_SUFFIX, PACKED_SUFFIX, Format, TensorInfo
+from kappaquant.files.safetensors import Stored, TensorInfo, build_header, file_size
+from kappaquant.sources.source import INDEX_NAME, SINGLE_NAME
 
-Target = Literal["kappaquant", "tq3_native"]
-TARGETS: tuple[Target, ...] = ("kappaquant", "tq3_native")
+SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -22,48 +20,33 @@ class ShardLayout:
     stored: dict[str, Stored]
     size: int
 
-
-def check_target(target: str) -> None:
-    if target not in TARGETS:
-        raise PlanError(f"format {target!r}: must be one of {', '.join(TARGETS)}")
-
-
-def stored_tensors(info: TensorInfo, fmt: Format | None, target: Target) -> list[TensorInfo]:
-    """The tensors that stand in an output shard for one source tensor; ``fmt`` is None where it is kept."""
-    if fmt is None:
-        legacy_float = target == LEGACY_FORMAT and info.dtype in ("BF16", "F32", "F64")
-        return [TensorInfo(info.name, "F16" if legacy_float else info.dtype, info.shape)]
-    packed, norms = fmt.packed_shape(info.shape), fmt.norms_shape(info.shape)
-    if target == LEGACY_FORMAT:
-        rows, groups = info.numel // info.shape[-1], norms[-1]
-        # up to 4 bits are packed; wider codes take a byte each
-        width = fmt.bytes_per_group if fmt.bits <= 4 else fmt.group_size
-        packed, norms = (rows * groups, width), (rows, groups)
-    return [
-        TensorInfo(info.name + PACKED_SUFFIX, "U8", packed),
-        TensorInfo(info.name + NORMS_SUFFIX, "F32" if target == LEGACY_FORMAT else "F16", norms),
-    ]
+    @classmethod
+    def of(cls, tensors: Iterable[TensorInfo], framework: str = "pt") -> ShardLayout:
+        """The layout of a shard that holds these tensors; ``framework`` says whose layouts they have."""
+        header, stored = build_header(tensors, framework)
+        return cls(header, stored, file_size(stored, header))
 
 
-def stored_names(name: str) -> tuple[str, str, str]:
-    """Names under which a parameter can stand in a shard: kept, packed, norms."""
-    return name, name + PACKED_SUFFIX, name + NORMS_SUFFIX
+def dealt(groups: Iterable[Sequence[TensorInfo]], framework: str = "pt") -> dict[str, ShardLayout]:
+    """Shards by file name, of at most ``SHARD_BYTES`` unless one group, whose tensors stay together, is larger."""
+    shards: list[list[TensorInfo]] = [[]]
+    for group in groups:
+        if shards[-1] and sum(info.nbytes for info in (*shards[-1], *group)) > SHARD_BYTES:
+            shards.append([])
+        shards[-1].extend(group)
+    names = [SINGLE_NAME]
+    if len(shards) > 1:
+        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    return {name: ShardLayout.of(members, framework) for name, members in zip(names, shards, strict=True)}
 
 
-def shard_layout(
-    tensors: Mapping[str, TensorInfo], formats: Mapping[str, Format | None], target: Target
-) -> ShardLayout:
-    """Layout of the output shard that takes these source tensors."""
-    header, stored = build_header(
-        piece for name, info in tensors.items() for piece in stored_tensors(info, formats[name], target)
-    )
-    return ShardLayout(header, stored, file_size(stored, header))
+def index(shards: Mapping[str, ShardLayout]) -> dict[str, dict[str, Any]]:
+    """The index over these shards by its file name; nothing where a reader needs none."""
+    return {} if list(shards) == [SINGLE_NAME] else {INDEX_NAME: index_of(shards)}
 
 
-def output_bytes(
-    shards: Mapping[str, Mapping[str, TensorInfo]],
-    format_of: Callable[[str], Format | None],
-    target: Target = "kappaquant",
-) -> int:
-    """Exact bytes of all output shards, headers included, from the source's headers and the plan alone."""
-    return sum(shard_layout(t, {name: format_of(name) for name in t}, target).size for t in shards.values())
+def index_of(shards: Mapping[str, ShardLayout]) -> dict[str, Any]:
+    """The content of an index over these shards."""
+    stored = {name: shard for shard, layout in shards.items() for name in layout.stored}
+    total = sum(s.info.nbytes for layout in shards.values() for s in layout.stored.values())
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(stored.items()))}

@@ -1,46 +1,67 @@
-"""What a finished checkpoint says of itself: quantization_config, the index, and the manifest ``kappaquant.json``."""
+"""What a kappaquant checkpoint says of itself: ``quantization_config``, and the manifest ``kappaquant.json``."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kappaquant.checkpoints.layout import ShardLayout
-from kappaquant.formats.codebook import (
-    FORMAT_VERSION,
-    LEGACY_FORMAT,
-    LEGACY_SEED,
-    QUANT_METHOD,
-    ROTATION,
-    Format,
-    TensorInfo,
-)
-from kappaquant.planning.plan import Plan
+from kappaquant.checkpoints.container import Contents
+from kappaquant.errors import PlanError
+from kappaquant.files.safetensors import TensorInfo
+from kappaquant.formats.base import Format
+from kappaquant.formats.entry import KEPT_BITS
 from kappaquant.version import __version__
 
-if TYPE_CHECKING:
-    from kappaquant.quantizing.slices import Sums
+QUANT_METHOD = "kappaquant"
+FORMAT_VERSION = 1
+ROTATION = "signs-wht-signs/1"
 
 
-def quantization_config(tensors: Mapping[str, TensorInfo], plan: Plan) -> dict[str, Any]:
-    """The ``quantization_config`` of config.json: the complete map from parameter to format id or dtype."""
-    formats = {name: plan.format_of(name) for name in tensors}
-    used = sorted({fmt.id: fmt for fmt in formats.values() if fmt}.items())
-    return {
-        "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
-        "rotation": ROTATION,
-        "group_size": plan.group_size,
-        "codebooks": {format_id: list(fmt.codebook) for format_id, fmt in used},
-        "tensors": {name: _storage(info, formats[name]) for name, info in sorted(tensors.items())},
+def quantization_config(contents: Contents) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json: the complete map from parameter to format id or dtype.
+
+    Raises:
+        PlanError: two variants of one format, which the map could not tell apart.
+    """
+    used: dict[str, Format] = {}
+    for name, fmt in sorted(contents.formats.items()):
+        if fmt and used.setdefault(fmt.id, fmt) != fmt:
+            raise PlanError(
+                f"{name}: is {fmt}, another tensor {used[fmt.id]}; a checkpoint holds one variant of a format"
+            )
+    config: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "rotation": ROTATION}
+    groups = {group for fmt in used.values() if (group := getattr(fmt, "group_size", None))}
+    if len(groups) < 2:
+        config["group_size"] = groups.pop() if groups else contents.plan.usual_group_size
+    codebooks, others = {}, {}
+    norms = set()
+    for format_id, fmt in sorted(used.items()):
+        settings = fmt.settings()
+        if "codebook" in settings:
+            codebooks[format_id] = settings["codebook"]
+            norms.add(settings["norms"])
+        elif settings:
+            others[format_id] = settings
+    if len(norms) > 1:
+        raise PlanError(f"norms in {' and '.join(sorted(norms))}; one checkpoint has norms of one dtype")
+    config["codebooks"] = codebooks
+    config["tensors"] = {
+        name: _storage(info, contents.formats[name]) for name, info in sorted(contents.tensors.items())
     }
+    if others:
+        config["formats"] = others
+    if norms - {"F16"}:
+        config["norms"] = norms.pop()
+    return config
 
 
-def _storage(info: TensorInfo, fmt: Format | None) -> str:
-    return fmt.id if fmt else info.dtype
+def settings_of(format_id: str, quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ``quantization_config`` says of one format beside its id."""
+    if format_id in quantization["codebooks"]:
+        return {"codebook": quantization["codebooks"][format_id], "norms": quantization.get("norms", "F16")}
+    return dict(quantization.get("formats", {}).get(format_id, {}))
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
@@ -48,66 +69,27 @@ def config_digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def legacy_config(plan: Plan, tensors: Mapping[str, TensorInfo], original_model: str) -> dict[str, Any]:
-    """``tq_config.json``. Published loaders take a tensor's bits from name patterns, so the wider ones are listed in full."""
-    bits = {name: plan.bits(name) for name in tensors if plan.format_of(name)}
-    config: dict[str, Any] = {
-        "format": LEGACY_FORMAT,
-        "bits": min(bits.values()),
-        "group_size": plan.group_size,
-        "quantizer_seed": LEGACY_SEED,
-        "compressed_layers": len(bits),
-        "original_model": original_model,
-    }
-    if len(set(bits.values())) > 1:
-        config["sensitive_bits"] = max(bits.values())
-        config["sensitive_patterns"] = sorted(name for name, b in bits.items() if b == max(bits.values()))
-    return config
-
-
-def index(layouts: Mapping[str, ShardLayout]) -> dict[str, Any]:
-    """``model.safetensors.index.json`` over the output shards."""
-    stored = {name: shard for shard, layout in layouts.items() for name in layout.stored}
-    total = sum(s.info.nbytes for layout in layouts.values() for s in layout.stored.values())
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(stored.items()))}
-
-
-def manifest(
-    source: Mapping[str, Any],
-    tensors: Mapping[str, TensorInfo],
-    plan: Plan,
-    effort: str,
-    sums: Mapping[str, Sums],
-    hashes: Mapping[str, str],
-    config: Mapping[str, Any],
-) -> dict[str, Any]:
+def manifest(contents: Contents, config: Mapping[str, Any]) -> dict[str, Any]:
     """``kappaquant.json``: no times, paths or machine in it, so that the same input gives the same bytes."""
-    from kappaquant.quantizing.slices import Sums
-
     return {
         "kappaquant_version": __version__,
         "format_version": FORMAT_VERSION,
-        "source": dict(source),
-        "effort": effort,
-        "plan": json.loads(plan.to_json()),
+        "source": {"model": contents.model, "revision": contents.revision},
+        "effort": contents.effort,
+        "plan": json.loads(contents.plan.record()),
         "quantization_config_sha256": config_digest(config),
-        "tensors": {name: _tensor_entry(info, plan, sums.get(name, Sums())) for name, info in sorted(tensors.items())},
-        "sha256": dict(sorted(hashes.items())),
+        "tensors": {
+            name: {
+                "shape": list(info.shape),
+                "dtype": info.dtype,
+                "bits": fmt.bits if (fmt := contents.formats[name]) else KEPT_BITS,
+                **contents.measured.get(name, {}),
+            }
+            for name, info in sorted(contents.tensors.items())
+        },
+        "sha256": dict(sorted(contents.hashes.items())),
     }
 
 
-def _tensor_entry(info: TensorInfo, plan: Plan, sums: Sums) -> dict[str, Any]:
-    entry: dict[str, Any] = {"shape": list(info.shape), "dtype": info.dtype, "bits": plan.bits(info.name)}
-    if sums.moments.count and sums.moments.finite and math.isfinite(kappa := sums.moments.kurtosis):
-        entry["kurtosis"] = _rounded(kappa)
-    if plan.format_of(info.name):
-        entry["relative_mse"] = _rounded(sums.squared_error / sums.energy if sums.energy else 0.0)
-    return entry
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
-def json_text(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+def _storage(info: TensorInfo, fmt: Format | None) -> str:
+    return fmt.id if fmt else info.dtype

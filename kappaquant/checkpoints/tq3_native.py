@@ -1,78 +1,181 @@
-"""Open tq3_native checkpoints, whose metadata lies: bits come from the bytes, shapes from the model."""
+"""The container tq3_native of published checkpoints, whose metadata lies: bits come from the bytes, shapes from the model."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kappaquant.checkpoints.checkpoint import Checkpoint, Entry, Located, Shapes, ShapesOf, locate_tensors
-from kappaquant.errors import FormatError
-from kappaquant.formats.codebook import (
-    GROUP_SIZES,
-    LEGACY_CONFIG_NAME,
-    LEGACY_FORMAT,
-    LEGACY_SEED,
-    NORMS_SUFFIX,
-    PACKED_SUFFIX,
-    Format,
-    TensorInfo,
-    legacy_codebook,
-)
-from kappaquant.sources.folder import INDEX_NAME, SINGLE_NAME, check_config, open_source, read_json
+from kappaquant.checkpoints.checkpoint import Checkpoint, locate_tensors
+from kappaquant.checkpoints.container import Container, Contents, Shapes, ShapesOf
+from kappaquant.checkpoints.layout import index
+from kappaquant.checkpoints.side_files import MARKER_NAME
+from kappaquant.errors import FormatError, PlanError
+from kappaquant.files.documents import read_json
+from kappaquant.files.safetensors import TensorInfo
+from kappaquant.formats.base import Format
+from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat, published_codebook
+from kappaquant.formats.entry import Entry, Located
+from kappaquant.formats.signs import GROUP_SIZES
+from kappaquant.planning.plan import Plan
+from kappaquant.sources.open import open_source
+from kappaquant.sources.source import INDEX_NAME, SINGLE_NAME, check_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TQ3_NATIVE = "tq3_native"
+_SEED = 42  # of the published tool's rotation: the signs of formats/signs.py
+_DENSE = (2, 3, 4)  # bits that lie in a dense stream; other codes take a byte each
 
 
-def open_legacy(folder: Path, source: str | Path | None, shapes: Shapes | ShapesOf | None) -> Checkpoint:
-    """See ``open_checkpoint``."""
-    marker = read_json(folder / LEGACY_CONFIG_NAME, FormatError)
-    group_size = _check_marker(marker, folder)
-    notices: list[str] = []
-    located = locate_tensors(folder, _shards(folder, notices))
-    _compare_index(folder, located, notices)
-    has_config = (folder / "config.json").exists()
-    config = read_json(folder / "config.json", FormatError) if has_config else {}
-    check_config(config, str(folder), FormatError)
-    packed = [name.removesuffix(PACKED_SUFFIX) for name in located if name.endswith(PACKED_SUFFIX)]
-    known = shapes if isinstance(shapes, Mapping) else (shapes or _shapes_of(folder, source))(config, packed)
-    entries = {}
-    lies: Counter[tuple[int, int]] = Counter()
-    for name in packed:
-        parts = _take(name, located)
-        if name not in known:
-            raise FormatError(f"{name}: the model has no parameter of this name, so its shape is unknown")
-        shape = known[name]
-        if shape is None:
-            continue
-        entry = entries[name] = _entry(name, parts, marker, group_size, tuple(shape))
-        claimed = _claimed_bits(name, marker)
-        if entry.bits != claimed:
-            lies[claimed, entry.bits] += 1
-    for (claimed, actual), times in sorted(lies.items()):
-        notices.append(
-            f"{LEGACY_CONFIG_NAME} claims {claimed} bits for {times} tensors whose bytes are {actual} bits; read as {actual}"
-        )
-    for name, (path, stored_tensor) in located.items():
-        if name.endswith(NORMS_SUFFIX):
-            raise FormatError(f"{name}: norms in {path.name} without their {PACKED_SUFFIX[1:]}")
-        if name in entries:
-            raise FormatError(f"{name}: kept in {path.name} and packed as well; which of them counts is not known")
-        entries[name] = Entry(stored_tensor.info, None, 16, (), ((path, stored_tensor),))
-    count = marker.get("compressed_layers")
-    if count is not None and count != len(packed):
-        notices.append(f"{LEGACY_CONFIG_NAME} counts {count} compressed tensors, the shards hold {len(packed)}")
-    return Checkpoint(folder, LEGACY_FORMAT, config, entries, notices)
+@dataclass(frozen=True)
+class NativeEntry(Entry):
+    """A parameter whose parts are stored with their leading axes flattened, its codes perhaps one a byte."""
+
+    byte_codes: bool = False
+
+    def read_parts(self, start: int, stop: int) -> dict[str, Tensor]:
+        parts = super().read_parts(start, stop)
+        if self.byte_codes and self.fmt is not None:
+            from kappaquant.formats import codec
+
+            parts[PACKED_SUFFIX] = codec.pack(parts[PACKED_SUFFIX], self.fmt.bits)
+        return parts
+
+
+class Tq3Native(Container):
+    """What published TurboQuant checkpoints are; see docs/format.md."""
+
+    id = TQ3_NATIVE
+    one_group_size = True
+    hashed = False
+    needs_conversion = True
+
+    def recognizes(self, folder: Path) -> bool:
+        return (folder / MARKER_NAME).exists()
+
+    def check_plan(self, plan: Plan, tensors: Mapping[str, TensorInfo]) -> None:
+        """Its readers infer 2, 3 and 4 bits per tensor from the bytes; 5 to 8 bits they take, once for all, from the marker."""
+        used: dict[int, str] = {}
+        groups: dict[int, str] = {}
+        for name in plan.choices:
+            fmt = plan.format_of(name)
+            if fmt is None:
+                continue
+            if not isinstance(fmt, CodebookFormat):
+                raise PlanError(f"{name}: {fmt.id} is no format of {TQ3_NATIVE}; write the kappaquant container")
+            used.setdefault(fmt.bits, name)
+            groups.setdefault(fmt.group_size, name)
+        if not used:
+            raise PlanError(f"the plan keeps every tensor; {TQ3_NATIVE} needs at least one that is quantized")
+        if len(groups) > 1:
+            examples = ", ".join(f"{size} ({groups[size]})" for size in sorted(groups))
+            raise PlanError(
+                f"groups of {examples}; {TQ3_NATIVE} has one group size: plan with --group-size 128, or write the kappaquant container"
+            )
+        if len(used) > 1 and max(used) > 4:
+            examples = ", ".join(f"{bits} bits ({used[bits]})" for bits in sorted(used))
+            raise PlanError(
+                f"{used[max(used)]}: {max(used)} bits beside other widths; {TQ3_NATIVE} mixes only 2 to 4 bits, and 5 to 8 must be "
+                f"the one width of the whole checkpoint; this plan has {examples}. Use 2 to 4 bits, or the kappaquant container"
+            )
+        for bits in used:
+            published_codebook(bits, *groups)
+
+    def variant(self, fmt: Format) -> Format:
+        assert isinstance(fmt, CodebookFormat)
+        return _variant(fmt.bits, fmt.group_size)
+
+    def stored(self, info: TensorInfo, fmt: Format | None) -> dict[str, TensorInfo]:
+        if fmt is None:
+            narrowed = info.dtype in ("BF16", "F32", "F64")
+            return {"": TensorInfo(info.name, "F16" if narrowed else info.dtype, info.shape)}
+        assert isinstance(fmt, CodebookFormat)
+        rows, groups = math.prod(info.shape[:-1]), fmt.groups(info.shape[-1])
+        width = fmt.bytes_per_group if fmt.bits in _DENSE else fmt.group_size
+        return {
+            PACKED_SUFFIX: TensorInfo(info.name + PACKED_SUFFIX, "U8", (rows * groups, width)),
+            NORMS_SUFFIX: TensorInfo(info.name + NORMS_SUFFIX, "F32", (rows, groups)),
+        }
+
+    def to_disk(self, fmt: Format, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        if fmt.bits in _DENSE:
+            return parts
+        from kappaquant.formats import codec
+
+        return {**parts, PACKED_SUFFIX: codec.unpack(parts[PACKED_SUFFIX], fmt.bits)}
+
+    def documents(self, contents: Contents) -> dict[str, dict[str, Any]]:
+        return {MARKER_NAME: _marker(contents), **index(contents.shards), "config.json": dict(contents.config)}
+
+    def open(self, folder: Path, source: str | Path | None, shapes: Shapes | ShapesOf | None) -> Checkpoint:
+        marker = read_json(folder / MARKER_NAME, FormatError)
+        group_size = _check_marker(marker, folder)
+        notices: list[str] = []
+        located = locate_tensors(folder, _shards(folder, notices))
+        _compare_index(folder, located, notices)
+        has_config = (folder / "config.json").exists()
+        config = read_json(folder / "config.json", FormatError) if has_config else {}
+        check_config(config, str(folder), FormatError)
+        packed = [name.removesuffix(PACKED_SUFFIX) for name in located if name.endswith(PACKED_SUFFIX)]
+        known = shapes if isinstance(shapes, Mapping) else (shapes or _shapes_of(folder, source))(config, packed)
+        entries: dict[str, Entry] = {}
+        lies: Counter[tuple[int, int]] = Counter()
+        for name in packed:
+            parts = _take(name, located)
+            if name not in known:
+                raise FormatError(f"{name}: the model has no parameter of this name, so its shape is unknown")
+            shape = known[name]
+            if shape is None:
+                continue
+            entry = entries[name] = _entry(name, parts, marker, group_size, tuple(shape))
+            claimed = _claimed_bits(name, marker)
+            if entry.bits != claimed:
+                lies[claimed, entry.bits] += 1
+        for (claimed, actual), times in sorted(lies.items()):
+            notices.append(
+                f"{MARKER_NAME} claims {claimed} bits for {times} tensors whose bytes are {actual} bits; read as {actual}"
+            )
+        for name, (path, stored) in located.items():
+            if name.endswith(NORMS_SUFFIX):
+                raise FormatError(f"{name}: norms in {path.name} without their {PACKED_SUFFIX[1:]}")
+            if name in entries:
+                raise FormatError(f"{name}: kept in {path.name} and packed as well; which of them counts is not known")
+            entries[name] = Entry(stored.info, None, {"": (path, stored)})
+        count = marker.get("compressed_layers")
+        if count is not None and count != len(packed):
+            notices.append(f"{MARKER_NAME} counts {count} compressed tensors, the shards hold {len(packed)}")
+        return Checkpoint(folder, self, config, entries, notices)
+
+
+def _marker(contents: Contents) -> dict[str, Any]:
+    """``tq_config.json``. Published loaders take a tensor's bits from name patterns, so the wider ones are listed in full."""
+    formats = {name: fmt for name, fmt in contents.formats.items() if isinstance(fmt, CodebookFormat)}
+    bits = {name: fmt.bits for name, fmt in formats.items()}
+    config: dict[str, Any] = {
+        "format": TQ3_NATIVE,
+        "bits": min(bits.values()),
+        "group_size": next(iter(formats.values())).group_size,
+        "quantizer_seed": _SEED,
+        "compressed_layers": len(bits),
+        "original_model": contents.model,
+    }
+    if len(set(bits.values())) > 1:
+        config["sensitive_bits"] = max(bits.values())
+        config["sensitive_patterns"] = sorted(name for name, b in bits.items() if b == max(bits.values()))
+    return config
 
 
 def _check_marker(marker: dict[str, Any], folder: Path) -> int:
-    where = folder / LEGACY_CONFIG_NAME
-    if marker.get("format") != LEGACY_FORMAT:
-        raise FormatError(f"{where}: format {marker.get('format')!r}; known is {LEGACY_FORMAT!r}")
-    if marker.get("quantizer_seed", LEGACY_SEED) != LEGACY_SEED:
-        raise FormatError(
-            f"{where}: quantizer_seed {marker['quantizer_seed']}; the signs of seed {LEGACY_SEED} are known"
-        )
+    where = folder / MARKER_NAME
+    if marker.get("format") != TQ3_NATIVE:
+        raise FormatError(f"{where}: format {marker.get('format')!r}; known is {TQ3_NATIVE!r}")
+    if marker.get("quantizer_seed", _SEED) != _SEED:
+        raise FormatError(f"{where}: quantizer_seed {marker['quantizer_seed']}; the signs of seed {_SEED} are known")
     if marker.get("group_size") not in GROUP_SIZES:
         raise FormatError(f"{where}: group_size {marker.get('group_size')!r}; must be one of {GROUP_SIZES}")
     for key, kind in (("bits", int), ("sensitive_bits", int), ("sensitive_patterns", list)):
@@ -133,7 +236,7 @@ def _shapes_of(folder: Path, source: str | Path | None) -> ShapesOf:
     def derived(config: dict[str, Any], names: list[str]) -> Shapes:
         if not config:
             raise FormatError(
-                f"{folder}: {LEGACY_FORMAT} files hold no shapes, and there is no config.json to derive them from; "
+                f"{folder}: {TQ3_NATIVE} files hold no shapes, and there is no config.json to derive them from; "
                 "name the original model as source"
             )
         from kappaquant.models.skeleton import parameter_shapes
@@ -153,12 +256,11 @@ def _take(name: str, located: dict[str, Located]) -> tuple[Located, Located]:
 
 def _entry(
     name: str, parts: tuple[Located, Located], marker: dict[str, Any], group_size: int, shape: tuple[int, ...]
-) -> Entry:
+) -> NativeEntry:
     packed, norms = parts
     width = packed[1].info.shape[-1] if packed[1].info.shape else 0
     bits, byte_codes = _stored_bits(name, width, group_size, marker)
-    # a 1-bit code rides in a 2-bit field, whose upper two entries never occur
-    fmt = Format(max(bits, 2), group_size)
+    fmt = _variant(bits, group_size)
     rows, groups = math.prod(shape[:-1]), fmt.groups(shape[-1])
     for (path, stored), dtype, expected in ((packed, "U8", (rows * groups, width)), (norms, "F32", (rows, groups))):
         if stored.info.dtype != dtype or stored.info.shape != expected:
@@ -166,14 +268,18 @@ def _entry(
                 f"{stored.info.name}: {path.name} holds {stored.info.dtype} {list(stored.info.shape)}; a parameter of shape "
                 f"{list(shape)} in groups of {group_size} needs {dtype} {list(expected)}"
             )
-    book = legacy_codebook(bits, group_size)
-    padded = book + book[-1:] * (2**fmt.bits - len(book))
-    return Entry(TensorInfo(name, "F16", shape), fmt, bits, padded, (packed, norms), byte_codes)
+    return NativeEntry(TensorInfo(name, "F16", shape), fmt, {PACKED_SUFFIX: packed, NORMS_SUFFIX: norms}, byte_codes)
+
+
+def _variant(bits: int, group_size: int) -> CodebookFormat:
+    """The format with the published centroids and float32 norms; a 1-bit code rides in a 2-bit field, half of which never occurs."""
+    book, width = published_codebook(bits, group_size), max(bits, 2)
+    return CodebookFormat(width, group_size, book + book[-1:] * (2**width - len(book)), "F32")
 
 
 def _stored_bits(name: str, width: int, group_size: int, marker: dict[str, Any]) -> tuple[int, bool]:
     """(bits, one byte an index?) from the bytes a group takes."""
-    for bits in (2, 3, 4):
+    for bits in _DENSE:
         if width * 8 == group_size * bits:
             return bits, False
     claimed = marker.get("bits")

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kappaquant.checkpoints.checkpoint import Checkpoint
-from kappaquant.checkpoints.layout import ShardLayout
-from kappaquant.checkpoints.manifest import index, json_text
-from kappaquant.errors import OutputError, PlanError
-from kappaquant.files.safetensors import build_header, file_size, write_bytes
-from kappaquant.files.tensors import TORCH_DTYPES
-from kappaquant.files.unfinished import Partial, reserve
-from kappaquant.formats.codebook import CARD_MARK, EVALUATION_NAME, LEGACY_CONFIG_NAME, MANIFEST_NAME, TensorInfo
-from kappaquant.quantizing.slices import ranges, tensor_bytes
-from kappaquant.sources.folder import INDEX_NAME, SINGLE_NAME
+from kappaquant.checkpoints.layout import ShardLayout, dealt, index
+from kappaquant.checkpoints.writer import Writer
+from kappaquant.errors import PlanError
+from kappaquant.files.documents import digest
+from kappaquant.files.processes import ItemError
+from kappaquant.files.safetensors import DTYPE_BYTES, Stored, TensorInfo, write_at
+from kappaquant.files.tensors import TORCH_DTYPES, ranges, tensor_bytes
+from kappaquant.formats.entry import Entry
 
-SHARD_BYTES = 5_000_000_000
 DTYPES = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Elements [start, stop) of a parameter, whole rows of its last axis, and where they go."""
+
+    entry: Entry
+    start: int
+    stop: int
+    target_path: Path
+    stored: Stored
+
+    @property
+    def tensor(self) -> str:
+        return self.entry.info.name
+
+    @property
+    def nbytes(self) -> int:
+        """Of the output."""
+        return (self.stop - self.start) * DTYPE_BYTES[self.stored.info.dtype]
 
 
 def dequantize(
@@ -31,6 +46,8 @@ def dequantize(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Write every parameter of ``checkpoint`` unquantized to the new folder ``output``, with all its other files.
+
+    A run that is killed leaves ``<output>.partial``; the same call resumes it.
 
     Args:
         dtype: "BF16", "F16" or "F32" for the dequantized tensors; None takes the dtype they had in the source
@@ -44,87 +61,48 @@ def dequantize(
     if dtype is not None and dtype not in DTYPES:
         raise PlanError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     output = Path(output).absolute()
-    if output.resolve() == checkpoint.path.resolve() or checkpoint.path.resolve() in output.resolve().parents:
-        raise OutputError(f"{output}: lies in the checkpoint {checkpoint.path}; choose another output")
     infos = {}
     for name in checkpoint.keys():
         entry = checkpoint.entry(name)
         infos[name] = TensorInfo(name, (dtype or entry.info.dtype) if entry.fmt else entry.info.dtype, entry.info.shape)
-    identity = [str(checkpoint.path.resolve()), {n: i.dtype for n, i in infos.items()}]
-    with Partial(output, hashlib.sha256(json.dumps(identity).encode()).hexdigest()) as partial:
-        if not partial.finished:
-            _write(checkpoint, infos, partial.folder, progress)
-        partial.finish()
+    fingerprint = digest(str(checkpoint.path.resolve()), {n: i.dtype for n, i in infos.items()})
+    with Writer[None](
+        output, fingerprint, inside=checkpoint.path, stage="write", total=sum(info.nbytes for info in infos.values()),
+        progress=lambda stage, done, total: progress(done, total),
+    ) as writer:  # fmt: skip
+        if not writer.finished:
+            _write(checkpoint, dealt([info] for info in infos.values()), writer)
+        writer.name()
     return output
 
 
-def _write(
-    checkpoint: Checkpoint, infos: dict[str, TensorInfo], folder: Path, progress: Callable[[int, int], None]
-) -> None:
-    total, done = sum(info.nbytes for info in infos.values()), 0
-    shards = layouts([info] for info in infos.values())
+def _write(checkpoint: Checkpoint, shards: dict[str, ShardLayout], writer: Writer[None]) -> None:
     for shard, layout in shards.items():
-        path = folder / shard
-        reserve(path, layout.header, layout.size)
-        with path.open("rb+") as file:
-            for name, stored in layout.stored.items():
-                for start, stop in ranges(stored.info.shape):
-                    values = _elements(checkpoint, name, stored.info, start, stop)
-                    size = stored.info.nbytes // stored.info.numel
-                    write_bytes(file.fileno(), tensor_bytes(values), stored.offset + start * size)
-                    done += (stop - start) * size
-                    progress(done, total)
-    copy_other_files(checkpoint, folder)
-    config: dict[str, Any] = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    if len(shards) > 1:
-        (folder / INDEX_NAME).write_text(json_text(index(shards)), encoding="utf-8")
-    if config:
-        (folder / "config.json").write_text(json_text(config), encoding="utf-8")
+        writer.lay_out(shard, layout)
+        path = writer.folder / shard
+        slices = [
+            Slice(checkpoint.entry(name), start, stop, path, stored)
+            for name, stored in layout.stored.items()
+            for start, stop in ranges(stored.info.shape)
+        ]
+        try:
+            writer.fill(shard, writer.missing(slices), _decode, None)
+        except ItemError as failure:
+            raise failure.problem from failure
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    documents = {**index(shards), **({"config.json": config} if config else {})}
+    writer.finish(documents, {name: checkpoint.fetch(name) for name in checkpoint.side_files})
 
 
-def copy_other_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy what is neither weights nor describes this very checkpoint: tokenizer, licence, templates."""
-    for path in checkpoint.path.rglob("*"):
-        relative = path.relative_to(checkpoint.path)
-        own = _is_card(path) or relative.name in (
-            MANIFEST_NAME,
-            LEGACY_CONFIG_NAME,
-            EVALUATION_NAME,
-            INDEX_NAME,
-            "config.json",
-        )
-        if path.is_file() and not own and path.suffix != ".safetensors":
-            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / relative)
-
-
-def _elements(checkpoint: Checkpoint, name: str, info: TensorInfo, start: int, stop: int) -> Any:
-    if checkpoint.format_of(name) is None:
-        return checkpoint.elements(name, start, stop)
-    width = info.shape[-1]
-    values = checkpoint.dequantize_rows(name, start // width, stop // width).to(TORCH_DTYPES[info.dtype])
-    if not bool(values.isfinite().all()):
-        raise PlanError(
-            f"{name}: its weights are not finite or too large for {info.dtype}; choose BF16 or F32, or verify it"
-        )
-    return values
-
-
-def layouts(groups: Iterable[Sequence[TensorInfo]]) -> dict[str, ShardLayout]:
-    """Shards by file name, of at most ``SHARD_BYTES`` unless one group, whose tensors stay together, is larger."""
-    shards: list[list[TensorInfo]] = [[]]
-    for group in groups:
-        if shards[-1] and sum(info.nbytes for info in (*shards[-1], *group)) > SHARD_BYTES:
-            shards.append([])
-        shards[-1].extend(group)
-    found = {}
-    for number, members in enumerate(shards, 1):
-        header, stored = build_header(members)
-        name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        found[name] = ShardLayout(header, stored, file_size(stored, header))
-    return found
-
-
-def _is_card(path: Path) -> bool:
-    """Whether it describes the quantized checkpoint, and so not a plain copy."""
-    return path.name == "README.md" and CARD_MARK in path.read_text(encoding="utf-8", errors="replace")
+def _decode(piece: Slice) -> None:
+    entry, info = piece.entry, piece.stored.info
+    if entry.fmt is None:
+        values = entry.elements(piece.start, piece.stop)
+    else:
+        width = info.shape[-1]
+        values = entry.read_rows(piece.start // width, piece.stop // width).to(TORCH_DTYPES[info.dtype])
+        if not bool(values.isfinite().all()):
+            raise PlanError(
+                f"{piece.tensor}: its weights are not finite or too large for {info.dtype}; choose BF16 or F32, or verify it"
+            )
+    write_at(piece.target_path, piece.stored, piece.start, tensor_bytes(values))

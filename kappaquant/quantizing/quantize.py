@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from kappaquant.checkpoints import manifest as documents
-from kappaquant.checkpoints.layout import ShardLayout, Target, check_target, shard_layout, stored_names
-from kappaquant.errors import NonFiniteError, OutputError, PlanError
-from kappaquant.files.processes import ItemError, choose_device, choose_jobs, each, pool
-from kappaquant.files.safetensors import Stored
-from kappaquant.files.unfinished import Commit, Partial
-from kappaquant.formats.codebook import (
-    EVALUATION_NAME,
-    LEGACY_CONFIG_NAME,
-    LEGACY_FORMAT,
-    MANIFEST_NAME,
-    QUANT_METHOD,
-    legacy_codebook,
-)
-from kappaquant.formats.codec import EFFORTS, Effort
-from kappaquant.planning.plan import Choice, Plan, check_legacy
-from kappaquant.quantizing.slices import Sums, Unit, hash_stored, ranges, run_unit
-from kappaquant.sources.folder import INDEX_NAME, Source
+from kappaquant.checkpoints.container import Contents
+from kappaquant.checkpoints.layout import ShardLayout
+from kappaquant.checkpoints.open import container_by_id
+from kappaquant.checkpoints.side_files import EVALUATION_NAME, MANIFEST_NAME, MARKER_NAME
+from kappaquant.checkpoints.writer import Progress, Writer
+from kappaquant.errors import NonFiniteError, PlanError
+from kappaquant.files.processes import ItemError, choose_device, choose_jobs, pool
+from kappaquant.files.tensors import ranges
+from kappaquant.formats.base import EFFORTS, Effort, Format
+from kappaquant.planning.plan import Plan
+from kappaquant.quantizing.slices import Slice, Sums, encode_slice
+from kappaquant.sources.source import Source
 from kappaquant.version import __version__
 
-Progress = Callable[[str, int, int], None]
-
 _NOT_FINITE = "holds NaN, infinity or values beyond the format's norms"
-_COMMIT_SECONDS = 2.0  # how much work a kill may cost; each commit is two fsyncs
 
 
 @dataclass(frozen=True)
@@ -43,14 +31,14 @@ class Options:
 
     Attributes:
         effort: "best" searches each group's scale; "fast" does not.
-        target: output format, "kappaquant" (v1) or "tq3_native".
+        container: what to write, "kappaquant" (v1) or "tq3_native".
         jobs: worker processes; None takes one per core (up to 8), or none for a small model. On CUDA always one.
         device: where to encode; None takes CUDA if there is one.
         allow_nonfinite: keep tensors with NaN or infinity as they are instead of raising.
     """
 
     effort: Effort = "best"
-    target: Target = "kappaquant"
+    container: str = "kappaquant"
     jobs: int | None = None
     device: str | None = None
     allow_nonfinite: bool = False
@@ -58,7 +46,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.effort not in EFFORTS:
             raise PlanError(f"effort {self.effort!r}: must be one of {', '.join(EFFORTS)}")
-        check_target(self.target)
+        container_by_id(self.container)
         choose_jobs(self.jobs, 0)
         choose_device(self.device)
 
@@ -83,173 +71,118 @@ def quantize(
     """
     options = options or Options()
     plan.check(source.tensors, source.config)
-    if options.target == LEGACY_FORMAT:
-        check_legacy(plan)
-        for bits in {plan.bits(name) for name in source.tensors if plan.format_of(name)}:
-            legacy_codebook(bits, plan.group_size)
+    container_by_id(options.container).check_plan(plan, source.tensors)
     output = Path(output).absolute()
-    _check_output(source, output)
-    with Partial(output, _fingerprint(source, plan, options)) as partial:
-        if not partial.finished:
-            _Run(source, plan, options, partial, progress).run()
-        partial.finish()
+    with Writer(
+        output, _fingerprint(source, plan, options), inside=source.folder, stage="encode", progress=progress,
+        total=sum(info.nbytes for info in source.tensors.values()), to_json=Sums.to_dict, from_json=Sums.from_dict,
+        keep_refused=True,
+    ) as writer:  # fmt: skip
+        if not writer.finished:
+            _Run(source, plan, options, writer).run()
+        writer.name()
     return output
 
 
-def _check_output(source: Source, output: Path) -> None:
-    folder = Path(source.label).resolve()
-    if source.revision is None and folder in (output.resolve(), *output.resolve().parents):
-        raise OutputError(f"{output}: lies in the source folder {folder}; choose another output")
-    if not output.parent.is_dir():
-        raise OutputError(f"{output.parent}: no such folder; create it first")
-
-
 def _fingerprint(source: Source, plan: Plan, options: Options) -> str:
+    label, revision, _, stamps = source.identity()
     headers = {s: {n: (i.dtype, i.shape) for n, i in t.items()} for s, t in source.shards.items()}
-    label, stamps = source.label, {}
-    if source.revision is None:
-        label = str(Path(label).resolve())
-        for shard in source.shards:
-            status = source.fetch(shard).stat()
-            stamps[shard] = (status.st_size, status.st_mtime_ns)
-    parts = [label, source.revision, headers, stamps, plan.to_json(), options.effort, options.target]
+    parts = [label, revision, headers, stamps, plan.record(), options.effort, options.container]
     return hashlib.sha256(json.dumps([__version__, *parts]).encode()).hexdigest()
 
 
 class _Run:
     """One pass over a source, with what it has learnt so far."""
 
-    def __init__(self, source: Source, plan: Plan, options: Options, partial: Partial, progress: Progress) -> None:
-        self.source, self.plan, self.options, self.partial, self.progress = source, plan, options, partial, progress
+    def __init__(self, source: Source, plan: Plan, options: Options, writer: Writer[Sums]) -> None:
+        self.source, self.plan, self.options, self.writer = source, plan, options, writer
+        self.container = container_by_id(options.container)
         self.device = choose_device(options.device)
-        self.sums: dict[tuple[str, int], Sums] = {}
-        self.layouts: dict[str, ShardLayout] = {}
-        self.total = sum(info.nbytes for info in source.tensors.values())
-        self.done = 0
 
     def run(self) -> None:
-        for record in self.partial.records:
+        for record in self.writer.partial.records:
             if "kept" in record:
                 if not self.options.allow_nonfinite:
                     raise NonFiniteError(
                         f"{record['kept']}: {_NOT_FINITE}; repair the source, or use --allow-nonfinite"
                     )
-                self.plan = _kept(self.plan, record["kept"])
+                self._keep(record["kept"])
         for shard in self.source.shards:
             self._lay_out(shard)
-        with pool(self._jobs()) as workers:
+        jobs = choose_jobs(self.options.jobs, sum(i.nbytes for i in self.source.tensors.values()))
+        with pool(jobs if self.device == "cpu" else 1) as workers:
             for shard in self.source.shards:
                 while not self._encode(shard, workers):
                     self._lay_out(shard)
-            hashes = self._hash(workers)
-        self._write_documents(hashes)
+            hashes = self.writer.hashes(workers)
+        self._finish(hashes)
 
-    def _jobs(self) -> int:
-        if self.device != "cpu":
-            return 1
-        return choose_jobs(self.options.jobs, self.total)
+    def _format(self, name: str) -> Format | None:
+        """As the container stores it."""
+        fmt = self.plan.format_of(name)
+        return fmt and self.container.variant(fmt)
+
+    def _keep(self, name: str) -> None:
+        """Leave one more tensor as it is; the reason must not tell which of its parts was met first."""
+        self.plan = self.plan.kept(name, _NOT_FINITE)
 
     def _lay_out(self, shard: str) -> None:
         tensors = self.source.shards[shard]
-        formats = {name: self.plan.format_of(name) for name in tensors}
-        layout = self.layouts[shard] = shard_layout(tensors, formats, self.options.target)
-        self.sums = {key: sums for key, sums in self.sums.items() if key[0] not in tensors}
-        records = self.partial.lay_out(shard, layout.header, layout.size)
-        done = {(record["tensor"], record["start"]): Sums.from_dict(record["sums"]) for record in records}
-        # without --allow-nonfinite, what an earlier run let pass is met again
-        self.sums |= {key: s for key, s in done.items() if s.moments.finite or self.options.allow_nonfinite}
+        stored = (self.container.stored(info, self._format(name)) for name, info in tensors.items())
+        layout = ShardLayout.of(part for parts in stored for part in parts.values())
+        self.writer.lay_out(shard, layout, tensors)
+        if not self.options.allow_nonfinite:  # what an earlier run let pass is met again
+            found = self.writer.found
+            self.writer.found = {key: sums for key, sums in found.items() if sums.moments.finite}
+
+    def _slices(self, shard: str) -> list[Slice]:
+        """The pieces of one shard; the source's file is fetched if it is not there."""
+        path, where = self.source.locate(shard)
+        layout, target = self.writer.layouts[shard], self.writer.folder / shard
+        slices = []
+        for name, info in self.source.shards[shard].items():
+            fmt = self._format(name)
+            stored = {suffix: layout.stored[part.name] for suffix, part in self.container.stored(info, fmt).items()}
+            slices += [
+                Slice(
+                    start, stop, path, where[name], target, self.container, stored, fmt, self.options.effort, self.device,
+                    self.options.allow_nonfinite,
+                )
+                for start, stop in ranges(info.shape)
+            ]  # fmt: skip
+        return slices
 
     def _encode(self, shard: str, workers: ProcessPoolExecutor | None) -> bool:
         """Encode what is missing of a shard; False if a tensor had to be kept and the shard must be laid out again."""
-        layout = self.layouts[shard]
-        wanted = [
-            (info, start, stop) for info in self.source.shards[shard].values() for start, stop in ranges(info.shape)
-        ]
-        missing = [w for w in wanted if (w[0].name, w[1]) not in self.sums]
-        if not missing:
-            self._advance(sum(info.nbytes for info in self.source.shards[shard].values()))
+        tensors = self.source.shards[shard]
+        if all((name, start) in self.writer.found for name, info in tensors.items() for start, _ in ranges(info.shape)):
+            self.writer.advance(sum(info.nbytes for info in tensors.values()))
             return True
-        path, stored = self.source.locate(shard)
-        target = self.partial.folder / shard
-        units = [
-            Unit(
-                start, stop, path, stored[info.name], target, self.options.target,
-                {n: layout.stored[n] for n in stored_names(info.name) if n in layout.stored},
-                self.plan.format_of(info.name), self.options.effort, self.device, self.options.allow_nonfinite,
-            )
-            for info, start, stop in missing
-        ]  # fmt: skip
-        before = self.done
-        self._advance(sum(i.nbytes for i in self.source.shards[shard].values()) - sum(u.nbytes for u in units))
-        commit = Commit(self.partial, target, _COMMIT_SECONDS)
+        before = self.writer.done
         try:
-            for unit, sums in each(run_unit, units, workers):
-                self.sums[unit.name, unit.start] = sums
-                commit.add({"shard": shard, "tensor": unit.name, "start": unit.start, "sums": sums.to_dict()})
-                self._advance(unit.nbytes)
+            self.writer.fill(shard, self.writer.missing(self._slices(shard)), encode_slice, workers)
         except ItemError as failure:
-            commit.flush()
-            if not isinstance(failure.problem, NonFiniteError) or not self.options.allow_nonfinite:
+            refused: Slice = failure.item
+            if not isinstance(failure.problem, NonFiniteError) or not self.options.allow_nonfinite or not refused.fmt:
                 raise failure.problem from failure
-            if failure.item.fmt is None:
-                raise failure.problem from failure
-            self.plan = _kept(self.plan, failure.item.name)
-            self.partial.append([{"kept": failure.item.name}])
-            self.done = before
+            self._keep(refused.tensor)
+            self.writer.partial.append([{"kept": refused.tensor}])
+            self.writer.done = before
             return False
-        commit.flush()
         self.source.release(shard)
         return True
 
-    def _advance(self, nbytes: int) -> None:
-        self.done += nbytes
-        self.progress("encode", self.done, self.total)
-
-    def _hash(self, workers: ProcessPoolExecutor | None) -> dict[str, str]:
-        tasks = [
-            (self.partial.folder / shard, s) for shard, layout in self.layouts.items() for s in layout.stored.values()
-        ]
-        total, done, hashes = sum(s.info.nbytes for _, s in tasks), 0, {}
-        for (_, stored), digest in each(_hash_task, tasks, workers):
-            hashes[stored.info.name] = digest
-            done += stored.info.nbytes
-            self.progress("hash", done, total)
-        return hashes
-
-    def _write_documents(self, hashes: dict[str, str]) -> None:
-        source, folder, tensors = self.source, self.partial.folder, self.source.tensors
-        for name in source.side_files:
-            if name in (MANIFEST_NAME, LEGACY_CONFIG_NAME, EVALUATION_NAME):
-                continue
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.fetch(name), folder / name)
-        model = source.label if source.revision else Path(source.label).resolve().name
-        config = dict(source.config)
-        if self.options.target == QUANT_METHOD:
-            config["quantization_config"] = documents.quantization_config(tensors, self.plan)
-            sums: dict[str, Sums] = {}
-            for name, info in tensors.items():
-                sums[name] = sum((self.sums[name, start] for start, _ in ranges(info.shape)), Sums())
-            manifest = documents.manifest(
-                {"model": model, "revision": source.revision},
-                tensors, self.plan, self.options.effort, sums, hashes, config["quantization_config"],
-            )  # fmt: skip
-            _write_json(folder / MANIFEST_NAME, manifest)
-        else:
-            _write_json(folder / LEGACY_CONFIG_NAME, documents.legacy_config(self.plan, tensors, model))
-        if len(self.layouts) > 1 or "model.safetensors" not in self.layouts:
-            _write_json(folder / INDEX_NAME, documents.index(self.layouts))
-        _write_json(folder / "config.json", config)
-
-
-def _kept(plan: Plan, name: str) -> Plan:
-    """The plan with one more tensor left as it is; the reason must not tell which of its parts was met first."""
-    return replace(plan, choices={**plan.choices, name: Choice(16, _NOT_FINITE)})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(documents.json_text(content), encoding="utf-8")
-
-
-def _hash_task(task: tuple[Path, Stored]) -> str:
-    return hash_stored(*task)
+    def _finish(self, hashes: dict[str, str]) -> None:
+        source, tensors = self.source, self.source.tensors
+        formats = {name: self._format(name) for name in tensors}
+        measured = {}
+        for name, info in tensors.items():
+            sums = sum((self.writer.found[name, start] for start, _ in ranges(info.shape)), Sums())
+            measured[name] = sums.measured(formats[name] is not None)
+        contents = Contents(
+            source.name, source.revision, source.config, tensors, formats, self.plan, self.options.effort, measured,
+            hashes, self.writer.layouts,
+        )  # fmt: skip
+        left = (MANIFEST_NAME, MARKER_NAME, EVALUATION_NAME)
+        files = {name: source.fetch(name) for name in source.side_files if name not in left}
+        self.writer.finish(self.container.documents(contents), files)

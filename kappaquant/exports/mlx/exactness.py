@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from kappaquant.checkpoints.checkpoint import Entry
 from kappaquant.errors import UnsupportedError
 from kappaquant.exports.mlx.layout import Layout, Tensor
 from kappaquant.exports.mlx.rotation import rotate
-from kappaquant.exports.mlx.units import Slab, folded
+from kappaquant.exports.mlx.slabs import Slab, folded
+from kappaquant.formats.entry import Entry
 from kappaquant.models.skeleton import model_class
 
 TOLERANCE = 1e-4  # of the largest value; float32's own noise is a hundredth of that

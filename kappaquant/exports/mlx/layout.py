@@ -13,12 +13,12 @@ from typing import Any, Literal
 from kappaquant.errors import PlanError, SourceError, UnsupportedError
 from kappaquant.exports.mlx.models import MlxModel, mlx_model, notes
 from kappaquant.exports.weights import Weights
+from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.affine import BITS, GROUP_SIZES
-from kappaquant.formats.codebook import TensorInfo
+from kappaquant.formats.entry import KEPT_BITS
 from kappaquant.models.roles import Role, name_patterns, role_of, tied_embeddings
 from kappaquant.models.skeleton import Place, load_config, meta_model, place
 from kappaquant.planning.plan import Plan
-from kappaquant.planning.policies import KEPT
 
 # "in": the last axis meets the residual stream, "out": the one before does; "one": a norm whose gain went into its readers
 Action = Literal["copy", "in", "out", "one", "plus_one"]
@@ -73,7 +73,7 @@ class Tensor:
     pieces: tuple[Piece, ...]
     action: Action = "copy"
     gain: str | None = None
-    bits: int = KEPT
+    bits: int = KEPT_BITS
     group_size: int = 0
     dtype: str = ""
 
@@ -174,18 +174,22 @@ class _Builder:
         self.group_of = self._groups(groups)
 
     def _groups(self, overrides: Sequence[tuple[str, int]]) -> dict[str, int]:
-        chosen = dict.fromkeys(self.weights.tensors, self.plan.group_size)
+        chosen = {name: self._group(name) for name in self.weights.tensors}
         for pattern, size in overrides:
             matched = [name for name in chosen if fnmatchcase(name, pattern)]
             if not matched:
                 raise PlanError(f"group override {pattern!r} matches no tensor; it is a glob over whole names")
             chosen |= dict.fromkeys(matched, size)
         for name, size in chosen.items():
-            if size not in GROUP_SIZES and self.plan.bits(name) != KEPT:
+            if size not in GROUP_SIZES and self.plan.bits(name) != KEPT_BITS:
                 raise PlanError(
                     f"{name}: groups of {size}; MLX has groups of {', '.join(map(str, GROUP_SIZES))}: give --group-size"
                 )
         return chosen
+
+    def _group(self, name: str) -> int:
+        fmt = self.plan.format_of(name)
+        return getattr(fmt, "group_size", self.plan.usual_group_size)
 
     def build(self) -> None:
         for target in sorted(self.members, key=_natural):
@@ -275,12 +279,12 @@ class _Builder:
             self._note(
                 f"{base.path}: {bits} bits for all its experts; the plan has {', '.join(map(str, sorted(widths)))}"
             )
-        if bits == KEPT:
-            return KEPT, 0
+        if bits == KEPT_BITS:
+            return KEPT_BITS, 0
         fitting = [size for size in GROUP_SIZES if size <= group and base.width % size == 0]
         if not fitting:
             self._note(f"{base.path}: kept at 16 bits, for no group of MLX divides its {base.width} inputs")
-            return KEPT, 0
+            return KEPT_BITS, 0
         if fitting[-1] != group:
             self._note(f"{base.path}: groups of {fitting[-1]}, for {group} does not divide its {base.width} inputs")
         return bits if bits in BITS else 8, fitting[-1]

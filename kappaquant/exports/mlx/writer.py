@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kappaquant.checkpoints.checkpoint import Checkpoint, Entry
-from kappaquant.checkpoints.manifest import index, json_text
+from kappaquant.checkpoints.checkpoint import Checkpoint
+from kappaquant.checkpoints.layout import index_of
+from kappaquant.checkpoints.writer import Progress, Writer
 from kappaquant.errors import OutputError, PlanError
 from kappaquant.exports.mlx.exactness import Check, Part
 from kappaquant.exports.mlx.layout import Layout, Tensor, make_layout, summarized
 from kappaquant.exports.mlx.models import config_json
 from kappaquant.exports.mlx.shards import DTYPES, quantization_table, shard_layouts, stored_tensors
-from kappaquant.exports.mlx.units import Sums, Unit, run_unit, slabs
-from kappaquant.exports.weights import Weights, digest, is_own_card, of_checkpoint, of_source
-from kappaquant.files.processes import ItemError, choose_jobs, each, pool
-from kappaquant.files.unfinished import Commit, Partial
-from kappaquant.formats.affine import EFFORTS, Effort, check_affine
-from kappaquant.planning.plan import Plan
-from kappaquant.sources.folder import INDEX_NAME, Source, read_json
+from kappaquant.exports.mlx.slabs import SlabWork, Sums, make_slab, slabs
+from kappaquant.exports.weights import Weights
+from kappaquant.files.documents import digest, read_json
+from kappaquant.files.processes import ItemError, choose_jobs, pool
+from kappaquant.formats.affine import EFFORTS, GROUP_SIZES, Effort, check_affine
+from kappaquant.formats.codebook import AUTO, CodebookFormat
+from kappaquant.formats.entry import Entry
+from kappaquant.planning.plan import KEPT, Choice, Plan
+from kappaquant.sources.source import INDEX_NAME
 from kappaquant.version import __version__
 
+_WIDEST = max(GROUP_SIZES)
 REPORT_NAME = "mlx_export.json"
-_COMMIT_SECONDS = 2.0
 # of the source's files: what describes how to read images, which the export does not
 _VISION_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,13 @@ class Options:
 
 
 def export_mlx(
-    source: Source | Checkpoint,
+    weights: Weights,
     output: str | Path,
     plan: Plan,
     options: Options | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """Write ``source`` as the new folder ``output``, which stock mlx_lm opens; returns the report that lies in it.
+    """Write ``weights``, a source or a quantized checkpoint, as the new folder ``output``, which stock mlx_lm opens; returns the report that lies in it.
 
     A run that is killed leaves ``<output>.partial``; the same call resumes it and ends with the same bytes.
 
@@ -80,22 +79,31 @@ def export_mlx(
         PlanError, SourceError, NonFiniteError, OutputError: see each; the message says what to do.
     """
     options = options or Options()
-    weights = of_checkpoint(source) if isinstance(source, Checkpoint) else of_source(source)
     plan.check(weights.tensors, weights.config)
     output = Path(output).absolute()
-    if weights.folder in (output.resolve(), *output.resolve().parents):
-        raise OutputError(f"{output}: lies in the source folder {weights.folder}; choose another output")
-    if not output.parent.is_dir():
-        raise OutputError(f"{output.parent}: no such folder; create it first")
     dtype = options.dtype or _dtype(weights)
     layout = make_layout(weights, plan, options.rotate, dtype, options.groups)
     settings = {**asdict(options), "jobs": None}
-    fingerprint = digest(__version__, weights.identity, plan.to_json(), settings)
-    with Partial(output, fingerprint) as partial:
-        if not partial.finished:
-            _Run(weights, plan, options, layout, dtype, partial, progress).run()
-        partial.finish()
+    fingerprint = digest(__version__, weights.identity(), plan.record(), settings)
+    with Writer(
+        output, fingerprint, inside=weights.folder, stage="export", progress=progress,
+        total=sum(slab.numel for t in layout.tensors for slab in slabs(t)), to_json=Sums.to_json, from_json=Sums.from_json, keep_refused=True,
+    ) as writer:  # fmt: skip
+        if not writer.finished:
+            _Run(weights, plan, options, layout, dtype, writer).run()
+        writer.name()
     return read_json(output / REPORT_NAME, OutputError)
+
+
+def plan_of(checkpoint: Checkpoint) -> Plan:
+    """A plan of the bits and groups that a checkpoint has, as far as MLX has them."""
+    choices = {}
+    for name in checkpoint.keys():
+        fmt = checkpoint.format_of(name)
+        group = min(getattr(fmt, "group_size", _WIDEST), _WIDEST)
+        kept = KEPT if fmt is None else CodebookFormat(fmt.bits, group).id
+        choices[name] = Choice(kept, "as in the checkpoint")
+    return Plan(choices, AUTO, "checkpoint", {})
 
 
 def _dtype(weights: Weights) -> str:
@@ -128,32 +136,30 @@ class _Run:
         options: Options,
         layout: Layout,
         dtype: str,
-        partial: Partial,
-        progress: Progress,
+        writer: Writer[Sums],
     ) -> None:
         self.weights, self.plan, self.options, self.layout = weights, plan, options, layout
-        self.dtype, self.partial, self.progress = dtype, partial, progress
+        self.dtype, self.writer = dtype, writer
         self.shards = shard_layouts(layout.tensors)
         self.shard_of = {t.key: shard for shard, (_, members) in self.shards.items() for t in members}
-        self.sums: dict[tuple[str, int], Sums] = {}
-        self.total = sum(slab.numel for t in layout.tensors for slab in slabs(t))
-        self.done = 0
         self.check = Check(layout)
 
     def run(self) -> None:
-        for shard in self.shards:
-            self._lay_out(shard)
-        self.check.resume({r["checked"]: r["difference"] for r in self.partial.records if "checked" in r})
+        for shard, (layout, _) in self.shards.items():
+            self.writer.lay_out(shard, layout)
+        self.check.resume({r["checked"]: r["difference"] for r in self.writer.partial.records if "checked" in r})
         steps = self._steps()
         last = {source: number for number, step in enumerate(steps) for source in step.sources}
-        with pool(choose_jobs(self.options.jobs, self.total * 2)) as workers:
+        with pool(
+            choose_jobs(self.options.jobs, sum(slab.numel for t in self.layout.tensors for slab in slabs(t)) * 2)
+        ) as workers:
             held: dict[str, dict[str, Entry]] = {}
             for number, step in enumerate(steps):
                 self._take(step, held, workers)
                 for source in [s for s in held if last[s] <= number]:
                     del held[source]
                     self.weights.release(source)
-        self._write_documents()
+        self._finish()
 
     def _steps(self) -> list[_Step]:
         """Work by the last of the source's shards it needs, so that few are held at once."""
@@ -172,78 +178,54 @@ class _Run:
             step.tensors.append(tensor)
         return [steps[key] for key in sorted(steps)]
 
-    def _lay_out(self, shard: str) -> None:
-        layout, _ = self.shards[shard]
-        records = self.partial.lay_out(shard, layout.header, layout.size)
-        self.sums |= {(record["tensor"], record["start"]): Sums(*record["sums"]) for record in records}
-
     def _take(self, step: _Step, held: dict[str, dict[str, Entry]], workers: ProcessPoolExecutor | None) -> None:
-        wanted = [(t, number, slab) for t in step.tensors for number, slab in enumerate(slabs(t))]
-        missing = [w for w in wanted if (w[0].key, w[1]) not in self.sums]
         unchecked = [part for part in step.parts if part.name not in self.check.found]
-        self._advance(sum(slab.numel for _, _, slab in wanted) - sum(slab.numel for _, _, slab in missing))
-        if not missing and not unchecked:
+        numbered = [(t, number, slab) for t in step.tensors for number, slab in enumerate(slabs(t))]
+        wanted = [w for w in numbered if (w[0].key, w[1]) not in self.writer.found]
+        self.writer.advance(sum(w[2].numel for w in numbered) - sum(w[2].numel for w in wanted))
+        if not wanted and not unchecked:
             return
         for source in sorted(step.sources - held.keys()):
-            held[source] = self.weights.locate(source)
+            held[source] = self.weights.read_entries(source)
         entries = {name: entry for source in held for name, entry in held[source].items()}
         for part in unchecked:
-            self.partial.append([{"checked": part.name, "difference": self.check.run(part, entries)}])
-            self.progress("check", len(self.check.found), len(self.check.parts))
+            self.writer.partial.append([{"checked": part.name, "difference": self.check.run(part, entries)}])
+            self.writer.report("check", len(self.check.found), len(self.check.parts))
         one_plus = self.layout.model.gain != "weight"
         for shard, (layout, _) in self.shards.items():
-            path = self.partial.folder / shard
+            path = self.writer.folder / shard
             units = [
-                Unit(
+                SlabWork(
                     tensor, number, slab, {name: entries[name] for name in self._names(tensor, slab.first, slab.last)},
                     one_plus, path, {i.name: layout.stored[i.name] for i in stored_tensors(tensor)}, self.options.effort,
                 )
-                for tensor, number, slab in missing if self.shard_of[tensor.key] == shard
+                for tensor, number, slab in wanted if self.shard_of[tensor.key] == shard
             ]  # fmt: skip
-            self._fill(units, shard, path, workers)
-
-    def _fill(self, units: list[Unit], shard: str, path: Path, workers: ProcessPoolExecutor | None) -> None:
-        commit = Commit(self.partial, path, _COMMIT_SECONDS)
-        try:
-            for unit, sums in each(run_unit, units, workers):
-                self.sums[unit.tensor.key, unit.number] = sums
-                record = {"shard": shard, "tensor": unit.tensor.key, "start": unit.number}
-                commit.add({**record, "sums": [sums.squared_error, sums.energy]})
-                self._advance(unit.slab.numel)
-        except ItemError as failure:
-            commit.flush()
-            raise failure.problem from failure
-        commit.flush()
+            try:
+                self.writer.fill(shard, units, make_slab, workers)
+            except ItemError as failure:
+                raise failure.problem from failure
 
     def _names(self, tensor: Tensor, first: int, last: int) -> list[str]:
         names = [] if tensor.action == "one" else [piece.name for piece in tensor.pieces[first:last]]
         return [*dict.fromkeys(names), *([tensor.gain] if tensor.gain else [])]
 
-    def _advance(self, numel: int) -> None:
-        self.done += numel
-        self.progress("export", self.done, self.total)
-
-    def _write_documents(self) -> None:
-        folder, weights = self.partial.folder, self.weights
-        left = [name for name in weights.side_files if name in _VISION_FILES or is_own_card(weights.fetch(name))]
-        for name in weights.side_files:
-            if name not in left:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(weights.fetch(name), folder / name)
+    def _finish(self) -> None:
+        weights = self.weights
+        left = [name for name in weights.side_files if name in _VISION_FILES]
         table = quantization_table(self.layout.tensors)
         config = config_json(self.layout.text, weights.config, self.layout.tied, DTYPES[self.dtype], table)
-        layouts = {shard: layout for shard, (layout, _) in self.shards.items()}
-        for name, content in (
-            (INDEX_NAME, index(layouts)),
-            (REPORT_NAME, self._report(left)),
-            ("config.json", config),
-        ):
-            (folder / name).write_text(json_text(content), encoding="utf-8")
+        documents = {
+            INDEX_NAME: index_of({shard: layout for shard, (layout, _) in self.shards.items()}),
+            REPORT_NAME: self._report(left),
+            "config.json": config,
+        }
+        self.writer.finish(documents, {name: weights.fetch(name) for name in weights.side_files if name not in left})
 
     def _report(self, left: list[str]) -> dict[str, Any]:
         tensors = {}
         for t in self.layout.tensors:
-            part = sum((self.sums[t.key, number] for number, _ in enumerate(slabs(t))), Sums())
+            part = sum((self.writer.found[t.key, number] for number, _ in enumerate(slabs(t))), Sums())
             if t.action != "one" and len(t.shape) > 1:
                 mse = float(f"{part.squared_error / part.energy:.3g}") if part.energy else 0.0
                 tensors[t.key] = {"bits": t.bits, "group_size": t.group_size, "relative_mse": mse}

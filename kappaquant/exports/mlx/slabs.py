@@ -13,19 +13,15 @@ from pathlib import Path
 
 import torch
 
-from kappaquant.checkpoints.checkpoint import Entry
 from kappaquant.errors import NonFiniteError
 from kappaquant.exports.mlx.layout import Tensor
 from kappaquant.exports.mlx.rotation import rotate, rotate_columns
-from kappaquant.exports.weights import read, read_rows
-from kappaquant.files.safetensors import Stored, write_bytes
-from kappaquant.files.tensors import TORCH_DTYPES
+from kappaquant.files.safetensors import DTYPE_BYTES, Stored, write_bytes
+from kappaquant.files.tensors import TORCH_DTYPES, tensor_bytes
 from kappaquant.formats.affine import Effort, quantize
-from kappaquant.formats.codebook import DTYPE_BYTES
-from kappaquant.planning.policies import KEPT
-from kappaquant.quantizing.slices import tensor_bytes
+from kappaquant.formats.entry import KEPT_BITS, Entry
 
-UNIT_ELEMENTS = 1 << 21  # 8 MB as float32, of which a unit holds several copies
+SLAB_ELEMENTS = 1 << 21  # 8 MB as float32, of which a process holds several copies
 _SLAB = 128  # columns are cut at multiples of every group
 
 
@@ -44,8 +40,8 @@ class Slab:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One slab of ``tensor``, its number among them, and where it comes from and goes to.
+class SlabWork:
+    """One slab of the tensor that is ``made``, its number among them, and where it comes from and goes to.
 
     Attributes:
         entries: source parameter -> where its bytes are, for every parameter of the slab and its gain.
@@ -53,7 +49,7 @@ class Unit:
         target_path, stored: the output shard, and the places of its tensors by key.
     """
 
-    tensor: Tensor
+    made: Tensor
     number: int
     slab: Slab
     entries: dict[str, Entry]
@@ -61,6 +57,19 @@ class Unit:
     target_path: Path
     stored: dict[str, Stored]
     effort: Effort
+
+    @property
+    def tensor(self) -> str:
+        return self.made.key
+
+    @property
+    def start(self) -> int:
+        return self.number
+
+    @property
+    def nbytes(self) -> int:
+        """Counted in weights, for those are what takes time."""
+        return self.slab.numel
 
 
 @dataclass(frozen=True)
@@ -73,40 +82,47 @@ class Sums:
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.squared_error + other.squared_error, self.energy + other.energy)
 
+    def to_json(self) -> list[float]:
+        return [self.squared_error, self.energy]
+
+    @classmethod
+    def from_json(cls, value: list[float]) -> Sums:
+        return cls(*value)
+
 
 def slabs(tensor: Tensor) -> Iterator[Slab]:
-    """Cuts of a tensor, of about UNIT_ELEMENTS each."""
+    """Cuts of a tensor, of about SLAB_ELEMENTS each."""
     rows, width, count = tensor.rows, tensor.width, len(tensor.pieces)
     size = rows * width
-    if size <= UNIT_ELEMENTS:
-        step = max(1, UNIT_ELEMENTS // max(size, 1))
+    if size <= SLAB_ELEMENTS:
+        step = max(1, SLAB_ELEMENTS // max(size, 1))
         for first in range(0, count, step):
             yield Slab(first, min(first + step, count), (0, rows), (0, width))
         return
     for index in range(count):
         if tensor.action == "out":
-            step = max(1, UNIT_ELEMENTS // rows // _SLAB) * _SLAB
+            step = max(1, SLAB_ELEMENTS // rows // _SLAB) * _SLAB
             for start in range(0, width, step):
                 yield Slab(index, index + 1, (0, rows), (start, min(start + step, width)))
         else:
-            step = max(1, UNIT_ELEMENTS // width)
+            step = max(1, SLAB_ELEMENTS // width)
             for start in range(0, rows, step):
                 yield Slab(index, index + 1, (start, min(start + step, rows)), (0, width))
 
 
-def run_unit(unit: Unit) -> Sums:
+def make_slab(unit: SlabWork) -> Sums:
     """Make one slab and write it into the (already allocated) output shard.
 
     Raises:
         NonFiniteError: NaN, infinity, or values that the output's dtype cannot hold; names the tensor.
     """
-    tensor, slab = unit.tensor, unit.slab
+    tensor, slab = unit.made, unit.slab
     weight = folded(tensor, slab, unit.entries, unit.one_plus)
     if not bool(weight.isfinite().all()):
         raise NonFiniteError(f"{tensor.pieces[slab.first].name}: holds NaN or infinity; repair the source")
     descriptor = os.open(unit.target_path, os.O_WRONLY)
     try:
-        if tensor.bits == KEPT:
+        if tensor.bits == KEPT_BITS:
             cast = weight.to(TORCH_DTYPES[tensor.dtype])
             if not bool(cast.isfinite().all()):
                 raise NonFiniteError(
@@ -134,16 +150,16 @@ def folded(tensor: Tensor, slab: Slab, entries: dict[str, Entry], one_plus: bool
         return weight.fill_(1.0)
     for index, piece in enumerate(tensor.pieces[slab.first : slab.last]):
         step = max(
-            1, UNIT_ELEMENTS // tensor.width
+            1, SLAB_ELEMENTS // tensor.width
         )  # a slab of columns passes over whole rows, but never holds them all
         for start in range(top, bottom, step):
             stop = min(start + step, bottom)
-            whole = read_rows(entries[piece.name], piece.row + start, piece.row + stop)
+            whole = entries[piece.name].read_rows(piece.row + start, piece.row + stop)
             weight[index, start - top : stop - top] = whole[:, left:right]
     if tensor.action == "plus_one":
         return weight.add_(1.0)
     if tensor.gain is not None:
-        gain = read(entries[tensor.gain]).to(torch.float32)
+        gain = entries[tensor.gain].read().to(torch.float32)
         weight *= gain + 1.0 if one_plus else gain
     if tensor.action == "in":
         return rotate(weight)

@@ -1,0 +1,89 @@
+"""A repository of the Hugging Face Hub as a source: pinned to a commit, fetched whole or shard by shard."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from kappaquant.errors import SourceError
+from kappaquant.files.documents import read_json
+from kappaquant.files.safetensors import TensorInfo
+from kappaquant.sources.folder import open_folder
+from kappaquant.sources.source import INDEX_NAME, PICKLES, Source, check_index, shard_names, side_files, warn_of_others
+
+
+@dataclass
+class HubSource(Source):
+    """A pinned revision of a Hub repository, one shard on disk at a time."""
+
+    scratch: tempfile.TemporaryDirectory[str]
+
+    def fetch(self, file_name: str) -> Path:
+        path = Path(self.scratch.name) / file_name
+        return path if path.exists() else _download(self.label, file_name, self.revision, self.scratch.name)
+
+    def release(self, shard: str) -> None:
+        (Path(self.scratch.name) / shard).unlink(missing_ok=True)
+
+
+def open_hub(repo: str, revision: str | None, stream: bool) -> Source:
+    from huggingface_hub import HfApi, snapshot_download
+
+    with _hub_errors(repo):
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        commit = str(info.sha)
+        if not stream:
+            ignored = [f"*{suffix}" for suffix in (*PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")]
+            folder = Path(snapshot_download(repo, revision=commit, ignore_patterns=ignored))
+            return open_folder(folder, repo, commit)
+        files = sorted(s.rfilename for s in info.siblings or [])
+        for name in files:
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise SourceError(f"{repo}: file name {name!r} leaves the folder")
+        scratch = tempfile.TemporaryDirectory(prefix="kappaquant-")
+        fetched = {f: _download(repo, f, commit, scratch.name) for f in ("config.json", INDEX_NAME) if f in files}
+        config = read_json(Path(scratch.name) / "config.json", SourceError)
+        index = read_json(fetched[INDEX_NAME], SourceError) if INDEX_NAME in fetched else None
+        headers = {}
+        names = shard_names(repo, files, index)
+        warn_of_others(repo, files, names)
+        for name in names:
+            entries = HfApi().parse_safetensors_file_metadata(repo, name, revision=commit).tensors
+            headers[name] = {n: TensorInfo(n, str(t.dtype), tuple(t.shape)) for n, t in entries.items()}
+        check_index(repo, headers, index)
+        visible = [f for f in files if not f.startswith(".")]
+        return HubSource(repo, commit, config, headers, side_files(visible), None, scratch)
+
+
+class _hub_errors:  # noqa: N801 - a context manager, used like a function
+    """Turns what huggingface_hub raises into a SourceError that names the repository."""
+
+    def __init__(self, repo: str) -> None:
+        self.repo = repo
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, problem: BaseException | None, trace: object) -> None:
+        # HTTPError is that of whichever HTTP client this huggingface_hub was built on
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            HTTPError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+            SafetensorsParsingError,
+        )
+
+        kinds = (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, SafetensorsParsingError)
+        if isinstance(problem, (*kinds, HFValidationError, OfflineModeIsEnabled)):
+            first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+            raise SourceError(f"{self.repo}: no such folder here, and from the Hub: {first}") from problem
+
+
+def _download(repo: str, file_name: str, revision: str | None, folder: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(repo):
+        return Path(hf_hub_download(repo, file_name, revision=revision, local_dir=folder))

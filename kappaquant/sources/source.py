@@ -1,0 +1,212 @@
+"""What a source of weights is, and what makes its files a checkpoint. Headers first, then slices; never a whole model in memory."""
+
+from __future__ import annotations
+
+import logging
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kappaquant.errors import AlreadyQuantizedError, KappaquantError, SourceError
+from kappaquant.files.safetensors import Stored, TensorInfo, read_header
+from kappaquant.formats.codebook import PACKED_SUFFIX
+from kappaquant.formats.entry import Entry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger("kappaquant")
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+# How the tensors of other quantizers are recognized where config.json does not say: a pattern of names, and the method.
+_FOREIGN_NAMES = (
+    (re.compile(r"\.weight_scale_inv$"), "FP8 (block scales)"),
+    (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ"),
+    (re.compile(r"\.(absmax|quant_map|quant_state\..*|SCB)$"), "bitsandbytes"),
+    (re.compile(r"_(proj|w\d)_blocks$"), "MXFP4"),
+    (re.compile(re.escape(PACKED_SUFFIX) + "$"), "TurboQuant or kappaquant"),
+    (re.compile(r"\.weight_(packed|scale)$"), "compressed-tensors"),
+)
+
+
+@dataclass
+class Source(ABC):
+    """A checkpoint's headers and the way to its bytes.
+
+    Attributes:
+        label: how messages and the manifest call it.
+        revision: the Hub commit it is pinned to, None for a local folder.
+        config: content of config.json.
+        shards: shard file name -> its tensors' headers.
+        side_files: names of all other files that a copy of the model needs.
+        folder: where it lies; None for a Hub repository whose shards come one at a time.
+        tensors: all headers by name.
+        shard_of: name -> shard.
+    """
+
+    label: str
+    revision: str | None
+    config: dict[str, Any]
+    shards: dict[str, dict[str, TensorInfo]]
+    side_files: list[str]
+    folder: Path | None
+    tensors: dict[str, TensorInfo] = field(init=False)
+    shard_of: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        counts = Counter(name for shard in self.shards.values() for name in shard)
+        twice = [name for name, count in counts.items() if count > 1]
+        if twice:
+            holders = [shard for shard, tensors in self.shards.items() if twice[0] in tensors]
+            raise SourceError(f"{self.label}: tensor {twice[0]} is in both {holders[0]} and {holders[1]}; remove one")
+        check_config(self.config, self.label, SourceError)
+        self.tensors = {name: info for shard in self.shards.values() for name, info in shard.items()}
+        self.shard_of = {name: shard for shard, tensors in self.shards.items() for name in tensors}
+        refuse_quantized(self.label, self.config, self.tensors)
+
+    @abstractmethod
+    def fetch(self, file_name: str) -> Path:
+        """The local path of a file of the source, downloading it if need be."""
+
+    @abstractmethod
+    def release(self, shard: str) -> None:
+        """Says that a shard is not needed any more; one that was fetched for this run is deleted."""
+
+    @property
+    def name(self) -> str:
+        """What manifests and reports call the model: the Hub id, or the folder's name."""
+        return self.label if self.revision else Path(self.label).resolve().name
+
+    @property
+    def quantized(self) -> str | None:
+        """The container its weights are packed in; a source's are not."""
+        return None
+
+    def identity(self) -> list[Any]:
+        """What distinguishes these weights from others, as JSON values: headers, and of local shards size and time."""
+        label, stamps = self.label, {}
+        if self.revision is None:
+            label = str(Path(label).resolve())
+            for shard in self.shards:
+                status = self.fetch(shard).stat()
+                stamps[shard] = (status.st_size, status.st_mtime_ns)
+        return [label, self.revision, {n: (i.dtype, i.shape) for n, i in self.tensors.items()}, stamps]
+
+    def read_entries(self, shard: str) -> dict[str, Entry]:
+        """Where the parameters of one shard are, which is fetched if need be."""
+        path, stored = self.locate(shard)
+        return {name: Entry(where.info, None, {"": (path, where)}) for name, where in stored.items()}
+
+    def locate(self, shard: str) -> tuple[Path, dict[str, Stored]]:
+        """Local path and checked offsets of one shard's tensors."""
+        path = self.fetch(shard)
+        stored = read_header(path)
+        if {name: s.info for name, s in stored.items()} != self.shards[shard]:
+            raise SourceError(f"{path}: its header changed since it was first read; start again")
+        return path, stored
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements [start, stop) of a tensor, flat, in its own dtype."""
+        info = self.tensors[name]
+        return self.read_entries(self.shard_of[name])[name].elements(start, info.numel if stop is None else stop)
+
+
+def check_config(config: dict[str, Any], label: str, error: type[KappaquantError]) -> None:
+    """Raise ``error`` unless the parts of a config.json that are read here have their JSON types."""
+    for key, kind in (("text_config", dict), ("model_type", str), ("architectures", list)):
+        value = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise error(f"{label}/config.json: {key!r} is {value!r}; it must be a JSON {kind.__name__}")
+    if not all(isinstance(name, str) for name in config.get("architectures") or ()):
+        raise error(f"{label}/config.json: 'architectures' {config['architectures']!r} are not all names")
+
+
+def shard_names(
+    label: str, files: list[str], index: dict[str, Any] | None, error: type[KappaquantError] = SourceError
+) -> list[str]:
+    """The shard files of a checkpoint, each a plain name that exists; else ``error``."""
+    if index is not None:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise error(f"{label}/{INDEX_NAME}: has no weight_map of tensor names to file names")
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
+                raise error(
+                    f"{label}/{INDEX_NAME}: shard name {name!r} is not a plain *.safetensors name; it may not leave the folder"
+                )
+            if name not in files:
+                stale = f"; {SINGLE_NAME} is there: if it is complete, delete the stale index" * (SINGLE_NAME in files)
+                raise error(f"{label}/{name}: named by {INDEX_NAME} but missing; fetch it again{stale}")
+        return names
+    if SINGLE_NAME in files:
+        return [SINGLE_NAME]
+    names = [f for f in files if f.endswith(".safetensors") and "/" not in f]
+    if len(names) == 1:
+        return names
+    if names:
+        raise error(f"{label}: {len(names)} safetensors files but no {INDEX_NAME} to say how they belong together")
+    pickles = [f for f in files if f.endswith(PICKLES)]
+    if pickles:
+        raise error(
+            f"{label}: weights only as pickle ({pickles[0]}), which can run code and is never opened; "
+            "convert them to safetensors"
+        )
+    raise error(f"{label}: no safetensors files")
+
+
+def check_index(label: str, headers: dict[str, dict[str, TensorInfo]], index: dict[str, Any] | None) -> None:
+    """The index and the headers must name the same tensors in the same shards."""
+    if index is None:
+        return
+    weight_map = index["weight_map"]
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            raise SourceError(
+                f"{label}/{INDEX_NAME}: stale: {name} is not in {shard}; fetch the index and shards again"
+            )
+    for shard, tensors in headers.items():
+        for name in tensors:
+            if name not in weight_map:
+                raise SourceError(f"{label}/{INDEX_NAME}: stale: {shard} holds {name}, which the index does not list")
+
+
+def refuse_quantized(label: str, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
+    """Raise AlreadyQuantizedError, naming the method, if the weights are not plain floats any more."""
+    for part in (config, config.get("text_config") or {}):
+        quantization = part.get("quantization_config")
+        if quantization:
+            method = (
+                quantization.get("quant_method", "an unnamed method")
+                if isinstance(quantization, dict)
+                else quantization
+            )
+            raise AlreadyQuantizedError(
+                f"{label}: already quantized by {method} (config.json); start from the original bf16 checkpoint"
+            )
+    for name, info in tensors.items():
+        foreign = next((method for pattern, method in _FOREIGN_NAMES if pattern.search(name)), None)
+        if foreign is None and info.dtype.startswith("F8_"):
+            foreign = f"FP8 ({info.dtype})"
+        if foreign:
+            raise AlreadyQuantizedError(
+                f"{label}: already quantized by {foreign}: tensor {name}; start from the original bf16 checkpoint"
+            )
+
+
+def warn_of_others(label: str, files: list[str], shards: list[str]) -> None:
+    others = [f for f in files if f.endswith(".safetensors") and f not in shards]
+    if others:
+        logger.warning("%s: not part of the model by its index, and left behind: %s", label, ", ".join(others))
+
+
+def side_files(files: list[str]) -> list[str]:
+    """Everything but weights: config, tokenizer, templates, licence. Pickles are neither opened nor carried along."""
+    weights = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
+    return [f for f in files if not f.endswith(weights) and f not in (INDEX_NAME, "config.json")]
