@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from kappaquant.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from kappaquant.checkpoints.checkpoint import Checkpoint
+from kappaquant.checkpoints.open import open_checkpoint
 from kappaquant.errors import UnsupportedError
-from kappaquant.formats.codebook import LEGACY_FORMAT
 
 HOST, PORT = "127.0.0.1", 8000
 
@@ -87,8 +87,8 @@ Command = tuple[list[str], list[str]]  # arguments of the interpreter, and what 
 
 
 def _vllm_refusal(checkpoint: Checkpoint) -> str | None:
-    if checkpoint.format == LEGACY_FORMAT:
-        return _CONVERT
+    if checkpoint.container.needs_conversion:
+        return _convert_first(checkpoint)
     return None if find_spec("vllm") else "vLLM is not installed"
 
 
@@ -107,8 +107,8 @@ def _mlx_command(path: Path, host: str, port: int, context: int | None) -> Comma
 
 
 def _transformers_refusal(checkpoint: Checkpoint) -> str | None:
-    if checkpoint.format == LEGACY_FORMAT:
-        return _CONVERT
+    if checkpoint.container.needs_conversion:
+        return _convert_first(checkpoint)
     missing = [name for name in ("fastapi", "uvicorn", "openai", "accelerate") if not find_spec(name)]
     return f"{', '.join(missing)} not installed: pip install 'transformers[serving]' accelerate" if missing else None
 
@@ -118,7 +118,9 @@ def _transformers_command(path: Path, host: str, port: int, context: int | None)
     return ["-c", _TRANSFORMERS, "serve", str(path), "--host", host, "--port", str(port)], unmet
 
 
-_CONVERT = f"it does not read {LEGACY_FORMAT}: kappaquant convert makes a v1 checkpoint of the same codes"
+def _convert_first(checkpoint: Checkpoint) -> str:
+    return f"it does not read {checkpoint.container.id}: kappaquant convert makes a v1 checkpoint of the same codes"
+
 
 # in order of preference: (why not, or None; the command)
 ENGINES: dict[str, tuple[Callable[[Checkpoint], str | None], Callable[[Path, str, int, int | None], Command]]] = {

@@ -1,134 +1,310 @@
-"""The only dispatch: one torch custom op per operation, an ordered list of kernels, and every reason when none fits.
+"""The only dispatch: which kernel serves a weight, and torch custom ops on whatever the kernel has ordered.
 
-Shapes: m input rows, n output rows of a weight, K = G * group_size its padded input width, E experts. ``packed`` is
-uint8 [..., n, G * bytes_per_group], ``norms`` [..., n, G], ``codebook`` float32 [2**bits], ``x`` the input after
-``rotate``, float32 [..., K].
+nn modules, fused layers and serving engines all multiply through the ops here. An op takes plain tensors, numbers and a string that
+names kernels and formats, so that compilers trace it by shapes alone, reuse a compiled layer for all that look the same, and a CUDA
+graph can hold it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from types import ModuleType
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kappaquant.errors import UnsupportedError
+from kappaquant.errors import RegistrationError, UnsupportedError
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import BITS, Format
-from kappaquant.kernels import torch as torch_reference
+from kappaquant.formats.base import Effort, Encoded, Format
+from kappaquant.formats.codebook import BITS, CodebookFormat
+from kappaquant.kernels.base import Arranged, Kernel, Use
 from kappaquant.kernels.cuda import encoder
+from kappaquant.kernels.cuda.tiled import Tiled
+from kappaquant.kernels.torch import AnyFormat, Lookups
 
-# Fastest first: the first that does not refuse runs.
-KERNELS: tuple[ModuleType, ...] = (torch_reference,)
+logger = logging.getLogger("kappaquant")
+
+# Fastest first: of those that serve a use, the first that does not refuse runs.
+_KERNELS: list[Kernel] = [Tiled(), Lookups(), AnyFormat()]
+_SERVED: dict[str, tuple[Kernel, Format]] = {}
+"""What a spec stands for: "<kernel>/<format key>", the same in every process that has chosen it."""
+_LIBRARY = torch.library.Library("kappaquant", "FRAGMENT")
+KEPT = "kept"
+"""In place of a spec: a plain matrix."""
 
 
-def select(
-    fmt: Format, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, kernel: str = ""
-) -> ModuleType:
-    """The first kernel that takes this product, or the one called ``kernel``.
+def register(kernel: Kernel) -> None:
+    """Let weights that are arranged from now on try this kernel before all others, in this process.
+
+    Raises:
+        RegistrationError: the name is another kernel's already.
+    """
+    for held in (other for other in _KERNELS if other.name == kernel.name):
+        raise RegistrationError(f"kernel {kernel.name!r} is taken by {type(held).__name__}; give yours another name")
+    _KERNELS.insert(0, kernel)
+
+
+def unregister(name: str) -> None:
+    """Take a registered kernel back; weights that it has arranged keep it."""
+    _KERNELS[:] = [kernel for kernel in _KERNELS if kernel.name != name]
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """All there are, in the order in which they are tried."""
+    return tuple(_KERNELS)
+
+
+def choose(fmt: Format, parts: Mapping[str, Tensor], uses: Sequence[Use], kernel: str = "") -> tuple[Kernel, Use]:
+    """The first kernel that serves a weight, and for what: the first of ``uses`` that any serves.
+
+    Args:
+        parts: of the weight, on the device where it is used.
+        kernel: the name of the only one to be asked.
 
     Raises:
         UnsupportedError: none does (the message lists each kernel's reason), or there is none of that name.
     """
-    request = f"{fmt.id}, m={m}, n={n}, k={k}, {dtype} on {device}"
-    candidates = [k for k in KERNELS if kernel in ("", k.NAME)]
+    candidates = [held for held in _KERNELS if kernel in ("", held.name)]
     if not candidates:
-        raise UnsupportedError(f"no kernel is called {kernel!r}; there are {', '.join(k.NAME for k in KERNELS)}")
-    reasons = []
-    for candidate in candidates:
-        reason = candidate.supports(fmt, m, n, k, dtype, device)
-        if reason is None:
-            return candidate
-        reasons.append(f"{candidate.NAME}: {reason}")
-    raise UnsupportedError(f"no kernel for {request}: {'; '.join(reasons)}")
+        raise UnsupportedError(f"no kernel is called {kernel!r}; there are {', '.join(k.name for k in _KERNELS)}")
+    reasons: list[str] = []
+    for use in uses:
+        for candidate in candidates:
+            reason = candidate.refusal(fmt, parts) if use in candidate.uses else f"does not serve {use}"
+            if reason is None:
+                _say_what_is_slow(candidate, reasons, parts)
+                return candidate, use
+            reasons.append(f"{candidate.name}: {reason}")
+    raise UnsupportedError(f"no kernel for {fmt.id} ({', '.join(uses)}): {'; '.join(dict.fromkeys(reasons))}")
 
 
-@torch.library.custom_op("kappaquant::rotate", mutates_args=())
-def rotate(x: Tensor, group_size: int) -> Tensor:
-    """The rotation of the codec on the last axis, zero-padded to whole groups: [..., in] -> float32 [..., K]."""
-    return codec.rotate(x, group_size).contiguous()
+def _say_what_is_slow(chosen: Kernel, reasons: Sequence[str], parts: Mapping[str, Tensor]) -> None:
+    on_gpu = next(iter(parts.values())).device.type == "cuda"
+    refused = [reason for reason in reasons if "does not serve" not in reason]
+    if on_gpu and refused and isinstance(chosen, AnyFormat):
+        _say_once(f"{refused[0]}; this weight runs in torch, which is slower")
 
 
-@rotate.register_fake
-def _(x: Tensor, group_size: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], -(-x.shape[-1] // group_size) * group_size, dtype=torch.float32)
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
-@torch.library.custom_op("kappaquant::linear", mutates_args=())
-def linear(
-    x: Tensor, packed: Tensor, norms: Tensor, codebook: Tensor, bits: int, group_size: int, kernel: str = ""
-) -> Tensor:
-    """Rotated input x [..., K] times a packed weight [n, K] -> float32 [..., n]."""
-    fmt = Format(bits, group_size)
+def spec_of(kernel: Kernel, fmt: Format) -> str:
+    """How ops name what has arranged a weight."""
+    spec = f"{kernel.name}/{fmt.key}"
+    _SERVED[spec] = kernel, fmt
+    return spec
+
+
+def served(spec: str) -> tuple[Kernel, Format]:
+    """The kernel and format that a spec stands for."""
+    return _SERVED[spec]
+
+
+def _op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as a custom op without what ``torch.library.custom_op`` adds for gradients, which costs as much as
+    a launch; ``fake`` is its form without data."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = function.__name__.lstrip("_")
+        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"kappaquant::{name}", fake, lib=_LIBRARY)
+        op: Callable[..., Any] = getattr(torch.ops.kappaquant, name).default
+        return op
+
+    return register
+
+
+@torch.no_grad()
+def prepare(x: Tensor, spec: str, rows: int, activations: str) -> list[Tensor]:
+    """What the kernel of a weight [rows, in] makes of an input x [..., in]; nothing if it takes it as it is."""
+    kernel, fmt = _SERVED[spec]
     flat = x.reshape(-1, x.shape[-1])
-    chosen = select(fmt, flat.shape[0], packed.shape[0], flat.shape[1], x.dtype, x.device, kernel)
-    return chosen.linear(flat, packed, norms, codebook, fmt).view(*x.shape[:-1], packed.shape[0])
+    kind = kernel.input_kind(fmt, flat.shape[0], rows, activations, x.device)
+    return [] if kind is None else kernel.prepare(flat, fmt, kind)
 
 
-@linear.register_fake
-def _(
-    x: Tensor, packed: Tensor, norms: Tensor, codebook: Tensor, bits: int, group_size: int, kernel: str = ""
+def _linear_fake(
+    x: Tensor,
+    prepared: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    specs: str,
+    rows: Sequence[int],
+    bias: Tensor | None,
+    activations: str,
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], packed.shape[0], dtype=torch.float32)
+    return x.new_empty(*x.shape[:-1], sum(rows))
 
 
-@torch.library.custom_op("kappaquant::grouped_linear", mutates_args=())
+@_op(_linear_fake)
+def linear(
+    x: Tensor,
+    prepared: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    specs: str,
+    rows: Sequence[int],
+    bias: Tensor | None,
+    activations: str,
+) -> Tensor:
+    """x [..., in] times weights [rows[i], in], one below the other: [..., sum(rows)] in x's dtype.
+
+    Args:
+        prepared: by ``prepare``, for the only weight; else empty, and the op prepares each kind of input once for all weights.
+        tensors: of all weights, in order.
+        specs: of each weight, separated by newlines; "kept" for a plain matrix.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    left = iter(tensors)
+    inputs = _Inputs(flat, activations, prepared)
+    only = len(rows) == 1
+    products = []
+    for held, count in zip(_resolved(specs), rows, strict=True):
+        if held is None:
+            products.append(F.linear(flat, next(left), bias if only else None))
+            continue
+        kernel, fmt, parts = held
+        weight = Arranged(fmt, (count, x.shape[-1]), tuple(next(left) for _ in range(parts)))
+        kind = kernel.input_kind(fmt, flat.shape[0], count, activations, x.device)
+        products.append(kernel.linear(flat, inputs.of(kernel, fmt, kind), kind, weight, bias if only else None))
+    y = products[0] if only else torch.cat(products, dim=1)
+    if bias is not None and not only:
+        y = y + bias
+    return y.view(*x.shape[:-1], sum(rows))
+
+
+class _Inputs:
+    """What kernels make of an input [tokens, in], each kind made once for all weights."""
+
+    def __init__(self, x: Tensor, activations: str, prepared: Sequence[Tensor]) -> None:
+        self._x, self._activations, self._prepared = x, activations, prepared
+        self._made: dict[tuple[str, Any], list[Tensor]] = {}
+
+    def of(self, kernel: Kernel, fmt: Format, kind: Any) -> Sequence[Tensor]:
+        if kind is None or self._prepared:
+            return self._prepared
+        key = kernel.name, kind
+        if key not in self._made:
+            self._made[key] = kernel.prepare(self._x, fmt, kind)
+        return self._made[key]
+
+
+@cache
+def _resolved(specs: str) -> tuple[tuple[Kernel, Format, int] | None, ...]:
+    """For each spec its kernel, format, and how many tensors the kernel has; None for a plain matrix."""
+    found: list[tuple[Kernel, Format, int] | None] = []
+    for spec in specs.split("\n"):
+        if spec == KEPT:
+            found.append(None)
+            continue
+        kernel, fmt = _SERVED[spec]
+        found.append((kernel, fmt, kernel.tensor_count(fmt)))
+    return tuple(found)
+
+
+def _grouped_fake(
+    x: Tensor,
+    prepared: Sequence[Tensor],
+    rows: Tensor,
+    experts: Tensor,
+    tensors: Sequence[Tensor],
+    spec: str,
+    shape: Sequence[int],
+) -> Tensor:
+    return x.new_empty(rows.shape[0], shape[-2], dtype=torch.float32)
+
+
+@_op(_grouped_fake)
 def grouped_linear(
     x: Tensor,
+    prepared: Sequence[Tensor],
     rows: Tensor,
     experts: Tensor,
-    packed: Tensor,
-    norms: Tensor,
-    codebook: Tensor,
-    bits: int,
-    group_size: int,
-    kernel: str = "",
+    tensors: Sequence[Tensor],
+    spec: str,
+    shape: Sequence[int],
 ) -> Tensor:
-    """out[i] = weight[experts[i]] @ x[rows[i]]: x [m, K], rows and experts int64 [s], a weight [E, n, K] -> float32 [s, n]."""
-    fmt = Format(bits, group_size)
-    chosen = select(fmt, rows.shape[0], packed.shape[1], x.shape[1], x.dtype, x.device, kernel)
-    return chosen.grouped_linear(x, rows, experts, packed, norms, codebook, fmt)
+    """out[i] = weight[experts[i]] @ x[rows[i]]: x [m, in], rows and experts int64 [s], a weight [E, n, in] -> float32 [s, n]."""
+    kernel, fmt = _SERVED[spec]
+    if not prepared:
+        kind = kernel.input_kind(fmt, x.shape[0], shape[-2], "", x.device)
+        prepared = [] if kind is None else kernel.prepare(x, fmt, kind)
+    return kernel.grouped_linear(x, prepared, rows, experts, Arranged(fmt, tuple(shape), tuple(tensors)))
 
 
-@grouped_linear.register_fake
-def _(
+def _experts_fake(
     x: Tensor,
-    rows: Tensor,
-    experts: Tensor,
-    packed: Tensor,
-    norms: Tensor,
-    codebook: Tensor,
-    bits: int,
-    group_size: int,
-    kernel: str = "",
+    index: Tensor,
+    weights: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    specs: str,
+    shapes: Sequence[int],
+    activations: str,
 ) -> Tensor:
-    return x.new_empty(rows.shape[0], packed.shape[1], dtype=torch.float32)
+    return torch.empty_like(x)
 
 
-@torch.library.custom_op("kappaquant::dequantize", mutates_args=())
-def dequantize(packed: Tensor, norms: Tensor, codebook: Tensor, bits: int, group_size: int, in_features: int) -> Tensor:
-    """The weight itself, float32 [..., n, in_features]; for looking up rows, and for modules that want a plain tensor."""
-    return codec.decode(packed, norms, Format(bits, group_size), in_features, codebook).contiguous()
+@_op(_experts_fake)
+def experts(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    specs: str,
+    shapes: Sequence[int],
+    activations: str,
+) -> Tensor:
+    """Gated experts by one kernel, see ``Kernel.experts``: x [tokens, hidden] -> [tokens, hidden].
+
+    Args:
+        specs: of gate_up [E, 2 * inner, hidden] and down [E, hidden, inner], separated by a newline.
+        shapes: of both, one after the other.
+    """
+    first, second = specs.split("\n")
+    (kernel, fmt), (_, other) = _SERVED[first], _SERVED[second]
+    return kernel.experts(
+        x, index, weights, Arranged(fmt, tuple(shapes[:3]), tuple(gate_up)),
+        Arranged(other, tuple(shapes[3:]), tuple(down)), activations,
+    )  # fmt: skip
 
 
-@dequantize.register_fake
-def _(packed: Tensor, norms: Tensor, codebook: Tensor, bits: int, group_size: int, in_features: int) -> Tensor:
-    return packed.new_empty(*packed.shape[:-1], in_features, dtype=torch.float32)
+def _decode_fake(tensors: Sequence[Tensor], spec: str, in_features: int) -> Tensor:
+    return tensors[0].new_empty(*tensors[0].shape[:-1], in_features, dtype=torch.float32)
 
 
-def encode(
-    weight: Tensor,
-    fmt: Format,
-    effort: codec.Effort = "best",
-    *,
-    codebook: Sequence[float] | None = None,
-    norm_dtype: torch.dtype = torch.float16,
-    name: str = "weight",
-) -> codec.Encoded:
-    """``codec.encode``, by the CUDA kernel where it takes the weight: the bytes are the same."""
-    run = codec.encode if encoder.refusal(weight, effort, norm_dtype) else encoder.encode
-    return run(weight, fmt, effort, codebook=codebook, norm_dtype=norm_dtype, name=name)
+@_op(_decode_fake)
+def decode(tensors: Sequence[Tensor], spec: str, in_features: int) -> Tensor:
+    """A weight that is ordered as on disk, or rows of it, float32 [..., in_features]; for look-ups and modules that want a tensor."""
+    _, fmt = _SERVED[spec]
+    parts = dict(zip(fmt.parts((1, in_features)), tensors, strict=True))
+    return fmt.decode(parts, in_features).contiguous()
+
+
+def fused_linear(
+    x: Tensor, weights: Iterable[tuple[str, Sequence[Tensor], int]], bias: Tensor | None, activations: str
+) -> Tensor:
+    """x [..., in] times weights given as (spec, tensors, rows), one below the other; ("kept", [matrix], rows) is a plain one."""
+    specs: list[str] = []
+    tensors: list[Tensor] = []
+    rows: list[int] = []
+    for spec, held, count in weights:
+        specs.append(spec)
+        tensors += held
+        rows.append(count)
+    return linear(x, [], tensors, "\n".join(specs), rows, bias, activations)
+
+
+def encode(weight: Tensor, fmt: Format, effort: Effort = "best", *, name: str = "weight") -> Encoded:
+    """``fmt.encode``, by the CUDA kernel where it takes the weight: the bytes are the same."""
+    if isinstance(fmt, CodebookFormat) and encoder.refusal(weight, effort) is None:
+        return encoder.encode(weight, fmt, effort, name=name)
+    return fmt.encode(weight, effort, name=name)
 
 
 def squared_errors(

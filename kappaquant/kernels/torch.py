@@ -1,7 +1,11 @@
-"""Codebook products in plain torch, on any device: exact in float32, one bounded tile of decoded rows at a time."""
+"""Products in plain torch, on any device: exact in float32, one bounded tile of decoded rows at a time.
+
+``AnyFormat`` takes every format there is, by its own ``decode_rotated``; ``Lookups`` decodes several codes of a codebook format at once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
 from math import lcm
 
@@ -9,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kappaquant.formats.codebook import Format
-
-NAME = "torch"
+from kappaquant.formats import codec
+from kappaquant.formats.base import Format
+from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat
+from kappaquant.kernels.base import Arranged, Kernel, Use
 
 # Decoded rows alive at once, bytes: a tile this small stays in a core's cache; a GPU wants few, large launches.
 _TILE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -20,42 +25,75 @@ _TILE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 25}
 _CODES_PER_LOOKUP = {2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 7: 2, 8: 1}
 
 
-def supports(fmt: Format, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why this kernel refuses, or None: it takes every format, size and device that has float32."""
-    return None if dtype == torch.float32 else f"the rotated input must be float32, got {dtype}"
+class AnyFormat(Kernel):
+    """Decodes rows by the format itself: slow, and always there."""
+
+    name = "any format"
+    uses: frozenset[Use] = frozenset({"linear", "grouped", "rows"})
+
+    def refusal(self, fmt: Format, parts: Mapping[str, Tensor]) -> str | None:
+        return None
+
+    def input_kind(
+        self, fmt: Format, tokens: int, rows: int, activations: str, device: torch.device
+    ) -> Hashable | None:
+        return ("rotated", fmt.rotation) if fmt.rotation else None
+
+    def prepare(self, x: Tensor, fmt: Format, kind: Hashable) -> list[Tensor]:
+        return [fmt.rotate(x)]
+
+    def linear(
+        self, x: Tensor, prepared: Sequence[Tensor], kind: Hashable | None, weight: Arranged, bias: Tensor | None
+    ) -> Tensor:
+        y = self._product(_rotated(x, prepared), weight).to(x.dtype)
+        return y if bias is None else y + bias
+
+    def grouped_linear(
+        self, x: Tensor, prepared: Sequence[Tensor], rows: Tensor, experts: Tensor, weight: Arranged
+    ) -> Tensor:
+        """Only experts that occur are decoded, each once."""
+        source = _rotated(x, prepared)
+        out = source.new_empty(rows.shape[0], weight.shape[-2])
+        for expert in experts.unique().tolist():
+            mine = (experts == expert).nonzero().squeeze(1)
+            one = Arranged(weight.fmt, weight.shape[1:], tuple(part[expert] for part in weight.tensors))
+            out[mine] = self._product(source[rows[mine]], one)
+        return out
+
+    def _product(self, x: Tensor, weight: Arranged) -> Tensor:
+        """Rotated x [m, K] in float32 times a weight [n, in] -> float32 [m, n]."""
+        n, k = weight.shape[-2], x.shape[1]
+        # transposed: each tile fills whole rows, for a product into strided columns takes 20 times as long
+        out = x.new_empty(n, x.shape[0])
+        rows = max(1, _TILE_BYTES.get(x.device.type, 1 << 22) // (4 * k))
+        for start in range(0, n, rows):
+            parts = {suffix: part[start : start + rows] for suffix, part in weight.parts.items()}
+            torch.mm(self._decode(parts, weight), x.t(), out=out[start : start + rows])
+        return out.t().contiguous()
+
+    def _decode(self, parts: Mapping[str, Tensor], weight: Arranged) -> Tensor:
+        """Still rotated: float32 [rows, K]."""
+        return weight.fmt.decode_rotated(parts, weight.shape[-1])
 
 
-def linear(x: Tensor, packed: Tensor, norms: Tensor, codebook: Tensor, fmt: Format) -> Tensor:
-    """x [m, K] (rotated, float32) times the weight packed [n, bytes], norms [n, G] -> float32 [m, n]."""
-    n, k = packed.shape[0], x.shape[1]
-    # transposed: each tile fills whole rows, for a product into strided columns takes 20 times as long
-    out = x.new_empty(n, x.shape[0])
-    table = _lookup_table(codebook, fmt.bits)
-    rows = max(1, _TILE_BYTES.get(x.device.type, 1 << 22) // (4 * k))
-    for start in range(0, n, rows):
-        tile = _decode(packed[start : start + rows], norms[start : start + rows], table, fmt)
-        torch.mm(tile, x.t(), out=out[start : start + rows])
-    return out.t().contiguous()
+class Lookups(AnyFormat):
+    """Codebook formats, by tables of several codes each."""
+
+    name = "torch"
+
+    def refusal(self, fmt: Format, parts: Mapping[str, Tensor]) -> str | None:
+        return None if isinstance(fmt, CodebookFormat) else f"takes codebook formats, not {fmt.id}"
+
+    def _decode(self, parts: Mapping[str, Tensor], weight: Arranged) -> Tensor:
+        fmt, norms = weight.fmt, parts[NORMS_SUFFIX]
+        assert isinstance(fmt, CodebookFormat)
+        table = _lookup_table(fmt, norms.device)
+        values = F.embedding(_lookups(parts[PACKED_SUFFIX], fmt.bits), table).view(*norms.shape, fmt.group_size)
+        return values.mul_(norms.float().unsqueeze(-1)).view(norms.shape[0], -1)
 
 
-def grouped_linear(
-    x: Tensor, rows: Tensor, experts: Tensor, packed: Tensor, norms: Tensor, codebook: Tensor, fmt: Format
-) -> Tensor:
-    """out[i] = weight[experts[i]] @ x[rows[i]] for packed [E, n, bytes], norms [E, n, G] -> float32 [len(rows), n].
-
-    Only experts that occur are decoded, each once.
-    """
-    out = x.new_empty(rows.shape[0], packed.shape[1])
-    for expert in experts.unique().tolist():
-        mine = (experts == expert).nonzero().squeeze(1)
-        out[mine] = linear(x[rows[mine]], packed[expert], norms[expert], codebook, fmt)
-    return out
-
-
-def _decode(packed: Tensor, norms: Tensor, table: Tensor, fmt: Format) -> Tensor:
-    """norm * centroid, still rotated: float32 [rows, K]."""
-    weight = F.embedding(_lookups(packed, fmt.bits), table).view(*norms.shape, fmt.group_size)
-    return weight.mul_(norms.float().unsqueeze(-1)).view(norms.shape[0], -1)
+def _rotated(x: Tensor, prepared: Sequence[Tensor]) -> Tensor:
+    return prepared[0] if prepared else x.float()
 
 
 def _lookups(packed: Tensor, bits: int) -> Tensor:
@@ -75,15 +113,13 @@ def _lookups(packed: Tensor, bits: int) -> Tensor:
     return torch.stack(parts, dim=-1).view(packed.shape[0], -1)
 
 
-def _lookup_table(codebook: Tensor, bits: int) -> Tensor:
-    """[2**(bits * codes), codes] centroids: entry i spells the codes that i's bits hold, lowest first."""
-    codes = _CODES_PER_LOOKUP[bits]
-    if codes == 1:
-        return codebook[:, None]
-    return codebook.index_select(0, _code_grid(bits, codes, codebook.device)).view(-1, codes)
-
-
 @cache
-def _code_grid(bits: int, codes: int, device: torch.device) -> Tensor:
-    index = torch.arange(2 ** (bits * codes), device=device)
-    return torch.stack([index >> (bits * i) & (2**bits - 1) for i in range(codes)], dim=1).view(-1)
+def _lookup_table(fmt: CodebookFormat, device: torch.device) -> Tensor:
+    """[2**(bits * codes), codes] centroids: entry i spells the codes that i's bits hold, lowest first."""
+    codes = _CODES_PER_LOOKUP[fmt.bits]
+    book = codec.centroids(fmt, device)
+    if codes == 1:
+        return book[:, None]
+    index = torch.arange(2 ** (fmt.bits * codes), device=device)
+    grid = torch.stack([index >> (fmt.bits * i) & (2**fmt.bits - 1) for i in range(codes)], dim=1)
+    return book.index_select(0, grid.view(-1)).view(-1, codes)

@@ -13,10 +13,10 @@ from torch import nn
 
 from kappaquant.checkpoints.checkpoint import Checkpoint
 from kappaquant.errors import FormatError, UnsupportedError
-from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, Format
+from kappaquant.formats.base import Format
 from kappaquant.models.skeleton import Layout, Place, place
 from kappaquant.runtime.experts import ExpertBlock, ExpertWeights, KeptWeight, QuantExperts
-from kappaquant.runtime.packed import PackedWeight, QuantEmbedding, QuantLinear, SharedRotation, hold_packed
+from kappaquant.runtime.packed import PackedWeight, QuantEmbedding, QuantLinear, SharedInput, hold_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +42,6 @@ class _Segment:
     row: int
     rows: int
     fmt: Format | None
-    codebook: tuple[float, ...]
     sources: tuple[tuple[str, int], ...]  # (name, its first row)
 
 
@@ -93,7 +92,7 @@ class Assembler:
         self.layout = check_accounting(model, checkpoint)
         self.fillings: list[Filling] = []
         self.replaced: list[PackedWeight | ExpertBlock] = []
-        self.rotation = SharedRotation()
+        self.shared = SharedInput()
 
     def replace(self) -> None:
         """Put empty packed modules in place; what transformers loads itself stays as it is."""
@@ -105,8 +104,11 @@ class Assembler:
             for target, places in by_target.items()
             if any(self.checkpoint.format_of(name) is not None for name in places)
         }
-        suffixes = "|".join(re.escape(suffix) for suffix in (PACKED_SUFFIX, NORMS_SUFFIX))
-        elsewhere = {rf"({suffixes})$"}  # what transformers meets in the files, but need not load
+        formats = {fmt for name in self.checkpoint.keys() if (fmt := self.checkpoint.format_of(name))}
+        suffixes = {suffix for fmt in formats for suffix in fmt.parts((1, fmt.step))}
+        elsewhere = {
+            rf"({'|'.join(map(re.escape, sorted(suffixes)))})$"
+        }  # what transformers meets in the files, but need not load
         for target, places in packed.items():
             path, _, parameter = target.rpartition(".")
             module = self.model.get_submodule(path)
@@ -128,7 +130,7 @@ class Assembler:
         for filling in self.fillings:
             name, weight = filling.name, filling.weight
             if isinstance(weight, PackedWeight):
-                weight.fill(filling.at, self.checkpoint.packed(name), self.checkpoint.norms(name))
+                weight.fill(filling.at, self.checkpoint.parts(name))
             else:
                 weight.fill(filling.at, self.checkpoint.tensor(name))
         for module in self.replaced:
@@ -138,7 +140,7 @@ class Assembler:
         """An empty packed weight that ``name`` alone fills."""
         fmt = self.checkpoint.format_of(name)
         assert fmt is not None
-        weight = PackedWeight(fmt, shape, self.checkpoint.codebook(name), self.checkpoint.norm_dtype(name))
+        weight = PackedWeight(fmt, shape)
         self.fillings.append(Filling(name, weight, ()))
         self.replaced.append(weight)
         return weight
@@ -148,7 +150,7 @@ class Assembler:
         dtype = getattr(module, parameter).dtype
         new: nn.Module
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-            new = QuantLinear(weight, module.bias, self.rotation)
+            new = QuantLinear(weight, module.bias, self.shared)
         elif isinstance(module, nn.Embedding):
             known = type(module).forward is nn.Embedding.forward or hasattr(module, "scalar_embed_scale")
             if not known or module.max_norm is not None:
@@ -181,28 +183,22 @@ class Assembler:
             self._expert_weights(by_target[f"{path}.{parameter}"], tuple(plain.shape), plain.dtype)
             for parameter, plain in (("gate_up_proj", module.gate_up_proj), ("down_proj", module.down_proj))
         )
-        self.model.set_submodule(path, QuantExperts(gate_up, down, module.act_fn, self.rotation))
+        self.model.set_submodule(path, QuantExperts(gate_up, down, module.act_fn, self.shared))
 
     def _expert_weights(self, places: dict[str, Place], shape: tuple[int, ...], dtype: torch.dtype) -> ExpertWeights:
         by_expert: dict[int | None, list[tuple[str, Place]]] = defaultdict(list)
         for name, found in places.items():
             by_expert[found.expert].append((name, found))
-        grouped: dict[tuple[int, int, Format | None, tuple[float, ...]], list[tuple[int | None, _Segment]]]
-        grouped = defaultdict(list)
+        grouped: dict[tuple[int, int, Format | None], list[tuple[int | None, _Segment]]] = defaultdict(list)
         for expert, pieces in by_expert.items():
             for segment in self._segments(pieces):
-                grouped[segment.row, segment.rows, segment.fmt, segment.codebook].append((expert, segment))
+                grouped[segment.row, segment.rows, segment.fmt].append((expert, segment))
         blocks = []
-        for (row, rows, fmt, codebook), members in grouped.items():
+        for (row, rows, fmt), members in grouped.items():
             whole = members[0][0] is None  # one tensor holds all experts
             experts = list(range(shape[0])) if whole else [expert for expert, _ in members if expert is not None]
             stored = (len(experts), rows, shape[2])
-            weight: PackedWeight | KeptWeight
-            if fmt:
-                some, _ = members[0][1].sources[0]
-                weight = PackedWeight(fmt, stored, codebook, self.checkpoint.norm_dtype(some))
-            else:
-                weight = KeptWeight(stored, dtype)
+            weight = PackedWeight(fmt, stored, uses=("grouped",)) if fmt else KeptWeight(stored, dtype)
             for slot, (_, segment) in enumerate(members):
                 for name, first in segment.sources:
                     count = checkpoint_shape(places[name])[-2]
@@ -216,14 +212,14 @@ class Assembler:
         """Neighbouring rows of one format become one segment: gate and up are then one product."""
         segments: list[_Segment] = []
         for name, found in sorted(pieces, key=lambda piece: piece[1].row):
-            fmt, codebook = self.checkpoint.format_of(name), self.checkpoint.codebook(name)
+            fmt = self.checkpoint.format_of(name)
             rows = checkpoint_shape(found)[-2]
             last = segments[-1] if segments else None
-            if last and (last.fmt, last.codebook, last.row + last.rows) == (fmt, codebook, found.row):
+            if last and (last.fmt, last.row + last.rows) == (fmt, found.row):
                 sources = (*last.sources, (name, found.row))
-                segments[-1] = _Segment(last.row, last.rows + rows, fmt, codebook, sources)
+                segments[-1] = _Segment(last.row, last.rows + rows, fmt, sources)
             else:
-                segments.append(_Segment(found.row, rows, fmt, codebook, ((name, found.row),)))
+                segments.append(_Segment(found.row, rows, fmt, ((name, found.row),)))
         return segments
 
 
@@ -231,7 +227,7 @@ def set_activations(model: nn.Module, activations: str) -> None:
     """Let kernels multiply by inputs of this kind, "int8" or "bf16", from now on."""
     for module in model.modules():
         if isinstance(module, QuantLinear | QuantExperts):
-            module.rotation.activations = activations
+            module.shared.activations = activations
 
 
 def checkpoint_shape(found: Place) -> tuple[int, ...]:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from kappaquant.kernels import tiled as gpu_ops
-from kappaquant.runtime.packed import PackedWeight, SharedRotation
+from kappaquant.kernels import dispatch
+from kappaquant.runtime.packed import PackedWeight, SharedInput
 
 
 class KeptWeight(nn.Module):
@@ -29,7 +29,7 @@ class KeptWeight(nn.Module):
     def finish(self) -> None:
         self._non_persistent_buffers_set -= {"tensor"}
 
-    def grouped_linear(self, x: Tensor, rows: Tensor, experts: Tensor) -> Tensor:
+    def grouped_linear(self, x: Tensor, rows: Tensor, experts: Tensor, shared: SharedInput) -> Tensor:
         """out[i] = tensor[experts[i]] @ x[rows[i]], [len(rows), out]."""
         out = x.new_empty(rows.shape[0], self.tensor.shape[1])
         for expert in experts.unique().tolist():
@@ -77,15 +77,13 @@ class ExpertWeights(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.out_features = out_features
 
-    def forward(self, x: Tensor, rows: Tensor, experts: Tensor, rotation: SharedRotation) -> Tensor:
+    def forward(self, x: Tensor, rows: Tensor, experts: Tensor, shared: SharedInput) -> Tensor:
         """out[i] = weight[experts[i]] @ x[rows[i]]: x [m, in], rows and experts int64 [s] -> [s, out] in x's dtype."""
         out = x.new_empty(rows.shape[0], self.out_features)
         for block in self.blocks:
             assert isinstance(block, ExpertBlock)
             mine, local = block.find(experts)
-            weight = block.weight
-            source = rotation(x, weight.fmt.group_size) if isinstance(weight, PackedWeight) else x
-            y = weight.grouped_linear(source, rows[mine], local)
+            y = block.weight.grouped_linear(x, rows[mine], local, shared)
             out[mine, block.row : block.row + y.shape[1]] = y.to(x.dtype)
         return out
 
@@ -104,44 +102,50 @@ class QuantExperts(nn.Module):
         gate_up_proj: ExpertWeights,
         down_proj: ExpertWeights,
         act_fn: Callable[[Tensor], Tensor],
-        rotation: SharedRotation,
+        shared: SharedInput,
     ) -> None:
         super().__init__()
         self.gate_up_proj = gate_up_proj
         self.down_proj = down_proj
         self.act_fn = act_fn
-        self.rotation = rotation
+        self.shared = shared
         self.whole = self._whole_weights()
 
     def _whole_weights(self) -> tuple[PackedWeight, PackedWeight] | None:
-        """(gate and up, down), if kernels can take each as one weight of all experts; else their parts stay in disk order."""
+        """(gate and up, down), if kernels could take each as one weight of all experts; else every part is multiplied by itself."""
         blocks = [*self.gate_up_proj.blocks, *self.down_proj.blocks]
         packed = [block.weight for block in blocks if isinstance(block.weight, PackedWeight)]
         probe = torch.linspace(-4, 4, 9, device="cpu")
-        if (
-            len(blocks) == len(packed) == 2
-            and packed[0].fmt.group_size == packed[1].fmt.group_size
-            and torch.equal(self.act_fn(probe), nn.functional.silu(probe))
-        ):
-            return packed[0], packed[1]
+        whole = len(blocks) == len(packed) == 2 and torch.equal(self.act_fn(probe), nn.functional.silu(probe))
         for weight in packed:
-            weight.disk_order = True
+            weight.serve(*(("experts", "grouped") if whole else ("grouped",)))
+        return (packed[0], packed[1]) if whole else None
+
+    def in_one_kernel(self) -> tuple[PackedWeight, PackedWeight] | None:
+        """(gate and up, down), if one kernel runs them as a whole block of experts where they are now."""
+        if self.whole is None:
+            return None
+        gate_up, down = self.whole
+        alike = gate_up.serves == down.serves == "experts" and gate_up.kernel is down.kernel
+        if alike and gate_up.kernel.experts_refusal(gate_up.arranged, down.arranged) is None:
+            return self.whole
+        for weight in self.whole:  # what one of them can not have, the other must not be ordered for
+            weight.serve("grouped")
         return None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
-        if self.whole and all(weight.tiled for weight in self.whole):
-            gate_up, down = self.whole
-            half = any(gpu_ops.needs_half(self.rotation.activations, w.fmt.bits) for w in self.whole)
-            return gpu_ops.tiled_experts(
-                hidden_states, top_k_index, top_k_weights, [gate_up.codes, down.codes],
-                [gate_up.tile_norms, down.tile_norms], [*gate_up.centroids, *down.centroids],
-                [gate_up.fmt.bits, down.fmt.bits], gate_up.fmt.group_size, down.shape[-1], half,
+        whole = self.in_one_kernel()
+        if whole:
+            gate_up, down = whole
+            return dispatch.experts(
+                hidden_states, top_k_index, top_k_weights, gate_up.tensors, down.tensors,
+                f"{gate_up.spec}\n{down.spec}", [*gate_up.shape, *down.shape], self.shared.activations,
             )  # fmt: skip
         tokens, k = top_k_index.shape
         experts = top_k_index.reshape(-1)
         every = torch.arange(tokens * k, device=experts.device)
-        gate, up = self.gate_up_proj(hidden_states, every // k, experts, self.rotation).chunk(2, dim=-1)
+        gate, up = self.gate_up_proj(hidden_states, every // k, experts, self.shared).chunk(2, dim=-1)
         inner = self.act_fn(gate) * up
-        out = self.down_proj(inner, every, experts, self.rotation) * top_k_weights.reshape(-1, 1)
+        out = self.down_proj(inner, every, experts, self.shared) * top_k_weights.reshape(-1, 1)
         return out.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 import numpy as np
 
-from kappaquant.checkpoints.checkpoint import Entry, Located
 from kappaquant.errors import UnsupportedError
 from kappaquant.files.safetensors import read_bytes
-from kappaquant.formats.codebook import Format
+from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat
+from kappaquant.formats.entry import Entry, Located
 
 MLX_DTYPES = {
     "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "F64": mx.float32, "BOOL": mx.bool_,
@@ -23,7 +25,7 @@ def read_kept(entry: Entry) -> mx.array:
     Raises:
         UnsupportedError: MLX has no dtype like the tensor's.
     """
-    raw = _raw(entry.parts[0])
+    raw = _raw(entry.parts[""])
     if entry.info.dtype == "F64":
         return mx.array(raw.view(np.float64).astype(np.float32)).reshape(entry.info.shape)
     if entry.info.dtype not in MLX_DTYPES:
@@ -31,17 +33,17 @@ def read_kept(entry: Entry) -> mx.array:
     return mx.array(raw).view(MLX_DTYPES[entry.info.dtype]).reshape(entry.info.shape)
 
 
-def read_codes(entry: Entry, fmt: Format) -> tuple[np.ndarray, np.ndarray]:
+def read_codes(entry: Entry, fmt: CodebookFormat) -> tuple[np.ndarray, np.ndarray]:
     """Packed uint8 [..., out, G * bytes_per_group], dense whatever the file's packing, and norms [..., out, G] as stored."""
-    packed, norms = (_raw(part) for part in entry.parts)
-    if entry.byte_codes:
-        packed = pack(packed.reshape(-1, fmt.group_size), fmt)
-    norms = norms.view(np.float32 if entry.parts[1][1].info.dtype == "F32" else np.float16)
+    packed, norms = _raw(entry.parts[PACKED_SUFFIX]), _raw(entry.parts[NORMS_SUFFIX])
     shape = entry.info.shape
+    if packed.size != math.prod(fmt.packed_shape(shape)):  # tq3_native stores wide codes one a byte
+        packed = pack(packed.reshape(-1, fmt.group_size), fmt)
+    norms = norms.view(np.float32 if fmt.norms == "F32" else np.float16)
     return packed.reshape(fmt.packed_shape(shape)), norms.reshape(fmt.norms_shape(shape))
 
 
-def pack(codes: np.ndarray, fmt: Format) -> np.ndarray:
+def pack(codes: np.ndarray, fmt: CodebookFormat) -> np.ndarray:
     """uint8 codes [n, group_size] -> bytes [n, bytes_per_group], code i in bits [i*bits, (i+1)*bits)."""
     out = np.empty((len(codes), fmt.bytes_per_group), np.uint8)
     step = 1 << 14

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from kappaquant.formats.codebook import Format, signs
+from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.formats.signs import signs
 
 
 def rotate(x: mx.array, group_size: int) -> mx.array:
@@ -36,13 +37,13 @@ def unpack(packed: mx.array, bits: int) -> mx.array:
     return mx.stack(codes, axis=-1).flatten(-2)  # a gather over the bytes took 35 ns a code on a CPU, this 1
 
 
-def decode_rotated(packed: mx.array, norms: mx.array, codebook: mx.array, fmt: Format) -> mx.array:
+def decode_rotated(packed: mx.array, norms: mx.array, codebook: mx.array, fmt: CodebookFormat) -> mx.array:
     """norm * c[code], the weight's rotation: float32 [..., G * group_size]. Its product with ``rotate(x)`` is x . w."""
     values = _groups(codebook[unpack(packed, fmt.bits)], fmt.group_size)
     return (values * norms[..., None].astype(mx.float32)).flatten(-2)
 
 
-def decode(packed: mx.array, norms: mx.array, codebook: mx.array, fmt: Format, in_features: int) -> mx.array:
+def decode(packed: mx.array, norms: mx.array, codebook: mx.array, fmt: CodebookFormat, in_features: int) -> mx.array:
     """The weight itself, float32 [..., in_features]."""
     return unrotate(decode_rotated(packed, norms, codebook, fmt), fmt.group_size)[..., :in_features]
 

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from kappaquant.engines.mlx.codes import decode, decode_rotated, rotate
-from kappaquant.formats.codebook import Format
+from kappaquant.formats.codebook import CodebookFormat
 
 DECODED_BYTES = 64 << 20  # of float32 weights decoded at a time
 
@@ -21,15 +21,13 @@ DECODED_BYTES = 64 << 20  # of float32 weights decoded at a time
 class PackedMatrix(nn.Module):
     """Codes and norms of a weight [..., out, in]."""
 
-    def __init__(
-        self, fmt: Format, in_features: int, packed: mx.array, norms: mx.array, codebook: Sequence[float]
-    ) -> None:
+    def __init__(self, fmt: CodebookFormat, in_features: int, packed: mx.array, norms: mx.array) -> None:
         super().__init__()
         self.fmt = fmt
         self.in_features = in_features
         self.tq_packed = packed
         self.tq_norms = norms
-        self.codebook = mx.array(list(codebook), dtype=mx.float32)
+        self.codebook = mx.array(list(fmt.codebook), dtype=mx.float32)
         self.freeze()
 
     @property

@@ -13,7 +13,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from kappaquant.checkpoints.checkpoint import Checkpoint, Entry
+from kappaquant.checkpoints.checkpoint import Checkpoint
 from kappaquant.engines.mlx.architectures import Name, architecture_of
 from kappaquant.engines.mlx.arrays import MLX_DTYPES, read_codes, read_kept
 from kappaquant.engines.mlx.layers import (
@@ -26,7 +26,8 @@ from kappaquant.engines.mlx.layers import (
 )
 from kappaquant.engines.mlx.skeleton import Skeleton, arrays_of
 from kappaquant.errors import FormatError, UnsupportedError
-from kappaquant.formats.codebook import Format
+from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.formats.entry import Entry
 
 logger = logging.getLogger("kappaquant")
 
@@ -185,9 +186,9 @@ class Loader:
     def _packed(self, target: str, entry: Entry) -> tuple[str, PackedMatrix]:
         path, _, parameter = target.rpartition(".")
         plain = dict(self.model.named_modules())[path]
-        assert entry.fmt is not None
-        packed, norms = read_codes(entry, entry.fmt)
-        arguments = entry.fmt, entry.info.shape[-1], mx.array(packed), mx.array(norms), entry.codebook
+        fmt = codebook_format(entry)
+        packed, norms = read_codes(entry, fmt)
+        arguments = fmt, entry.info.shape[-1], mx.array(packed), mx.array(norms)
         if parameter == "weight" and type(plain) is nn.Linear:
             linear = CodebookLinear(*arguments)
             if "bias" in plain:
@@ -203,16 +204,14 @@ class Loader:
 
     def _switch(self, parts: Sequence[Piece], shape: tuple[int, ...]) -> nn.Module:
         """One projection of all experts; in 16 bits mlx_lm's own module, else blocks of one format each."""
-        groups: dict[tuple[Format | None, tuple[float, ...]], list[Piece]] = defaultdict(list)
+        groups: dict[CodebookFormat | None, list[Piece]] = defaultdict(list)
         for piece in sorted(parts, key=lambda piece: piece.expert or 0):
             entry = self.entries[piece.name]
-            groups[entry.fmt, entry.codebook].append(piece)
+            groups[codebook_format(entry) if entry.fmt else None].append(piece)
         blocks = []
-        for (fmt, codebook), members in groups.items():
+        for fmt, members in groups.items():
             experts = [p.expert for p in members if p.expert is not None] or list(range(shape[0]))
-            block = (
-                self._kept_experts(members) if fmt is None else self._packed_experts(members, fmt, codebook, shape[-1])
-            )
+            block = self._kept_experts(members) if fmt is None else self._packed_experts(members, fmt, shape[-1])
             blocks.append((experts, block))
         # mlx's gather_mm takes nothing but float32 on a CPU
         gathers = self.dtype == mx.float32 or mx.default_device() == mx.gpu
@@ -229,9 +228,7 @@ class Loader:
             values.append(mx.contiguous(rows.astype(self.dtype)))
         return KeptExperts(values[0] if members[0].expert is None else mx.stack(values))
 
-    def _packed_experts(
-        self, members: Sequence[Piece], fmt: Format, codebook: tuple[float, ...], width: int
-    ) -> PackedExperts:
+    def _packed_experts(self, members: Sequence[Piece], fmt: CodebookFormat, width: int) -> PackedExperts:
         packed, norms = [], []
         for piece in members:
             rows = slice(piece.first, piece.first + piece.rows)
@@ -239,7 +236,14 @@ class Loader:
             packed.append(codes[..., rows, :])
             norms.append(scales[..., rows, :])
         join = np.stack if members[0].expert is not None else np.concatenate
-        return PackedExperts(fmt, width, mx.array(join(packed)), mx.array(join(norms)), codebook)
+        return PackedExperts(fmt, width, mx.array(join(packed)), mx.array(join(norms)))
+
+
+def codebook_format(entry: Entry) -> CodebookFormat:
+    """How a packed parameter is stored. Raises UnsupportedError for a format that nothing here decodes."""
+    if not isinstance(entry.fmt, CodebookFormat):
+        raise UnsupportedError(f"{entry.info.name}: is stored as {entry.fmt}; MLX modules here take codebook formats")
+    return entry.fmt
 
 
 def _more(names: Sequence[str]) -> str:

@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from kappaquant.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from kappaquant.checkpoints.checkpoint import Checkpoint
+from kappaquant.checkpoints.open import open_checkpoint
 from kappaquant.engines.mlx.architectures import Name, architecture_of, build, is_tied, name_in_mlx
 from kappaquant.errors import FormatError
 

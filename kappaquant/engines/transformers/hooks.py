@@ -10,9 +10,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from kappaquant.checkpoints.checkpoint import Checkpoint, check_quantization_config, open_checkpoint
+from kappaquant.checkpoints.checkpoint import Checkpoint
+from kappaquant.checkpoints.kappaquant_v1 import QUANT_METHOD, check_quantization_config
+from kappaquant.checkpoints.open import open_checkpoint
+from kappaquant.checkpoints.side_files import MANIFEST_NAME
 from kappaquant.errors import UnsupportedError
-from kappaquant.formats.codebook import MANIFEST_NAME, QUANT_METHOD
 from kappaquant.runtime.assemble import Assembler
 from kappaquant.runtime.fused.qwen3_5 import fuse
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kappaquant.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from kappaquant.checkpoints.checkpoint import Checkpoint
+from kappaquant.checkpoints.kappaquant_v1 import QUANT_METHOD
+from kappaquant.checkpoints.open import open_checkpoint
 from kappaquant.errors import FormatError
-from kappaquant.formats.codebook import LEGACY_FORMAT, QUANT_METHOD
-from kappaquant.kernels.tiled import ACTIVATIONS, check_activations
+from kappaquant.kernels.base import ACTIVATIONS, check_activations
 from kappaquant.models.skeleton import load_config, model_class
 from kappaquant.runtime.assemble import set_activations
 from kappaquant.runtime.fused.qwen3_5 import fuse
@@ -63,8 +64,8 @@ def load(
     cls = model_class(config)
     declared = config.dtype if isinstance(config.dtype, torch.dtype) else None
     wanted = dtype or declared or _common_dtype(checkpoint)
-    if checkpoint.format == LEGACY_FORMAT:
-        model = _load_legacy(cls, config, checkpoint, wanted)
+    if checkpoint.container.needs_conversion:
+        model = _load_unlabelled(cls, config, checkpoint, wanted)
     else:
         model = cls.from_pretrained(checkpoint.path, config=config, dtype=wanted)
     set_activations(model, activations)
@@ -74,7 +75,7 @@ def load(
     return model, _tokenizer(checkpoint.path)
 
 
-def _load_legacy(cls: type[PreTrainedModel], config: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def _load_unlabelled(cls: type[PreTrainedModel], config: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The same path, but config.json does not say that the folder is quantized, and its index may be stale."""
     from transformers import GenerationConfig
 

@@ -18,11 +18,13 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
-from kappaquant.checkpoints.checkpoint import Checkpoint, check_quantization_config, open_checkpoint
+from kappaquant.checkpoints.checkpoint import Checkpoint
+from kappaquant.checkpoints.kappaquant_v1 import QUANT_METHOD, check_quantization_config
+from kappaquant.checkpoints.open import open_checkpoint
 from kappaquant.engines.vllm.experts import ExpertsMethod
 from kappaquant.engines.vllm.linear import EmbeddingMethod, LinearMethod
 from kappaquant.errors import FormatError, UnsupportedError
-from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, QUANT_METHOD
+from kappaquant.formats.registry import suffixes
 from kappaquant.models.roles import Role, kind_of
 from kappaquant.models.skeleton import meta_model
 from kappaquant.runtime.assemble import check_accounting
@@ -31,9 +33,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 logger = logging.getLogger("kappaquant")
-
-# vLLM finds a layer's parameter by what follows the last dot, so the suffix joins the name it belongs to
-_RENAMED = {regex.compile(rf"\{end}$"): end.replace(".", "_") for end in (PACKED_SUFFIX, NORMS_SUFFIX)}
 
 # fused layers that some of vLLM's models, such as Qwen3-MoE with dense layers, fail to declare
 _FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -86,7 +85,7 @@ class KappaquantConfig(QuantizationConfig):
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """vLLM asks for it when it begins to load: what is packed must have found a packed layer by now."""
         self._check_claims()
-        return super().get_checkpoint_weight_mapper() | WeightsMapper(orig_to_new_regex=_RENAMED)
+        return super().get_checkpoint_weight_mapper() | WeightsMapper(orig_to_new_regex=_renamed())
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         checkpoint = self._opened()
@@ -171,3 +170,8 @@ class KappaquantConfig(QuantizationConfig):
             for name in checkpoint.keys()
             if kind_of(name, checkpoint.entry(name).info, checkpoint.config).role is Role.EMBEDDING
         ]
+
+
+def _renamed() -> dict[regex.Pattern[str], str]:
+    """How the names of parts change on their way into vLLM: see ``linear.endings``."""
+    return {regex.compile(rf"{regex.escape(end)}$"): end.replace(".", "_") for end in suffixes()}

@@ -17,19 +17,19 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 from kappaquant.checkpoints.checkpoint import Checkpoint
 from kappaquant.engines.vllm.linear import (
-    ENDINGS,
     Loader,
     Weight,
     add_placeholder,
     check_share,
     columns_of,
     empty_weight,
-    storage,
+    endings,
+    part_dtype,
     tensor_of,
 )
 from kappaquant.errors import FormatError, UnsupportedError
 from kappaquant.runtime.experts import ExpertBlock, ExpertWeights, QuantExperts
-from kappaquant.runtime.packed import SharedRotation
+from kappaquant.runtime.packed import SharedInput
 
 _ACTIVATIONS: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
     MoEActivation.SILU: nn.functional.silu,
@@ -67,11 +67,13 @@ class ExpertsMethod(FusedMoEMethodBase):
         layer.filling = filling = _Filling(self, layer, hidden_size, intermediate_size_per_partition)
         gate_up = filling.projection(("w1", "w3"), params_dtype)
         down = filling.projection(("w2",), params_dtype)
-        experts = QuantExperts(gate_up, down, _ACTIVATIONS[layer.activation], SharedRotation())
+        experts = QuantExperts(gate_up, down, _ACTIVATIONS[layer.activation], SharedInput())
         layer.packed_experts = experts.to_empty(device=torch.get_default_device())
-        for name in _PLACEHOLDERS:
-            for ending in ENDINGS:
-                add_placeholder(layer, f"{name}{ending}", params_dtype, ExpertLoader(layer, ending))
+        layer.endings = endings(self.checkpoint, self.names.values())
+        for ending, suffix in layer.endings.items():
+            dtype = part_dtype(self.checkpoint, self.names.values(), suffix) or params_dtype
+            for name in _PLACEHOLDERS:
+                add_placeholder(layer, f"{name}{ending}", dtype, ExpertLoader(layer, suffix))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if layer.filling is None:
@@ -79,7 +81,7 @@ class ExpertsMethod(FusedMoEMethodBase):
         layer.filling.check()
         layer.filling = None
         for name in _PLACEHOLDERS:
-            for ending in ENDINGS:
+            for ending in layer.endings:
                 delattr(layer, f"{name}{ending}")
         for projection in (layer.packed_experts.gate_up_proj, layer.packed_experts.down_proj):
             for block in projection.blocks:
@@ -117,8 +119,7 @@ class ExpertsMethod(FusedMoEMethodBase):
         """Experts that differ in bits run in torch, which looks at the routing: no CUDA graph can hold that."""
         experts = layer.packed_experts
         device = next(experts.buffers()).device
-        tiled = experts.whole is not None and all(weight.tiled for weight in experts.whole)
-        if device.type == "cpu" or tiled or not self._captured:
+        if device.type == "cpu" or experts.in_one_kernel() or not self._captured:
             return
         raise UnsupportedError(
             f"{layer.layer_name}: these experts differ in bits, or no GPU kernel takes them, and a CUDA graph cannot hold what "
@@ -161,7 +162,7 @@ class ExpertLoader(Loader):
     ) -> bool | None:
         layer: Any = self._layer()
         assert layer is not None
-        taken = layer.filling.fill(self.ending, loaded_weight, shard_id, expert_id)
+        taken = layer.filling.fill(self.suffix, loaded_weight, shard_id, expert_id)
         return taken if return_success else None
 
 
@@ -188,6 +189,7 @@ class _Filling:
         self._experts = layer.global_num_experts
         self._places: dict[tuple[int, str], _Place] = {}
         self._filled: set[tuple[int, str, str]] = set()
+        self._suffixes = list(endings(method.checkpoint, method.names.values()).values())
 
     def projection(self, shards: Sequence[str], dtype: torch.dtype) -> ExpertWeights:
         """Room for one projection of all experts of this rank; ``shards`` are its parts, one below the other."""
@@ -200,12 +202,12 @@ class _Filling:
                 continue
             count += 1
             for first, run in self._runs(expert, shards):
-                key: tuple[Any, ...] = (first * rows, len(run) * rows, storage(self._checkpoint, run[0][1]))
+                key: tuple[Any, ...] = (first * rows, len(run) * rows, self._checkpoint.format_of(run[0][1]))
                 members[key].append((local, expert, run))
         blocks = []
         for (row, height, _), held in members.items():
             name = held[0][2][0][1]
-            weight = empty_weight(self._checkpoint, name, (len(held), height, width), dtype, "meta")
+            weight = empty_weight(self._checkpoint, name, (len(held), height, width), dtype, "meta", ("grouped",))
             blocks.append(ExpertBlock(weight, [local for local, _, _ in held], row, count))
             for slot, (_, expert, run) in enumerate(held):
                 for at, (shard, name) in enumerate(run):
@@ -217,7 +219,7 @@ class _Filling:
         runs: list[tuple[int, list[tuple[str, str]]]] = []
         for number, shard in enumerate(shards):
             name = self._name(expert, shard)
-            if runs and storage(self._checkpoint, runs[-1][1][-1][1]) == storage(self._checkpoint, name):
+            if runs and self._checkpoint.format_of(runs[-1][1][-1][1]) == self._checkpoint.format_of(name):
                 runs[-1][1].append((shard, name))
             else:
                 runs.append((number, [(shard, name)]))
@@ -248,34 +250,34 @@ class _Filling:
             check_share(self._checkpoint, name, width, self._inner)
         return name
 
-    def fill(self, ending: str, loaded: Tensor, shard: str, expert: int) -> bool:
+    def fill(self, suffix: str, loaded: Tensor, shard: str, expert: int) -> bool:
         """Copy this rank's share of one expert's matrix; False if the expert is another rank's."""
         if self._local(expert) == -1:
             return False
         place = self._places[expert, shard]
-        target = tensor_of(place.weight, ending)
-        stored = place.name + ENDINGS[ending]
-        if target is None or (expert, shard, ending) in self._filled:
+        target = tensor_of(place.weight, suffix)
+        stored = place.name + suffix
+        if target is None or (expert, shard, suffix) in self._filled:
             raise FormatError(
                 f"{stored}: met while vLLM loads {self._layer_name}, which has no place for it (any more)"
             )
         share = slice(self._rank * self._inner, (self._rank + 1) * self._inner)
-        values = loaded[:, columns_of(share, place.weight, ending)] if shard == "w2" else loaded[share]
+        values = loaded[:, columns_of(share, place.weight, suffix)] if shard == "w2" else loaded[share]
         target = target[place.slot, place.rows]
         if values.shape != target.shape:
             raise FormatError(
                 f"{stored}: a share of {list(values.shape)}, vLLM's layer {self._layer_name} takes {list(target.shape)}"
             )
         target.copy_(values)
-        self._filled.add((expert, shard, ending))
+        self._filled.add((expert, shard, suffix))
         return True
 
     def check(self) -> None:
         """Raise FormatError, naming the tensor, unless every expert was filled."""
         for (expert, shard), place in self._places.items():
-            for ending in ENDINGS:
-                if tensor_of(place.weight, ending) is not None and (expert, shard, ending) not in self._filled:
+            for suffix in self._suffixes:
+                if tensor_of(place.weight, suffix) is not None and (expert, shard, suffix) not in self._filled:
                     raise FormatError(
-                        f"{place.name}{ENDINGS[ending]}: vLLM's layer {self._layer_name} needs it for expert {expert}, "
+                        f"{place.name}{suffix}: vLLM's layer {self._layer_name} needs it for expert {expert}, "
                         "but was not given it"
                     )

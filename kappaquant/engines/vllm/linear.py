@@ -7,7 +7,7 @@ checkpoint tensor a rank holds is asked of vLLM's own loader, so that every way 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,14 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.utils import set_weight_attrs
 
 from kappaquant.checkpoints.checkpoint import Checkpoint
-from kappaquant.engines.vllm.product import multiply
 from kappaquant.errors import FormatError, UnsupportedError
-from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, Format
-from kappaquant.kernels.tiled import ACTIVATIONS
+from kappaquant.files.tensors import TORCH_DTYPES
+from kappaquant.kernels import dispatch
+from kappaquant.kernels.base import ACTIVATIONS, Use
 from kappaquant.models.sharding import sizes
 from kappaquant.runtime.experts import KeptWeight
 from kappaquant.runtime.packed import PackedWeight
 
-# what the names of a weight's tensors end in once vLLM reads them -> the same in the checkpoint
-ENDINGS = {"": "", PACKED_SUFFIX.replace(".", "_"): PACKED_SUFFIX, NORMS_SUFFIX.replace(".", "_"): NORMS_SUFFIX}
 Weight = PackedWeight | KeptWeight
 
 
@@ -69,21 +67,23 @@ class LinearMethod(LinearMethodBase):
         first = layer.tp_rank * input_size_per_partition if input_size_per_partition < input_size else 0
         columns = slice(first, first + input_size_per_partition)
         layer.filling = _Filling(self, layer, rows, attributes["weight_loader"], columns)
-        for ending in ENDINGS:
-            add_placeholder(layer, f"weight{ending}", params_dtype, Loader(layer, ending))
+        layer.endings = endings(self.checkpoint, self.names)
+        for ending, suffix in layer.endings.items():
+            dtype = part_dtype(self.checkpoint, self.names, suffix) or params_dtype
+            add_placeholder(layer, f"weight{ending}", dtype, Loader(layer, suffix))
 
     def process_weights_after_loading(self, layer: Any) -> None:
         if layer.filling is None:
             return
         layer.filling.check()
         layer.filling = None
-        for ending in ENDINGS:
+        for ending in layer.endings:
             delattr(layer, f"weight{ending}")
         for part in layer.parts:
             part.finish()
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return multiply(x, layer.parts, bias, ACTIVATIONS[0])
+        return multiply(x, layer.parts, bias)
 
     def _rows(self, layer: Any, shares: Sequence[int], input_size: int) -> list[Rows]:
         """Which tensor fills which rows: vLLM's logical parts in order, one tensor for one or several of them."""
@@ -117,8 +117,8 @@ class EmbeddingMethod(LinearMethod):
         for part in layer.parts:  # rows that pad the vocabulary are never filled: they are zero
             for buffer in part.buffers():
                 buffer.zero_()
-            if isinstance(part, PackedWeight):
-                part.disk_order = not isinstance(layer, ParallelLMHead)  # rows of it are looked up
+            if isinstance(part, PackedWeight) and not isinstance(layer, ParallelLMHead):
+                part.serve("rows")
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         (weight,) = layer.parts
@@ -132,14 +132,14 @@ class EmbeddingMethod(LinearMethod):
 class Loader:
     """The ``weight_loader`` of a placeholder: hands what vLLM read to the layer's filling. Holds its layer weakly."""
 
-    def __init__(self, layer: Any, ending: str) -> None:
+    def __init__(self, layer: Any, suffix: str) -> None:
         self._layer = weakref.ref(layer)
-        self.ending = ending
+        self.suffix = suffix
 
     def __call__(self, parameter: nn.Parameter, loaded: Tensor, shard_id: Any = None) -> None:
         layer: Any = self._layer()
         assert layer is not None
-        layer.filling.fill(self.ending, loaded, shard_id)
+        layer.filling.fill(self.suffix, loaded, shard_id)
 
 
 class _Filling:
@@ -157,9 +157,10 @@ class _Filling:
         self._needed = torch.ones(self._count, dtype=torch.bool, device="cpu")
         if isinstance(layer, VocabParallelEmbedding):
             self._needed[layer.shard_indices.num_org_elements :] = False
-        self._filled = {ending: torch.zeros_like(self._needed) for ending in ENDINGS}
+        self._suffixes = list(endings(method.checkpoint, method.names).values())
+        self._filled = {suffix: torch.zeros_like(self._needed) for suffix in self._suffixes}
 
-    def fill(self, ending: str, loaded: Tensor, shard_id: Any) -> None:
+    def fill(self, suffix: str, loaded: Tensor, shard_id: Any) -> None:
         """Copy this rank's rows and columns of a tensor of the checkpoint."""
         source = self._source_rows(loaded.shape[0], shard_id)
         for start, part in self._starts():
@@ -168,34 +169,34 @@ class _Filling:
             if not len(at):
                 continue
             name = self._name(start + int(at[0]))
-            stored = name + ENDINGS[ending]
-            target = tensor_of(part, ending)
-            if target is None or bool(self._filled[ending][start + at].any()):
+            stored = name + suffix
+            target = tensor_of(part, suffix)
+            if target is None or bool(self._filled[suffix][start + at].any()):
                 raise FormatError(
                     f"{stored}: met while vLLM loads {self._method.prefix}, which has no place for it (any more)"
                 )
-            columns = columns_of(self._columns, part, ending)
+            columns = columns_of(self._columns, part, suffix)
             values = loaded[mine[at] - 1][:, columns]
             if values.shape[1:] != target.shape[1:]:
                 raise FormatError(
                     f"{stored}: rows of {values.shape[1]} elements, vLLM's layer {self._method.prefix} takes {target.shape[1]}"
                 )
             target[at.to(target.device)] = values.to(target.device, target.dtype)
-            self._filled[ending][start + at] = True
+            self._filled[suffix][start + at] = True
 
     def check(self) -> None:
         """Raise FormatError, naming the tensor, unless every row was filled."""
         for start, part in self._starts():
-            for ending in ENDINGS:
-                target = tensor_of(part, ending)
+            for suffix in self._suffixes:
+                target = tensor_of(part, suffix)
                 if target is None:
                     continue
                 rows = slice(start, start + target.shape[0])
-                missing = (self._needed[rows] & ~self._filled[ending][rows]).nonzero()
+                missing = (self._needed[rows] & ~self._filled[suffix][rows]).nonzero()
                 if len(missing):
                     name = self._name(start + int(missing[0]))
                     raise FormatError(
-                        f"{name}{ENDINGS[ending]}: vLLM's layer {self._method.prefix} needs it, but was not given it"
+                        f"{name}{suffix}: vLLM's layer {self._method.prefix} needs it, but was not given it"
                     )
 
     def _source_rows(self, height: int, shard_id: Any) -> Tensor:
@@ -232,17 +233,22 @@ def _runs(checkpoint: Checkpoint, rows: Sequence[Rows]) -> Iterator[tuple[str, i
     """(a tensor, number of rows) for each run of neighbouring rows that are stored alike."""
     runs: list[tuple[str, int]] = []
     for run in rows:
-        if runs and storage(checkpoint, runs[-1][0]) == storage(checkpoint, run.name):
+        if runs and checkpoint.format_of(runs[-1][0]) == checkpoint.format_of(run.name):
             runs[-1] = runs[-1][0], runs[-1][1] + run.count
         else:
             runs.append((run.name, run.count))
     yield from runs
 
 
+def part_dtype(checkpoint: Checkpoint, names: Iterable[str], suffix: str) -> torch.dtype | None:
+    """What tensors of this suffix are stored in; None for kept ones, which vLLM converts."""
+    stored = (checkpoint.entry(name).parts.get(suffix) for name in names) if suffix else ()
+    return next((TORCH_DTYPES[part[1].info.dtype] for part in stored if part), None)
+
+
 def add_placeholder(layer: Any, name: str, dtype: torch.dtype, loader: Loader) -> None:
     """An empty parameter for vLLM to find; it takes nothing itself. Its dtype keeps vLLM from warning of conversions."""
-    kinds = {PACKED_SUFFIX: torch.uint8, NORMS_SUFFIX: torch.float32}
-    parameter = nn.Parameter(torch.empty(0, dtype=kinds.get(ENDINGS[loader.ending], dtype)), requires_grad=False)
+    parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
     layer.register_parameter(name, parameter)
     set_weight_attrs(parameter, {"weight_loader": loader})
 
@@ -251,45 +257,58 @@ def height(part: Weight) -> int:
     return part.shape[0] if isinstance(part, PackedWeight) else part.tensor.shape[0]
 
 
-def storage(checkpoint: Checkpoint, name: str) -> tuple[Format | None, tuple[float, ...]]:
-    return checkpoint.format_of(name), checkpoint.codebook(name)
+def endings(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, str]:
+    """What the names of some parameters' tensors end in once vLLM reads them -> the same in the checkpoint.
+
+    vLLM finds a layer's parameter by what follows the last dot, so a part's suffix joins the name it belongs to.
+    """
+    suffixes = {"": None} | {suffix: None for name in names for suffix in checkpoint.entry(name).parts}
+    return {suffix.replace(".", "_"): suffix for suffix in suffixes}
+
+
+def multiply(x: Tensor, parts: Iterable[Any], bias: Tensor | None) -> Tensor:
+    """x [..., in] times the rows of all parts, one below the other: [..., n] in x's dtype."""
+    held = [
+        (part.spec, part.tensors, part.shape[0])
+        if isinstance(part, PackedWeight)
+        else (dispatch.KEPT, [part.tensor], part.tensor.shape[0])
+        for part in parts
+    ]
+    return dispatch.fused_linear(x, held, bias, ACTIVATIONS[0])
 
 
 def empty_weight(
-    checkpoint: Checkpoint, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
+    checkpoint: Checkpoint,
+    name: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    uses: Sequence[Use] = ("linear",),
 ) -> Weight:
     """Room for a weight of this shape that is stored as ``name`` is; a kept one has ``dtype``."""
     fmt = checkpoint.format_of(name)
-    if fmt is None:
-        return KeptWeight(shape, dtype, device)
-    return PackedWeight(fmt, shape, checkpoint.codebook(name), checkpoint.norm_dtype(name), device)
+    return KeptWeight(shape, dtype, device) if fmt is None else PackedWeight(fmt, shape, device, uses)
 
 
 def check_share(checkpoint: Checkpoint, name: str, inputs: int, share: int) -> None:
     """Raise UnsupportedError if a card's share of the inputs of a packed tensor is no whole number of groups."""
     fmt = checkpoint.format_of(name)
-    if fmt is None or share == inputs or share % fmt.group_size == 0:
+    if fmt is None or share == inputs or share % fmt.step == 0:
         return
-    infos = {key: checkpoint.entry(key).info for key in checkpoint.keys()}
-    work = ", ".join(map(str, sizes(infos, checkpoint.format_of, checkpoint.config)))
+    work = ", ".join(map(str, sizes(checkpoint.tensors, checkpoint.format_of, checkpoint.config)))
     raise UnsupportedError(
         f"{name}: {inputs} inputs over {inputs // share} cards are {share} each, no whole number of groups of "
-        f"{fmt.group_size}; --tensor-parallel-size can be {work}"
+        f"{fmt.step}; --tensor-parallel-size can be {work}"
     )
 
 
-def tensor_of(part: Weight, ending: str) -> Tensor | None:
-    """What a tensor of this ending fills in the part, if anything."""
+def tensor_of(part: Weight, suffix: str) -> Tensor | None:
+    """What a stored tensor of this suffix fills in the part, if anything."""
     if isinstance(part, KeptWeight):
-        return part.tensor if not ending else None
-    return {PACKED_SUFFIX: part.tq_packed, NORMS_SUFFIX: part.tq_norms}.get(ENDINGS[ending])
+        return part.tensor if not suffix else None
+    return part.part(suffix) if suffix else None
 
 
-def columns_of(inputs: slice, part: Weight, ending: str) -> slice:
+def columns_of(inputs: slice, part: Weight, suffix: str) -> slice:
     """Columns of a stored tensor that hold these inputs of a weight."""
-    if isinstance(part, KeptWeight):
-        return inputs
-    fmt = part.fmt
-    each = fmt.bytes_per_group if ENDINGS[ending] == PACKED_SUFFIX else 1
-    first = inputs.start // fmt.group_size
-    return slice(first * each, (first + fmt.groups(inputs.stop - inputs.start)) * each)
+    return inputs if isinstance(part, KeptWeight) else part.fmt.columns(inputs.start, inputs.stop)[suffix]

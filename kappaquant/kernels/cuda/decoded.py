@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.formats.codebook import signs
+from kappaquant.formats.signs import signs
 from kappaquant.kernels.cuda import nvrtc, tiles
 from kappaquant.kernels.cuda.tensor_cores import TABLE_BYTES, Codes, Weight
 
@@ -24,6 +24,9 @@ class _Decoded(ctypes.Structure):
         ("width", ctypes.c_int), ("k", ctypes.c_int), ("scale", ctypes.c_float),
         ("s1", ctypes.c_uint32 * 8), ("s2", ctypes.c_uint32 * 8),
     )  # fmt: skip
+
+
+nvrtc.declare("decoded.cu", _Decoded, Codes)
 
 
 def decode(weight: Weight, first: int = 0, rows: int | None = None) -> Tensor:

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats import codec
-from kappaquant.formats.blocks import SCALES, Nearest, nearest
-from kappaquant.formats.codebook import BITS, Format, signs
+from kappaquant.formats.base import EFFORTS, Effort
+from kappaquant.formats.codebook import BITS, NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat
+from kappaquant.formats.search import SCALES, Nearest, nearest
+from kappaquant.formats.signs import signs
 from kappaquant.kernels.cuda import device as gpu
 from kappaquant.kernels.cuda import nvrtc
 
 NAME = "cuda encoder"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as numbers.cuh counts them
-NORM_DTYPES = (torch.float16, torch.float32)
 _WARPS, _TILE, _CANDIDATES = 8, 512, 32  # as in encode.cu: warps of a block, weights of a warp, room for scales
 _BLOCKS = 8  # of a multiprocessor: as many as can reside, each of which loads the tables once
 
@@ -37,43 +38,37 @@ class _Encode(ctypes.Structure):
     )  # fmt: skip
 
 
-def refusal(weight: Tensor, effort: str = "fast", norm_dtype: torch.dtype = torch.float16) -> str | None:
+nvrtc.declare("encode.cu", _Encode)
+
+
+def refusal(weight: Tensor, effort: str = "fast") -> str | None:
     """Why a weight can not be encoded by this kernel, or None."""
     if weight.dtype not in DTYPES:
         return f"takes weights in float32, float16 or bfloat16, not {weight.dtype}"
-    if norm_dtype not in NORM_DTYPES:
-        return f"writes norms in float16 or float32, not {norm_dtype}"
-    if effort not in codec.EFFORTS:
-        return f"knows efforts {', '.join(codec.EFFORTS)}, not {effort!r}"
+    if effort not in EFFORTS:
+        return f"knows efforts {', '.join(EFFORTS)}, not {effort!r}"
     if weight.numel() >= 1 << 36:
         return f"takes fewer than 2**36 weights, not {weight.numel()}"
     return gpu.refusal(weight.device)
 
 
 def encode(
-    weight: Tensor,
-    fmt: Format,
-    effort: codec.Effort = "best",
-    *,
-    codebook: Sequence[float] | None = None,
-    norm_dtype: torch.dtype = torch.float16,
-    name: str = "weight",
-) -> codec.Encoded:
+    weight: Tensor, fmt: CodebookFormat, effort: Effort = "best", *, name: str = "weight"
+) -> codec.CodebookEncoded:
     """What ``codec.encode`` gives, whose arguments these are.
 
     Raises:
         NonFiniteError: as ``codec.encode``.
         UnsupportedError: see ``refusal``.
     """
-    _check(refusal(weight, effort, norm_dtype))
+    _check(refusal(weight, effort))
     shape = tuple(weight.shape)
     packed = torch.empty(fmt.packed_shape(shape), dtype=torch.uint8, device=weight.device)
-    norms = torch.empty(fmt.norms_shape(shape), dtype=norm_dtype, device=weight.device)
-    book = tuple(codebook or fmt.codebook)
-    energy, error = _run(weight, fmt.group_size, (book,), effort, packed, norms)
+    norms = torch.empty(fmt.norms_shape(shape), dtype=codec.NORMS_TORCH[fmt.norms], device=weight.device)
+    energy, error = _run(weight, fmt.group_size, (fmt.codebook,), effort, packed, norms)
     if not math.isfinite(energy + error):
-        return codec.encode(weight, fmt, effort, codebook=book, norm_dtype=norm_dtype, name=name)  # says what is wrong
-    return codec.Encoded(packed, norms, error, energy)
+        return codec.encode(weight, fmt, effort, name=name)  # says what is wrong
+    return codec.CodebookEncoded({PACKED_SUFFIX: packed, NORMS_SUFFIX: norms}, error, energy)
 
 
 def squared_errors(
@@ -82,7 +77,7 @@ def squared_errors(
     """What ``codec.squared_errors`` gives, whose arguments these are. Raises as ``encode``."""
     _check(refusal(weight))
     widths = tuple(bits)
-    books = tuple(Format(b, group_size).codebook for b in widths)
+    books = tuple(CodebookFormat(b, group_size).codebook for b in widths)
     _, *errors = _run(weight, group_size, books, "fast") if widths else (0.0,)
     if not all(map(math.isfinite, errors)):
         return codec.squared_errors(weight, group_size, widths, name)  # says what is wrong
@@ -98,7 +93,7 @@ def _run(
     weight: Tensor,
     group_size: int,
     books: tuple[tuple[float, ...], ...],
-    effort: codec.Effort,
+    effort: Effort,
     packed: Tensor | None = None,
     norms: Tensor | None = None,
 ) -> list[float]:

@@ -42,6 +42,9 @@ class _Down(ctypes.Structure):
     )  # fmt: skip
 
 
+nvrtc.declare("experts.cu", _Part, _GateUp, _Down, Inputs, Codes)
+
+
 def refusal(weights: Sequence[Weight], half: bool) -> str | None:
     """Why these weights can not share launches, or None."""
     groups = {weight.fmt.group_size for weight in weights}
@@ -130,7 +133,7 @@ def down(
 
 def forward(x: Input, experts: Tensor, weights: Tensor, gate_up_proj: Weight, down_proj: Weight) -> Tensor:
     """down(silu(gate) * up) of each token's experts, weighted and added: x rotated [tokens, hidden] -> [tokens, hidden]."""
-    reason = refusal((gate_up_proj, down_proj), x.half)
+    reason = refusal([gate_up_proj], x.half) or refusal([down_proj], x.half)  # each has a launch of its own
     if reason:
         raise UnsupportedError(f"{NAME}: {reason}")
     inner = gate_up(x, experts, gate_up_proj, None, weights.dtype)

@@ -42,6 +42,10 @@ class _Gemm(ctypes.Structure):
     )  # fmt: skip
 
 
+for _file in ("gemm.cu", "int8_gemm.cu"):
+    nvrtc.declare(_file, _Segment, _Gemm, Codes)
+
+
 @dataclass(frozen=True)
 class Launch(Spread):
     """A launch of float16 inputs: 8, 16, 32, 64, 128 or 256 ``tokens``; a warpgroup has 128 rows, or 64 with 256 tokens."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.formats.codebook import Format, signs
+from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.formats.signs import signs
 from kappaquant.kernels.cuda import nvrtc, tiles
 
 _FEW = 64  # tokens up to which a warp for each group pays: then latency counts, not the number of blocks
@@ -26,6 +27,9 @@ class _Rotate(ctypes.Structure):
         ("aligned", ctypes.c_int), ("epsilon", ctypes.c_float), ("positions", ctypes.c_void_p),
         ("copies", ctypes.c_int), ("blocks", ctypes.c_int),
     )  # fmt: skip
+
+
+nvrtc.declare("rotate.cu", _Rotate)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Tokens:
 
 def rotate(
     x: Tensor,
-    fmt: Format,
+    fmt: CodebookFormat,
     half: bool,
     *,
     residual: Tensor | None = None,
@@ -127,7 +131,7 @@ def rotate(
 
 def rotate_tokens(
     x: Tensor,
-    fmt: Format,
+    fmt: CodebookFormat,
     half: bool,
     *,
     residual: Tensor | None = None,

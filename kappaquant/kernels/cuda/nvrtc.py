@@ -28,7 +28,14 @@ _HEADERS = (
     "step/dense.cuh",
 )
 _OPTIONS = {"encode.cu": (b"--fmad=false",)}  # its codes are the codec's only where each product is rounded by itself
+_STRUCTS: dict[str, tuple[type[ctypes.Structure], ...]] = {}
 _LOCK = threading.Lock()
+
+
+def declare(file: str, *structs: type[ctypes.Structure]) -> None:
+    """Say which parameter blocks a .cu file takes: a kernel whose struct of that name (without our leading underscore) has another
+    size than the one here does not compile."""
+    _STRUCTS[file] = structs
 
 
 @cache
@@ -114,7 +121,7 @@ def _inputs(file: str, instance: str, arch: str) -> list[str]:
     from cuda.bindings import nvrtc
 
     compiler = str(_check(nvrtc.nvrtcVersion()))
-    return [compiler, arch, instance, str(_OPTIONS.get(file, ())), _read(file), *map(_read, _HEADERS)]
+    return [compiler, arch, instance, str(_OPTIONS.get(file, ())), _source(file), *map(_read, _HEADERS)]
 
 
 def architecture(major: int, minor: int) -> str:
@@ -126,7 +133,7 @@ def compiled(file: str, instance: str, arch: str) -> tuple[bytes, bytes]:
     """(machine code, mangled name), in 0.1 to 0.5 s; needs no GPU."""
     from cuda.bindings import nvrtc
 
-    source, headers = _read(file), [_read(header) for header in _HEADERS]
+    source, headers = _source(file), [_read(header) for header in _HEADERS]
     program = _check(
         nvrtc.nvrtcCreateProgram(
             source.encode(),
@@ -153,6 +160,16 @@ def compiled(file: str, instance: str, arch: str) -> tuple[bytes, bytes]:
     finally:
         _check(nvrtc.nvrtcDestroyProgram(program))
     return cubin, name
+
+
+def _source(file: str) -> str:
+    """A file, and the sizes that its parameter blocks must have."""
+    checks = [
+        f'static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, "{file}: {name} is not what its launches pass");'
+        for struct in _STRUCTS.get(file, ())
+        for name in [struct.__name__.lstrip("_")]
+    ]
+    return "\n".join([_read(file), *checks, ""])
 
 
 @cache

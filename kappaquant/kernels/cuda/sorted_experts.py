@@ -38,6 +38,9 @@ class _Combine(ctypes.Structure):
     )  # fmt: skip
 
 
+nvrtc.declare("sort_experts.cu", _Sort, _Combine)
+
+
 @dataclass(frozen=True)
 class Sorted:
     """Slots in the order of their experts.
@@ -90,12 +93,8 @@ def choose(slots: int, expert_count: int) -> gemm.Launch:
     return gemm.Launch(tokens, 1, 1, 4 if tokens <= 32 else 3, {8: 4, 16: 4, 32: 3}.get(tokens, 2))
 
 
-def refusal(x: Tensor, gate_up: Weight, down: Weight) -> str | None:
+def refusal(x: Tensor, gate_up: Weight) -> str | None:
     """Why these experts can not be run here, or None."""
-    if gate_up.fmt.group_size != down.fmt.group_size:
-        return (
-            f"groups of {gate_up.fmt.group_size} and {down.fmt.group_size} in one block of experts; both must be alike"
-        )
     if gate_up.tiled.codes.shape[0] > _MOST_EXPERTS:
         return f"{gate_up.tiled.codes.shape[0]} experts; at most {_MOST_EXPERTS}"
     return gemm.refusal(x.device)
@@ -117,7 +116,7 @@ def forward(
     Raises:
         UnsupportedError: see ``refusal``.
     """
-    reason = refusal(x, gate_up, down)
+    reason = refusal(x, gate_up)
     if reason:
         raise UnsupportedError(f"{NAME}: {reason}")
     if not x.shape[0]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.formats.codebook import Format
+from kappaquant.formats.codebook import CodebookFormat
 from kappaquant.kernels.cuda import device as gpu
 from kappaquant.kernels.cuda import nvrtc, tiles
 from kappaquant.kernels.cuda.inputs import KINDS, Input, address
@@ -62,6 +62,9 @@ class _Linear(ctypes.Structure):
     )  # fmt: skip
 
 
+nvrtc.declare("linear.cu", _Table, Codes, Inputs, _Segment, _Linear)
+
+
 @dataclass(frozen=True)
 class Weight:
     """A weight [rows, in_features], or of experts [E, rows, in_features], in tiles, with the tables of its codebook.
@@ -70,13 +73,15 @@ class Weight:
     """
 
     tiled: tiles.Tiled
-    fmt: Format
+    fmt: CodebookFormat
     rows: int
     in_features: int
     codebook: tuple[float, ...]
 
     @classmethod
-    def of(cls, packed: Tensor, norms: Tensor, fmt: Format, in_features: int, codebook: Sequence[float]) -> Weight:
+    def of(
+        cls, packed: Tensor, norms: Tensor, fmt: CodebookFormat, in_features: int, codebook: Sequence[float]
+    ) -> Weight:
         """From the bytes on disk: packed uint8 [..., n, bytes], norms float16 [..., n, G], on a CUDA device.
 
         Raises:

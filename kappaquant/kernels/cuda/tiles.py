@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import Format
+from kappaquant.formats.codebook import CodebookFormat
 
 ROWS, INPUTS = 32, 128
 _CHUNK = 1 << 24  # codes unpacked at once
@@ -51,13 +51,13 @@ class Tiled:
     norms: Tensor
 
 
-def padded(in_features: int, fmt: Format) -> int:
+def padded(in_features: int, fmt: CodebookFormat) -> int:
     """Inputs in whole units and groups."""
     step = max(INPUTS, fmt.group_size)
     return -(-in_features // step) * step
 
 
-def tile(packed: Tensor, norms: Tensor, fmt: Format) -> Tiled:
+def tile(packed: Tensor, norms: Tensor, fmt: CodebookFormat) -> Tiled:
     """Order packed uint8 [..., N, bytes] and float16 norms [..., N, G] as tiles, a few rows at a time."""
     *lead, n, groups = norms.shape
     k = padded(groups * fmt.group_size, fmt)
@@ -74,7 +74,7 @@ def tile(packed: Tensor, norms: Tensor, fmt: Format) -> Tiled:
     return Tiled(codes.view(*lead, tiles, units, fmt.bits, 32, 4), scales)
 
 
-def untile(tiled: Tiled, fmt: Format, n: int, groups: int) -> tuple[Tensor, Tensor]:
+def untile(tiled: Tiled, fmt: CodebookFormat, n: int, groups: int) -> tuple[Tensor, Tensor]:
     """Inverse of ``tile``: packed uint8 [..., n, bytes] and norms [..., n, groups]."""
     lead = tiled.codes.shape[:-5]
     words = tiled.codes.reshape(-1, *tiled.codes.shape[-4:])
@@ -96,12 +96,12 @@ def untile(tiled: Tiled, fmt: Format, n: int, groups: int) -> tuple[Tensor, Tens
     code = code.view(count, units, 8, 4, 4, 32).permute(0, 4, 2, 1, 3, 5).reshape(count, 4, 8, units, 128)[..., back]
     rows = code.reshape(*lead, -1, units * INPUTS)[..., :n, : groups * fmt.group_size]
     norms = tiled.norms.transpose(-3, -1).reshape(*lead, -1, tiled.norms.shape[-3])
-    return codec.pack(rows, fmt), norms[..., :n, :groups].contiguous()
+    return codec.pack(rows, fmt.bits), norms[..., :n, :groups].contiguous()
 
 
-def _words(packed: Tensor, k: int, fmt: Format) -> Tensor:
+def _words(packed: Tensor, k: int, fmt: CodebookFormat) -> Tensor:
     """packed [T, 32, bytes] -> int32 [T, units, bits, 32, 4]"""
-    codes = codec.unpack(packed, fmt)
+    codes = codec.unpack(packed, fmt.bits)
     codes = F.pad(codes, (0, k - codes.shape[-1])).view(-1, 4, 8, k // INPUTS, INPUTS)
     codes = codes[..., _order(fmt.group_size, codes.device)].view(-1, 4, 8, k // INPUTS, 4, 32)
     codes = _swap_signs(codes.permute(0, 3, 2, 4, 1, 5), fmt.bits).to(torch.int32)  # [T, unit, r, t, j, c]

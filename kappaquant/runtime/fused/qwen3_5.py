@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kappaquant.formats.codebook import Format
-from kappaquant.kernels.cuda import experts, inputs, tensor_cores, tiles
+from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.kernels.cuda import experts, inputs, tensor_cores
 from kappaquant.kernels.cuda.step import attention, deltanet, dense, route
-from kappaquant.kernels.tiled import needs_half
+from kappaquant.kernels.cuda.tiled import Tiled, needs_half, weight_of
 from kappaquant.runtime.experts import QuantExperts
 from kappaquant.runtime.packed import PackedWeight, QuantLinear
 from kappaquant.runtime.recurrent import PromptMixer
@@ -59,10 +59,14 @@ def fuse(model: nn.Module) -> list[str]:
     return fused
 
 
+def tiled(weight: PackedWeight) -> bool:
+    """Whether the launches here take a weight as it is ordered now."""
+    return weight.whole and isinstance(weight.kernel, Tiled)
+
+
 def kernel_weight(weight: PackedWeight) -> tensor_cores.Weight:
-    """A tiled weight as kernels take it."""
-    tiled = tiles.Tiled(weight.codes, weight.tile_norms)
-    return tensor_cores.Weight(tiled, weight.fmt, weight.shape[-2], weight.shape[-1], weight.centroids)
+    """A tiled weight as launches take it."""
+    return weight_of(weight.arranged)
 
 
 def _refusal(layer: Any) -> str | None:
@@ -70,11 +74,11 @@ def _refusal(layer: Any) -> str | None:
     mlp = layer.mlp
     if not isinstance(getattr(mlp, "experts", None), QuantExperts):
         return "its experts are not packed"
-    whole = mlp.experts.whole
-    if whole is None or not all(weight.tiled for weight in whole):
+    whole = mlp.experts.in_one_kernel()
+    if whole is None or not all(map(tiled, whole)):
         return "its experts do not run on tensor cores"
     for linear in _linears(layer):
-        if isinstance(linear, QuantLinear) and not linear.weight.tiled:
+        if isinstance(linear, QuantLinear) and not tiled(linear.weight):
             return f"a packed {linear.in_features} x {linear.out_features} layer does not run on tensor cores"
         if not isinstance(linear, QuantLinear | nn.Linear):
             return f"{type(linear).__name__} in place of a linear layer"
@@ -84,7 +88,7 @@ def _refusal(layer: Any) -> str | None:
     found = {p.dtype for n, p in layer.named_parameters() if p.dim() > 1 and "conv1d" not in n} | {dtype}
     if len(found) > 1 or dtype not in (torch.bfloat16, torch.float16):
         return f"its weights are {', '.join(sorted(map(str, found)))}; one 16-bit dtype is needed"
-    groups = {m.fmt.group_size for m in layer.modules() if isinstance(m, PackedWeight)}
+    groups = {m.fmt.step for m in layer.modules() if isinstance(m, PackedWeight)}
     if len(groups) > 1:
         return f"groups of {', '.join(map(str, sorted(groups)))}"
     return None
@@ -106,9 +110,9 @@ class Projections:
         self._packed = [(i, kernel_weight(m.weight), m.bias) for i, m in packed]
         self._plain = [i for i, m in enumerate(self.layers) if not isinstance(m, QuantLinear)]
         self.bits = [w.fmt.bits for _, w, _ in self._packed]
-        self.activations = packed[0][1].rotation.activations if packed else "bf16"
+        self.activations = packed[0][1].shared.activations if packed else "bf16"
         self.half = any(needs_half(self.activations, bits) for bits in self.bits)
-        self.fmt = self._packed[0][1].fmt if packed else Format(2, 128)
+        self.fmt = self._packed[0][1].fmt if packed else CodebookFormat(2, 128)
 
     def __call__(self, rotated: inputs.Input | None, plain: Tensor) -> list[Tensor]:
         """Outputs in the order of the layers, of an input as it is and, for packed layers, rotated."""
@@ -157,9 +161,9 @@ class FusedLayer:
     def _prepare(self) -> bool:
         """Take the weights from where they lie now; False while they are not tiled."""
         mlp, mixer = self._layer.mlp, self._mixer
-        if not all(weight.tiled for weight in mlp.experts.whole):
+        if not all(map(tiled, mlp.experts.whole)):
             return False
-        codes, activations = mlp.experts.whole[0].codes, mlp.experts.rotation.activations
+        codes, activations = mlp.experts.whole[0].tensors[0], mlp.experts.shared.activations
         if self._made_of and self._made_of[0] is codes and self._made_of[1] == activations:
             return True
         self._made_of = codes, activations
@@ -177,7 +181,7 @@ class FusedLayer:
         beside = beside and shared.gate_proj.out_features * 2 == self._gate_up.rows
         self._shared = [kernel_weight(p.weight) for p in parts] if beside else []
         used = [self._gate_up, self._down, *self._shared]
-        self._half = any(needs_half(mlp.experts.rotation.activations, w.fmt.bits) for w in used)
+        self._half = any(needs_half(mlp.experts.shared.activations, w.fmt.bits) for w in used)
         return True
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -37,6 +37,9 @@ class _Attention(ctypes.Structure):
     )  # fmt: skip
 
 
+nvrtc.declare("step/attention.cu", _Attention)
+
+
 def refusal(
     dtype: torch.dtype, device: torch.device, batch: int, query_heads: int, kv_heads: int, head_dim: int, rotary: int
 ) -> str | None:

@@ -34,6 +34,9 @@ class _DeltaNet(ctypes.Structure):
     )  # fmt: skip
 
 
+nvrtc.declare("step/deltanet.cu", _DeltaNet)
+
+
 def refusal(
     dtype: torch.dtype, device: torch.device, batch: int, key_heads: int, value_heads: int, dk: int, dv: int, taps: int
 ) -> str | None:

@@ -39,6 +39,9 @@ class _Dense(ctypes.Structure):
     _fields_ = (("parts", Rows * MOST_WEIGHTS), ("inputs", Tokens), ("count", ctypes.c_int))
 
 
+nvrtc.declare("step/dense.cu", Rows, Tokens, _Dense)
+
+
 def refusal(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = ()) -> str | None:
     """Why these can not share a launch, or None; x of any number of tokens."""
     if x.dtype not in (torch.float16, torch.bfloat16):

@@ -31,6 +31,9 @@ class _Route(ctypes.Structure):
     )  # fmt: skip
 
 
+nvrtc.declare("step/route.cu", dense.Rows, dense.Tokens, _Route)
+
+
 def refusal(x: Tensor, weight: Tensor, top_k: int, others: Sequence[Tensor] = ()) -> str | None:
     """Why this can not be routed, or None."""
     reason = dense.refusal(x, [weight, *others])

@@ -1,0 +1,124 @@
+"""Codebook weights on NVIDIA GPUs, ordered as tensor cores take them; each product chooses its launch by batch size and format.
+
+Tensors of a weight: ``codes`` int32 and ``norms`` float16 as ``tiles`` orders them, for [n, in] or experts [E, n, in]; an input is
+quantized once for all weights that read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kappaquant.formats.base import Format
+from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat
+from kappaquant.formats.codec import norms_refusal
+from kappaquant.kernels.base import Arranged, Kernel, Use
+from kappaquant.kernels.cuda import decoded, gemm, inputs, sorted_experts, tensor_cores, tiles
+from kappaquant.kernels.cuda import experts as few_experts
+
+FEW_TOKENS = 16  # up to which weights are decoded anew for every 8; beyond, Hopper's wider products are faster
+# up to which wider products take int8, where rows are many, and few; beyond, scaling the sums costs more than is gained
+INT8_TOKENS = (64, 128)
+INT8_ROWS = 16384  # that count as few
+# from which reading a decoded weight back costs less than decoding it for every 256; elsewhere 128
+DECODED_TOKENS = 2048
+_FEW_SLOTS = 256  # (token, expert) pairs up to which an expert is read again for each of its tokens
+
+
+class Tiled(Kernel):
+    """Tensor-core products of codebook formats."""
+
+    name = tensor_cores.NAME
+    uses: frozenset[Use] = frozenset({"linear", "experts"})
+
+    def refusal(self, fmt: Format, parts: Mapping[str, Tensor]) -> str | None:
+        if not isinstance(fmt, CodebookFormat):
+            return f"takes codebook formats, not {fmt.id}"
+        norms = parts[NORMS_SUFFIX]
+        return tensor_cores.refusal(norms.device, fmt.codebook) or norms_refusal(norms)
+
+    def arrange(self, fmt: Format, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert isinstance(fmt, CodebookFormat)
+        tiled = tiles.tile(parts[PACKED_SUFFIX], parts[NORMS_SUFFIX].half(), fmt)
+        return {"codes": tiled.codes, "tile_norms": tiled.norms}
+
+    def tensor_count(self, fmt: Format) -> int:
+        return 2
+
+    def restore(self, weight: Arranged) -> dict[str, Tensor]:
+        fmt = weight.fmt
+        assert isinstance(fmt, CodebookFormat)
+        packed, norms = tiles.untile(tiles.Tiled(*weight.tensors), fmt, weight.shape[-2], fmt.groups(weight.shape[-1]))
+        return {PACKED_SUFFIX: packed, NORMS_SUFFIX: norms.float() if fmt.norms == "F32" else norms}
+
+    def input_kind(
+        self, fmt: Format, tokens: int, rows: int, activations: str, device: torch.device
+    ) -> Hashable | None:
+        if decodes_first(tokens, device):
+            return None
+        assert isinstance(fmt, CodebookFormat)
+        return fmt.group_size, needs_half(activations, fmt.bits, tokens, rows)
+
+    def prepare(self, x: Tensor, fmt: Format, kind: Hashable) -> list[Tensor]:
+        assert isinstance(fmt, CodebookFormat)
+        assert isinstance(kind, tuple)
+        half: bool = kind[1]
+        x = (x if x.dtype in inputs.KINDS else x.float()).contiguous()
+        if x.shape[0] > FEW_TOKENS and gemm.refusal(x.device) is None:
+            ordered, _ = inputs.rotate_tokens(x, fmt, half)
+            return [ordered.values, ordered.scales]
+        made, _ = inputs.rotate(x, fmt, half)
+        return [made.values, made.scales, made.halves]
+
+    def linear(
+        self, x: Tensor, prepared: Sequence[Tensor], kind: Hashable | None, weight: Arranged, bias: Tensor | None
+    ) -> Tensor:
+        held = weight_of(weight)
+        if kind is None:
+            return decoded.linear(x, held, bias)
+        dtype = x.dtype if x.dtype in inputs.KINDS else torch.float32
+        biases = None if bias is None else [bias.to(dtype)]
+        if prepared[0].dim() == 5:
+            tokens = inputs.Tokens(prepared[0], prepared[1], held.fmt.group_size, x.shape[0])
+            (y,) = gemm.linear(tokens, [held], dtype, biases)
+        else:
+            values, scales, halves = prepared
+            (y,) = tensor_cores.linear(inputs.Input(values, scales, halves, held.fmt.group_size), [held], dtype, biases)
+        return y.to(x.dtype)
+
+    def experts_refusal(self, gate_up: Arranged, down: Arranged) -> str | None:
+        return None
+
+    def experts(
+        self, x: Tensor, index: Tensor, weights: Tensor, gate_up: Arranged, down: Arranged, activations: str
+    ) -> Tensor:
+        dtype = x.dtype if x.dtype in inputs.KINDS else torch.float32
+        first, second = weight_of(gate_up), weight_of(down)
+        half = any(needs_half(activations, held.fmt.bits) for held in (first, second))
+        x, weights, index = x.to(dtype).contiguous(), weights.to(dtype).contiguous(), index.contiguous()
+        if index.numel() > _FEW_SLOTS and sorted_experts.refusal(x, first) is None:
+            return sorted_experts.forward(x, index, weights, first, second)
+        outs, step = [], max(1, _FEW_SLOTS // index.shape[1])
+        for at in range(0, len(x), step):
+            rotated, _ = inputs.rotate(x[at : at + step], first.fmt, half)
+            outs.append(few_experts.forward(rotated, index[at : at + step], weights[at : at + step], first, second))
+        return torch.cat(outs) if outs else torch.empty_like(x)
+
+
+def needs_half(activations: str, bits: int, tokens: int = 1, rows: int = 1) -> bool:
+    """Whether ``tokens`` of float16 inputs, not int8, multiply a weight of this width with so many rows."""
+    return activations != "int8" or bits not in tensor_cores.INT8_BITS or tokens > INT8_TOKENS[rows <= INT8_ROWS]
+
+
+def decodes_first(tokens: int, device: torch.device) -> bool:
+    """Whether so many tokens are multiplied by a decoded weight, and need not be quantized."""
+    return tokens >= (DECODED_TOKENS if gemm.refusal(device) is None else 128)
+
+
+def weight_of(weight: Arranged) -> tensor_cores.Weight:
+    """A weight that ``Tiled`` has arranged, as launches take it."""
+    fmt = weight.fmt
+    assert isinstance(fmt, CodebookFormat)
+    return tensor_cores.Weight(tiles.Tiled(*weight.tensors), fmt, weight.shape[-2], weight.shape[-1], fmt.codebook)
