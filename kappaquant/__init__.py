@@ -20,28 +20,32 @@ from kappaquant.errors import (
     NonFiniteError,
     OutputError,
     PlanError,
+    RegistrationError,
     SourceError,
     UnsupportedError,
 )
 from kappaquant.version import __version__
 
 if TYPE_CHECKING:
-    from kappaquant.checkpoints.checkpoint import Checkpoint, open_checkpoint
+    from kappaquant.checkpoints.checkpoint import Checkpoint
+    from kappaquant.checkpoints.open import open_checkpoint
     from kappaquant.engines.transformers.load import load
-    from kappaquant.planning.plan import Plan, make_plan
+    from kappaquant.planning.make import make_plan
+    from kappaquant.planning.plan import Plan
     from kappaquant.planning.profile import Profile, scan
     from kappaquant.quantizing.quantize import Options, quantize
-    from kappaquant.sources.folder import open_source
+    from kappaquant.sources.open import open_source
 
+_MODULES = ("generate", "plan")
 _HOMES = {
     "Checkpoint": "checkpoints.checkpoint",
     "Options": "quantizing.quantize",
     "Plan": "planning.plan",
     "Profile": "planning.profile",
     "load": "engines.transformers.load",
-    "make_plan": "planning.plan",
-    "open_checkpoint": "checkpoints.checkpoint",
-    "open_source": "sources.folder",
+    "make_plan": "planning.make",
+    "open_checkpoint": "checkpoints.open",
+    "open_source": "sources.open",
     "quantize": "quantizing.quantize",
     "scan": "planning.profile",
 }
@@ -57,6 +61,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Profile",
+    "RegistrationError",
     "SourceError",
     "UnsupportedError",
     "__version__",
@@ -71,6 +76,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Public names are imported from their modules on first use (PEP 562)."""
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -10,6 +10,7 @@ import typer
 from kappaquant.commands.checkpoints import dequantize, inspect, verify
 from kappaquant.commands.evaluation import evaluate
 from kappaquant.commands.exporting import export
+from kappaquant.commands.options import with_policy_options
 from kappaquant.commands.plans import plan, quantize, scan
 from kappaquant.commands.publishing import card, compare, push
 from kappaquant.commands.serving import convert, serve
@@ -18,17 +19,27 @@ from kappaquant.commands.terminal import errors
 from kappaquant.commands.text import chat, generate
 from kappaquant.errors import KappaquantError
 
-app = typer.Typer(
-    help="Mixed-precision codebook quantization of large language models, bits chosen by evidence.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-for command in (
+_COMMANDS = (
     scan, plan, quantize, inspect, verify, dequantize, export, generate, chat, bench, evaluate, compare, card, push,
     convert, serve,
-):  # fmt: skip
-    app.command()(command)
+)  # fmt: skip
+_PLANNING = (plan, quantize, export)  # take the options of every registered policy
+
+
+def build() -> typer.Typer:
+    """The commands, with the options of all policies that are registered by now."""
+    built = typer.Typer(
+        help="Mixed-precision codebook quantization of large language models, bits chosen by evidence.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for command in _COMMANDS:
+        built.command()(with_policy_options(command) if command in _PLANNING else command)
+    return built
+
+
+app = build()
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kappaquant.commands.options import CheckpointArg, JsonOpt, OriginalOpt
+from kappaquant.commands.options import CheckpointArg, JsonOpt, OriginalOpt, OutputArg, OutputOpt, destination
 from kappaquant.commands.terminal import console, errors, progress, show
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def inspect(
     as_json: JsonOpt = False,
 ) -> None:
     """Show what a quantized checkpoint holds, by family."""
-    from kappaquant.checkpoints.checkpoint import open_checkpoint
+    from kappaquant.checkpoints.open import open_checkpoint
     from kappaquant.commands.tables import checkpoint_json, checkpoint_table
 
     if plot:
@@ -47,7 +47,7 @@ def _fits(opened: Checkpoint, cards: int, expert_parallel: bool) -> bool:
     """Whether so many cards can share a checkpoint; says why not, and how many can, on stderr."""
     from kappaquant.models import sharding as parallel
 
-    what = {name: opened.entry(name).info for name in opened.keys()}, opened.format_of, opened.config
+    what = opened.tensors, opened.format_of, opened.config
     found = list(parallel.problems(*what, cards, expert_parallel=expert_parallel))
     for problem in found:
         errors().print(f"FAILED {problem}", markup=False, highlight=False, soft_wrap=True)
@@ -58,7 +58,7 @@ def _fits(opened: Checkpoint, cards: int, expert_parallel: bool) -> bool:
 
 def verify(checkpoint: CheckpointArg, source: OriginalOpt = None) -> None:
     """Check names, shapes, completeness and hashes; exit code 1 names what is wrong."""
-    from kappaquant.checkpoints.checkpoint import open_checkpoint
+    from kappaquant.checkpoints.open import open_checkpoint
     from kappaquant.errors import FormatError
 
     try:
@@ -72,20 +72,27 @@ def verify(checkpoint: CheckpointArg, source: OriginalOpt = None) -> None:
         raise typer.Exit(1)
     for notice in opened.notices:
         console().print(f"note: {notice}", markup=False, highlight=False)
-    hashed = "all hashes match" if opened.format == "kappaquant" else "tq3_native carries no hashes to compare"
+    container = opened.container
+    hashed = "all hashes match" if container.hashed else f"{container.id} carries no hashes to compare"
     console().print(f"{checkpoint}: {len(opened.keys())} parameters complete, shapes fit, {hashed}", highlight=False)
 
 
 def dequantize(
     checkpoint: CheckpointArg,
-    output: Annotated[Path, typer.Argument(help="New folder for plain safetensors.")],
+    place: OutputArg = None,
+    output: OutputOpt = None,
     dtype: Annotated[str | None, typer.Option(help="BF16, F16 or F32; default the source's.")] = None,
     source: OriginalOpt = None,
 ) -> None:
     """Write a plain Hugging Face folder that any tool loads."""
-    from kappaquant.checkpoints.checkpoint import open_checkpoint
+    from kappaquant.checkpoints.open import open_checkpoint
     from kappaquant.exports.plain import dequantize as run
 
     with progress("dequantize") as report:
-        path = run(open_checkpoint(checkpoint, source=source), output, dtype, lambda d, t: report("write", d, t))
+        path = run(
+            open_checkpoint(checkpoint, source=source),
+            destination(place, output),
+            dtype,
+            lambda d, t: report("write", d, t),
+        )
     console().print(str(path), highlight=False)

@@ -76,14 +76,15 @@ def evaluate(
     """Measure divergence, perplexity, tasks and speed against the original, with intervals; each model is loaded alone."""
     from transformers.utils import logging as transformers_logging
 
-    from kappaquant.evaluate.documents.evaluation import Evaluation, write_whole
+    from kappaquant.checkpoints.side_files import EVALUATION_NAME
+    from kappaquant.evaluate.documents.evaluation import Evaluation
     from kappaquant.evaluate.documents.markdown import markdown as tables
     from kappaquant.evaluate.measures.scores import carry_over
     from kappaquant.evaluate.measures.throughput import cases, measure
     from kappaquant.evaluate.runs.against import Options, evaluate_against
     from kappaquant.evaluate.runs.pair import content_digest, open_pair
     from kappaquant.evaluate.runs.questions import parse_task
-    from kappaquant.formats.codebook import EVALUATION_NAME
+    from kappaquant.files.documents import write_whole
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # there is one

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import Field, fields
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
-from kappaquant.errors import PlanError
+from kappaquant.errors import OutputError, PlanError
+from kappaquant.formats.codebook import AUTO, GroupSize
+from kappaquant.formats.signs import check_group_size
+from kappaquant.planning.policies.base import Policy
+from kappaquant.planning.policies.registry import policies, policy_by_name
 
 SourceArg = Annotated[
     str, typer.Argument(help="Folder with config.json and safetensors, or a Hub id such as owner/name.")
@@ -17,23 +27,25 @@ OriginalOpt = Annotated[
     str | None, typer.Option("--source", help="Original model (folder or Hub id): shapes for a tq3_native checkpoint.")
 ]
 RevisionOpt = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub; it is pinned to a commit.")]
-GroupOpt = Annotated[int, typer.Option(help="Weights per norm: 32, 64, 128 or 256.")]
+GroupOpt = Annotated[
+    str, typer.Option(help="Weights per norm: auto (what fits each input axis, at most 128), or 32, 64, 128 or 256.")
+]
 JobsOpt = Annotated[int | None, typer.Option(help="Worker processes; default one per core, up to 8.")]
 DeviceOpt = Annotated[str | None, typer.Option(help="cpu or cuda; default CUDA if there is one.")]
 ActivationsOpt = Annotated[
     str, typer.Option(help="On NVIDIA GPUs: int8, or bf16 for float16 inputs with scales, which lose less.")
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-PolicyOpt = Annotated[str, typer.Option(help="uniform, recipe or kurtosis.")]
-BitsOpt = Annotated[int, typer.Option(help="Bits of the uniform policy, 2 to 8.")]
-RecipeOpt = Annotated[str, typer.Option(help="apex, apex2 or apex3.")]
 ProfileOpt = Annotated[Path | None, typer.Option(help="Profile written by scan; the kurtosis policy needs it.")]
-ThresholdsOpt = Annotated[
-    str, typer.Option(help="Kurtosis policy: κ at which each width of the ladder ends, ascending.")
+SizeOpt = Annotated[
+    str | None,
+    typer.Option(help="Bytes that all tensors may take, such as 18GB or 17.5GiB, for policies that keep to one."),
 ]
-LadderOpt = Annotated[str, typer.Option(help="Kurtosis policy: widths, one per threshold; 16 bits above the last.")]
+OutputOpt = Annotated[Path | None, typer.Option("-o", "--output", help="New folder to write.")]
+OutputArg = Annotated[Path | None, typer.Argument(help="The same as -o.")]
 SetOpt = Annotated[
-    list[str] | None, typer.Option("--set", help="PATTERN=BITS, e.g. '*.o_proj.weight=4'; last match wins.")
+    list[str] | None,
+    typer.Option("--set", help="PATTERN=BITS or PATTERN=FORMAT, e.g. '*.o_proj.weight=4'; last match wins."),
 ]
 FuseOpt = Annotated[
     bool,
@@ -50,3 +62,110 @@ def numbers(text: str, kind: type, option: str) -> list[Any]:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise PlanError(f"{option} {text!r}: must be numbers separated by commas") from None
+
+
+def group_choice(text: str) -> GroupSize:
+    """What --group-size says. Raises PlanError."""
+    if text == AUTO:
+        return AUTO
+    if not text.isdecimal():
+        raise PlanError(f"--group-size {text!r}: must be auto, 32, 64, 128 or 256")
+    check_group_size(int(text))
+    return int(text)
+
+
+def byte_count(text: str | None) -> int | None:
+    """What --size says: a number with a unit such as 18GB, 17.5GiB or 900MB, or plain bytes. Raises PlanError."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise PlanError(f"--size {text!r}: write a number and a unit, such as 18GB or 17.5GiB")
+    unit = (found[2] or "").upper()
+    base = 1024 if unit.endswith("I") else 1000
+    return int(float(found[1]) * base ** (" KMGT".index(unit[0]) if unit else 0))
+
+
+def destination(positional: Path | None, option: Path | None) -> Path:
+    """The folder to write, given once, by either form. Raises OutputError."""
+    if (positional is None) == (option is None):
+        given = "twice" if option else "nowhere"
+        raise OutputError(f"the output is given {given}: name the new folder once, with -o")
+    return option or positional  # type: ignore[return-value]
+
+
+def with_policy_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose ``policy_options`` become one option for each parameter of a registered policy.
+
+    The command is called with those that were given, as text; ``policy_of`` reads them.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    flags = policy_flags()
+    added = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[str | None, typer.Option(help=text)],
+        )
+        for name, text in flags.items()
+    ]
+    own = [p for p in signature.parameters.values() if p.name != "policy_options"]
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=_named(p.annotation)) for p in own]
+    at = next(i for i, p in enumerate(own) if p.name == "policy") + 1
+
+    @wraps(command)
+    def run(**arguments: Any) -> None:
+        given = {name: text for name in flags if (text := arguments.pop(name)) is not None}
+        command(**arguments, policy_options=given)
+
+    run.__signature__ = signature.replace(parameters=[*own[:at], *added, *own[at:]])  # type: ignore[attr-defined]
+    return run
+
+
+def policy_flags() -> dict[str, str]:
+    """Parameter -> help, over all registered policies."""
+    found: dict[str, list[str]] = {}
+    for policy in policies().values():
+        for option in fields(policy):  # type: ignore[arg-type]
+            found.setdefault(option.name, []).append(
+                f"{policy.name.capitalize()} policy: {option.metadata['help']} Default {_text(option.default)}."
+            )
+    return {name: " ".join(texts) for name, texts in found.items()}
+
+
+def _named(annotation: Any) -> Any:
+    """An option's annotation, with the names of all policies where its help has {policies}."""
+    kind, *rest = get_args(annotation)
+    if not rest or "{policies}" not in (rest[0].help or ""):
+        return annotation
+    option = copy(rest[0])
+    option.help = option.help.format(policies=", ".join(policies()))
+    return Annotated[kind, option]
+
+
+def policy_of(name: str, given: Mapping[str, str]) -> Policy:
+    """The policy of this name with the options that were given as text. Raises PlanError."""
+    values: dict[str, Any] = dict(given)
+    if name in policies():
+        for option in fields(policies()[name]):  # type: ignore[arg-type]
+            text = given.get(option.name)
+            default = option.default
+            if text is None and isinstance(default, tuple):
+                text = _text(default)
+            if text is not None:
+                values[option.name] = _read(option, text)
+    return policy_by_name(name, values)
+
+
+def _read(option: Field[Any], text: str) -> Any:
+    try:
+        return option.metadata["read"](text)
+    except ValueError:
+        flag = "--" + option.name.replace("_", "-")
+        raise PlanError(f"{flag} {text!r}: cannot be read; write it like {_text(option.default)}") from None
+
+
+def _text(value: Any) -> str:
+    """A parameter's value as it is written on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

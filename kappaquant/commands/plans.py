@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kappaquant.commands.options import (
-    BitsOpt,
     DeviceOpt,
     FuseOpt,
     GroupOpt,
     JobsOpt,
     JsonOpt,
-    LadderOpt,
-    PolicyOpt,
+    OutputArg,
+    OutputOpt,
     ProfileOpt,
-    RecipeOpt,
     RevisionOpt,
     SetOpt,
+    SizeOpt,
     SourceArg,
-    ThresholdsOpt,
+    byte_count,
+    destination,
+    group_choice,
     numbers,
+    policy_of,
 )
 from kappaquant.commands.terminal import console, progress, show
 from kappaquant.errors import PlanError
 
 if TYPE_CHECKING:
     from kappaquant.planning.plan import Plan
-    from kappaquant.sources.folder import Source
+    from kappaquant.sources.source import Source
 
 
 def scan(
@@ -39,7 +42,7 @@ def scan(
     bits: Annotated[
         str, typer.Option(help="Widths to measure the error at; '' for none, which is faster.")
     ] = "2,3,4,5,6,7,8",
-    group_size: GroupOpt = 128,
+    group_size: Annotated[int, typer.Option(help="Of the rotation: 32, 64, 128 or 256.")] = 128,
     jobs: JobsOpt = None,
     device: DeviceOpt = None,
     revision: RevisionOpt = None,
@@ -50,7 +53,7 @@ def scan(
     from kappaquant.commands.plots import kurtosis_by_layer, png_figure
     from kappaquant.commands.tables import profile_table
     from kappaquant.planning import profile as scanner
-    from kappaquant.sources.folder import open_source
+    from kappaquant.sources.open import open_source
 
     if plot:
         png_figure(plot)
@@ -70,13 +73,12 @@ def scan(
 def plan(
     source: SourceArg,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan (JSON) here.")] = None,
-    policy: PolicyOpt = "recipe",
-    bits: BitsOpt = 3,
-    recipe: RecipeOpt = "apex2",
+    policy: Annotated[str, typer.Option(help="{policies}.")] = "recipe",
+    *,
+    policy_options: dict[str, str],
     profile: ProfileOpt = None,
-    thresholds: ThresholdsOpt = "4,8,15",
-    ladder: LadderOpt = "3,4,5",
-    group_size: GroupOpt = 128,
+    size: SizeOpt = None,
+    group_size: GroupOpt = "auto",
     overrides: SetOpt = None,
     fuse: FuseOpt = False,
     target: Annotated[
@@ -88,27 +90,28 @@ def plan(
     """Choose bits and show exact sizes; reads headers only and writes no weights."""
     from rich.filesize import decimal
 
-    from kappaquant.checkpoints.layout import output_bytes
+    from kappaquant.checkpoints.open import container_by_id
     from kappaquant.commands.tables import plan_table
-    from kappaquant.models import sharding as parallel
+    from kappaquant.models import sharding
     from kappaquant.planning.sizes import summary
-    from kappaquant.sources.folder import open_source
+    from kappaquant.sources.open import open_source
 
     opened = open_source(source, revision, stream=True)
-    chosen = (policy, bits, recipe, profile, thresholds, ladder, group_size, overrides)
-    made = _make_plan(opened, *chosen, fuse, target)
+    settings = PlanSettings(policy, policy_options, profile, size, group_size, overrides)
+    made = settings.plan(opened, fuse, target)
     sizes = summary(made, opened.tensors, opened.config)
-    files = output_bytes(opened.shards, made.format_of)
+    container = container_by_id("kappaquant")
+    files = container.output_bytes(opened.shards, made.format_of)
     if output:
         made.save(output)
     show(made.to_json() if as_json else plan_table(made, sizes, files), as_json)
     if fuse and not as_json:
-        freely = _make_plan(opened, *chosen, False)
+        freely = settings.plan(opened, False)
         raised = sum(made.bits(name) != freely.bits(name) for name in opened.tensors)
-        cost = files - output_bytes(opened.shards, freely.format_of)
+        cost = files - container.output_bytes(opened.shards, freely.format_of)
         console().print(f"--fuse-legal raised {raised} tensors, which cost {decimal(cost)} ({cost / files:.2%})")
     if target and not as_json:
-        cards = parallel.sizes(opened.tensors, made.format_of, opened.config)
+        cards = sharding.sizes(opened.tensors, made.format_of, opened.config)
         console().print(
             f"cards that can share it (--tensor-parallel-size): {', '.join(map(str, cards))}", highlight=False
         )
@@ -116,21 +119,21 @@ def plan(
 
 def quantize(
     source: SourceArg,
-    output: Annotated[Path, typer.Argument(help="New folder for the quantized checkpoint.")],
+    place: OutputArg = None,
+    output: OutputOpt = None,
     plan_file: Annotated[
         Path | None, typer.Option("--plan", help="Plan written by plan; else one is made here.")
     ] = None,
-    policy: PolicyOpt = "recipe",
-    bits: BitsOpt = 3,
-    recipe: RecipeOpt = "apex2",
+    policy: Annotated[str | None, typer.Option(help="{policies}; default recipe.")] = None,
+    *,
+    policy_options: dict[str, str],
     profile: ProfileOpt = None,
-    thresholds: ThresholdsOpt = "4,8,15",
-    ladder: LadderOpt = "3,4,5",
-    group_size: GroupOpt = 128,
+    size: SizeOpt = None,
+    group_size: Annotated[str | None, typer.Option(help="As for plan; 128 for tq3_native unless given.")] = None,
     overrides: SetOpt = None,
     fuse: FuseOpt = False,
     effort: Annotated[str, typer.Option(help="best searches each group's scale; fast does not. Same bytes.")] = "best",
-    target: Annotated[
+    container: Annotated[
         str, typer.Option("--format", help="kappaquant, or tq3_native for published loaders.")
     ] = "kappaquant",
     jobs: JobsOpt = None,
@@ -146,45 +149,56 @@ def quantize(
 
     from kappaquant.files.processes import warm_up
 
+    folder = destination(place, output)
+    given: dict[str, object] = {
+        "--policy": policy,
+        "--profile": profile,
+        "--size": size,
+        "--group-size": group_size,
+        "--set": overrides,
+    }
+    given |= {f"--{name}": text for name, text in policy_options.items()} | {"--fuse-legal": fuse or None}
+    if plan_file and (changed := [name for name, value in given.items() if value is not None]):
+        raise PlanError(f"{changed[0]} does not change the plan file {plan_file}; give it to the plan command")
     warm_up(source, jobs)
+    from kappaquant.checkpoints.open import container_by_id
     from kappaquant.planning.plan import Plan
     from kappaquant.quantizing.quantize import Options
     from kappaquant.quantizing.quantize import quantize as run
-    from kappaquant.sources.folder import open_source
+    from kappaquant.sources.open import open_source
 
-    options = Options(effort, target, jobs, device, allow_nonfinite)  # type: ignore[arg-type]
+    options = Options(effort, container, jobs, device, allow_nonfinite)  # type: ignore[arg-type]
     opened = open_source(source, revision, stream=stream)
     if plan_file:
-        if overrides:
-            raise PlanError(f"--set does not change the plan file {plan_file}; give --set to the plan command")
         made = Plan.load(plan_file)
     else:
-        made = _make_plan(opened, policy, bits, recipe, profile, thresholds, ladder, group_size, overrides, fuse)
+        one = container_by_id(container).one_group_size  # which is 128 where nothing else is asked for
+        group = group_size or ("128" if one else "auto")
+        made = PlanSettings(policy or "recipe", policy_options, profile, size, group, overrides).plan(opened, fuse)
     with progress("quantize") as report:
-        path = run(opened, output, made, options, report)
-    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    console().print(f"{path}: {decimal(size)}", highlight=False)
+        path = run(opened, folder, made, options, report)
+    nbytes = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    console().print(f"{path}: {decimal(nbytes)}", highlight=False)
 
 
-def _make_plan(
-    source: Source,
-    policy: str,
-    bits: int,
-    recipe: str,
-    profile: Path | None,
-    thresholds: str,
-    ladder: str,
-    group_size: int,
-    overrides: list[str] | None,
-    fuse: bool,
-    target: str | None = None,
-) -> Plan:
-    from kappaquant.planning.plan import make_plan, parse_override
-    from kappaquant.planning.profile import Profile
+@dataclass(frozen=True)
+class PlanSettings:
+    """What the options of a command say of a plan."""
 
-    return make_plan(
-        source.tensors, source.config, policy, bits=bits, recipe=recipe,
-        profile=Profile.load(profile).kurtosis() if profile else None,
-        thresholds=numbers(thresholds, float, "--thresholds"), ladder=numbers(ladder, int, "--ladder"), group_size=group_size,
-        overrides=[parse_override(text) for text in overrides or []], fuse=fuse, target=target,
-    )  # fmt: skip
+    policy: str
+    policy_options: dict[str, str]
+    profile: Path | None
+    size: str | None
+    group_size: str
+    overrides: list[str] | None
+
+    def plan(self, source: Source, fuse: bool, target: str | None = None) -> Plan:
+        from kappaquant.planning.make import make_plan, parse_override
+        from kappaquant.planning.profile import Profile
+
+        return make_plan(
+            source.tensors, source.config, policy_of(self.policy, self.policy_options),
+            profile=Profile.load(self.profile).kurtosis() if self.profile else None, size=byte_count(self.size),
+            group_size=group_choice(self.group_size), overrides=[parse_override(text) for text in self.overrides or []],
+            fuse=fuse, target=target,
+        )  # fmt: skip

@@ -12,7 +12,7 @@ from kappaquant.checkpoints.checkpoint import Checkpoint
 from kappaquant.checkpoints.contents import families
 from kappaquant.errors import UnsupportedError
 from kappaquant.evaluate.documents.compare import Comparison
-from kappaquant.evaluate.documents.evaluation import write_whole
+from kappaquant.files.documents import write_whole
 from kappaquant.models.roles import layer_of
 from kappaquant.planning.profile import Profile
 

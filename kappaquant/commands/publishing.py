@@ -34,7 +34,8 @@ def compare(
     from kappaquant.evaluate.documents.compare import report_path
     from kappaquant.evaluate.documents.evaluation import Evaluation
     from kappaquant.evaluate.runs.pair import source_facts
-    from kappaquant.sources.folder import LocalSource, open_source
+    from kappaquant.sources.folder import LocalSource
+    from kappaquant.sources.open import open_source
 
     evaluations = {str(path): Evaluation.load(report_path(path)) for path in checkpoints}
     facts = None
@@ -126,8 +127,8 @@ def card(
     force: Annotated[bool, typer.Option("--force", help="Replace a README.md that kappaquant did not write.")] = False,
 ) -> None:
     """Write the checkpoint's model card from its manifest and evaluation."""
-    from kappaquant.checkpoints.checkpoint import open_checkpoint
-    from kappaquant.formats.codebook import EVALUATION_NAME
+    from kappaquant.checkpoints.open import open_checkpoint
+    from kappaquant.checkpoints.side_files import EVALUATION_NAME
     from kappaquant.publishing.card import CARD_NAME, make_card, write_card
 
     default = checkpoint / EVALUATION_NAME

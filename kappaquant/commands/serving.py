@@ -18,7 +18,7 @@ def convert(
     source: OriginalOpt = None,
 ) -> None:
     """Re-label a tq3_native checkpoint as kappaquant v1, without changing a code."""
-    from kappaquant.checkpoints.checkpoint import open_checkpoint
+    from kappaquant.checkpoints.open import open_checkpoint
     from kappaquant.exports.kappaquant_v1 import convert as run
 
     opened = open_checkpoint(checkpoint, source=source)

@@ -78,21 +78,22 @@ def profile_table(profile: Profile) -> Table:
 
 
 def plan_table(plan: Plan, sizes: Summary, shard_bytes: int) -> Group:
-    """The dry run: families, widths, and the exact bytes of the weight files."""
-    by_family = _table(f"plan: {plan.policy}, groups of {plan.group_size}", [*_COLUMNS, "bits"])
-    widths: dict[str, set[int]] = {}
-    for row in sizes.per_tensor:
-        widths.setdefault(row.family, set()).add(row.bits)
+    """The dry run: families, formats with their groups, and the exact bytes of the weight files."""
+    by_family = _table(f"plan: {plan.policy}", [*_COLUMNS, "formats"])
+    stored: dict[str, dict[str, None]] = {}
+    for row in sorted(sizes.per_tensor, key=lambda row: (row.bits, row.format)):
+        stored.setdefault(row.family, {})[row.format] = None
     for family, total in sizes.families.items():
-        by_family.add_row(family, *_cells(total), ", ".join(map(str, sorted(widths[family]))))
+        by_family.add_row(family, *_cells(total), ", ".join(stored[family]))
     by_family.add_section()
     by_family.add_row("all", *_cells(sizes.total), "")
-    by_bits = _table("by width", list(_COLUMNS), "stored as")
-    for bits, total in sizes.by_bits.items():
-        by_bits.add_row(f"{bits} bits" if bits < 16 else "kept", *_cells(total))
+    by_format = _table("by format", list(_COLUMNS), "stored as")
+    by_format.caption = "tq4g64: 4 bits a code, one norm for each group of 64 weights"
+    for format_id, total in sizes.by_format.items():
+        by_format.add_row(format_id, *_cells(total))
     lines = [f"weight files: {shard_bytes:,} bytes ({decimal(shard_bytes)}), exactly"]
     lines.append(f"a decoded token reads {decimal(sizes.active_bytes_per_token)} of weights")
-    return Group(by_family, by_bits, *(Text(line) for line in lines))
+    return Group(by_family, by_format, *(Text(line) for line in lines))
 
 
 _COLUMNS = ("tensors", "params", "before", "after", "bits/weight", "per token")
@@ -123,7 +124,7 @@ def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
     }
     return {
         "path": str(checkpoint.path),
-        "format": checkpoint.format,
+        "format": checkpoint.container.id,
         "notices": checkpoint.notices,
         "families": {
             family: asdict(contents.total(checkpoint, names)) for family, names in contents.families(checkpoint).items()
@@ -135,7 +136,7 @@ def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
 def checkpoint_table(checkpoint: Checkpoint) -> Group:
     """Families of a checkpoint, largest first."""
     table = _table(
-        f"{checkpoint.path.name}: {checkpoint.format}", ["tensors", "params", "size", "bits/weight", "widths"]
+        f"{checkpoint.path.name}: {checkpoint.container.id}", ["tensors", "params", "size", "bits/weight", "widths"]
     )
     for family, names in contents.families(checkpoint).items():
         sums = contents.total(checkpoint, names)

@@ -83,7 +83,7 @@ def chat(
 def load_quantized(checkpoint: Path, device: str | None, activations: str) -> tuple[Any, Any]:
     from transformers.utils import logging as transformers_logging
 
-    from kappaquant import load
+    from kappaquant.engines.transformers.load import load
 
     transformers_logging.set_verbosity_error()  # hints at faster kernels would stand in the middle of the answer
     return load(checkpoint, device=device or default_device(), activations=activations)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from kappaquant.checkpoints.checkpoint import Checkpoint
+from kappaquant.checkpoints.side_files import CARD_MARK, MANIFEST_NAME
 from kappaquant.errors import FormatError, OutputError
-from kappaquant.evaluate.documents.evaluation import Evaluation, write_whole
+from kappaquant.evaluate.documents.evaluation import Evaluation
 from kappaquant.evaluate.runs.pair import file_digest
-from kappaquant.formats.codebook import CARD_MARK, MANIFEST_NAME, QUANT_METHOD
+from kappaquant.files.documents import read_json, write_whole
 from kappaquant.publishing.card_text import CREDITS, Facts, head, measured, recipe, reproduction, usage
-from kappaquant.sources.folder import read_json
 
 CARD_NAME = "README.md"
 # as true of a copy as of the original
@@ -77,9 +77,9 @@ def make_card(
     Raises:
         FormatError: a tq3_native checkpoint, which has no manifest; a malformed report, or that of another checkpoint.
     """
-    if checkpoint.format != QUANT_METHOD:
+    if not checkpoint.container.hashed:
         raise FormatError(
-            f"{checkpoint.path}: a {checkpoint.format} checkpoint has no {MANIFEST_NAME}, from which cards are made; "
+            f"{checkpoint.path}: a {checkpoint.container.id} checkpoint has no {MANIFEST_NAME}, from which cards are made; "
             "quantize with --format kappaquant"
         )
     manifest_path = checkpoint.path / MANIFEST_NAME
@@ -139,7 +139,7 @@ def _manifest(path: Path) -> dict[str, Any]:
             "kappaquant_version": str(),
             "source": {"model": str(), "revision": str() | None},
             "effort": str(),
-            "plan": {"policy": str(), "inputs": {}, "group_size": int()},
+            "plan": {"policy": str(), "inputs": {}, "group_size": int() | "auto"},
         }:
             return manifest
     raise FormatError(f"{path}: lacks what a card is made from: kappaquant_version, source, effort or plan")

@@ -11,10 +11,10 @@ from rich.filesize import decimal
 
 from kappaquant.checkpoints import contents
 from kappaquant.checkpoints.checkpoint import Checkpoint
+from kappaquant.checkpoints.side_files import MANIFEST_NAME
 from kappaquant.evaluate.documents.evaluation import Evaluation, TaskReport
 from kappaquant.evaluate.documents.markdown import table, tables
 from kappaquant.evaluate.runs.questions import PRESETS
-from kappaquant.formats.codebook import MANIFEST_NAME
 from kappaquant.planning.sizes import Total
 
 CREDITS = """## Credits
@@ -83,8 +83,10 @@ def recipe(facts: Facts) -> str:
         for family, names in contents.families(checkpoint).items()
     ]
     rows.append(["all", "", *_sizes(contents.total(checkpoint, checkpoint.keys()))])
+    size = plan["group_size"]
+    groups = "groups that fit each input axis" if size == "auto" else f"groups of {size} weights"
     return (
-        f"## Recipe\n\nPolicy {plan['policy']}{inputs}; groups of {plan['group_size']} weights, each with a float16 norm; effort "
+        f"## Recipe\n\nPolicy {plan['policy']}{inputs}; {groups}, each with a float16 norm; effort "
         f"{facts.manifest['effort']}. Bits per weight count norms and padding.\n\n"
         + table(["family", "bits", "tensors", "weights", "size", "bits per weight"], rows)
     )
@@ -142,7 +144,7 @@ def reproduction(facts: Facts) -> str:
     extract = f"""python -c 'import json; print(json.dumps(json.load(open("{MANIFEST_NAME}"))["plan"]))' > plan.json"""
     lines = [
         extract,
-        f"kappaquant quantize {facts.original} {facts.name} --plan plan.json --effort {facts.manifest['effort']}{pinned}",
+        f"kappaquant quantize {facts.original} -o {facts.name} --plan plan.json --effort {facts.manifest['effort']}{pinned}",
     ]
     if found := facts.evaluation:
         s, tokens = found.settings, found.text.tokens + found.text.sequences  # the first of a sequence is not predicted

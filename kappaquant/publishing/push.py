@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kappaquant.checkpoints.checkpoint import open_checkpoint
+from kappaquant.checkpoints.open import open_checkpoint
+from kappaquant.checkpoints.side_files import EVALUATION_NAME, MANIFEST_NAME
 from kappaquant.errors import FormatError, PublishError
 from kappaquant.evaluate.runs.pair import file_digest
-from kappaquant.formats.codebook import EVALUATION_NAME, MANIFEST_NAME
+from kappaquant.files.documents import read_json
 from kappaquant.publishing.card import CARD_NAME, read_stamp
-from kappaquant.sources.folder import read_json
 
 logger = logging.getLogger("kappaquant")
 

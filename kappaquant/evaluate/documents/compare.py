@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
+from kappaquant.checkpoints.side_files import EVALUATION_NAME
 from kappaquant.errors import UnsupportedError
 from kappaquant.evaluate.documents.evaluation import (
     Evaluation,
@@ -18,7 +19,6 @@ from kappaquant.evaluate.documents.evaluation import (
     TextFacts,
 )
 from kappaquant.evaluate.measures.scores import score
-from kappaquant.formats.codebook import EVALUATION_NAME
 
 # what two evaluations must share for their numbers to be comparable: parts of the report, and fields of each
 _SHARED = {

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kappaquant.errors import FormatError, OutputError
+from kappaquant.errors import FormatError
 from kappaquant.evaluate.documents.checked import read_as
 from kappaquant.evaluate.documents.report import rounded
+from kappaquant.files.documents import write_whole
 
 FORMAT_VERSION = 1
 Interval = tuple[float, float]
@@ -295,16 +295,3 @@ class Evaluation:
             )
         found: Evaluation = read_as(content, cls, str(path))
         return found
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, sync and rename it, so that it is never half there; else OutputError."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as problem:
-        raise OutputError(f"{path}: cannot be written ({problem.strerror})") from None

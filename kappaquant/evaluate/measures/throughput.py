@@ -16,7 +16,7 @@ from kappaquant.engines.transformers.load import load
 from kappaquant.errors import UnsupportedError, WorkerError
 from kappaquant.evaluate.documents.evaluation import Throughput
 from kappaquant.evaluate.runs.pair import Pair, content_digest
-from kappaquant.formats.codebook import TensorInfo
+from kappaquant.files.safetensors import TensorInfo
 from kappaquant.models.skeleton import load_config
 from kappaquant.planning.sizes import active_shares
 from kappaquant.runtime.bench import WARM_UP, Row, load_original, read_bandwidth

@@ -34,7 +34,7 @@ from kappaquant.evaluate.runs.kept import Kept
 from kappaquant.evaluate.runs.pair import Pair, checkpoint_facts, content_digest, file_digest, source_facts
 from kappaquant.evaluate.runs.passes import Passes, Progress, free, load_checkpoint, load_original, read_sequences
 from kappaquant.evaluate.runs.questions import TaskSpec
-from kappaquant.kernels.tiled import check_activations
+from kappaquant.kernels.base import check_activations
 from kappaquant.models.skeleton import load_config
 from kappaquant.version import __version__
 

@@ -13,7 +13,7 @@ from kappaquant.checkpoints import contents
 from kappaquant.checkpoints.checkpoint import Checkpoint
 from kappaquant.errors import UnsupportedError
 from kappaquant.models.skeleton import Place, place
-from kappaquant.sources.folder import Source
+from kappaquant.sources.source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

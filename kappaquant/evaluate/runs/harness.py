@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kappaquant.errors import FormatError, SourceError, UnsupportedError
-from kappaquant.evaluate.documents.evaluation import DataFile, write_whole
+from kappaquant.evaluate.documents.evaluation import DataFile
 from kappaquant.evaluate.runs.kept import Kept
 from kappaquant.evaluate.runs.pair import file_digest
 from kappaquant.evaluate.runs.questions import TaskSpec, read_task
+from kappaquant.files.documents import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kappaquant.errors import FormatError, OutputError
-from kappaquant.evaluate.documents.evaluation import write_whole
+from kappaquant.files.documents import write_whole
 
 _ABOUT = "about.json"
 

@@ -9,12 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kappaquant.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from kappaquant.checkpoints.checkpoint import Checkpoint
+from kappaquant.checkpoints.open import open_checkpoint
+from kappaquant.checkpoints.side_files import MANIFEST_NAME, MARKER_NAME
 from kappaquant.errors import SourceError, UnsupportedError
 from kappaquant.evaluate.documents.evaluation import CheckpointFacts, SourceFacts
+from kappaquant.files.documents import read_json
 from kappaquant.files.safetensors import read_bytes
-from kappaquant.formats.codebook import LEGACY_CONFIG_NAME, MANIFEST_NAME
-from kappaquant.sources.folder import LocalSource, Source, open_source, read_json
+from kappaquant.sources.folder import LocalSource
+from kappaquant.sources.open import open_source
+from kappaquant.sources.source import Source
 
 _TOKENIZER_JSON = "tokenizer.json"
 _VOCABULARIES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")  # of models without a tokenizer.json
@@ -63,7 +67,7 @@ def open_pair(checkpoint: str | Path, against: str | Path, revision: str | None 
     source = _local(open_source(against, revision))
     folder = Path(checkpoint)
     opened: Checkpoint | LocalSource
-    if (folder / LEGACY_CONFIG_NAME).exists() or _is_quantized(folder):
+    if (folder / MARKER_NAME).exists() or _is_quantized(folder):
         opened = open_checkpoint(folder, source=source.folder)
     else:
         opened = _local(open_source(folder))
@@ -138,11 +142,11 @@ def checkpoint_facts(checkpoint: Checkpoint | LocalSource) -> CheckpointFacts:
         bits = 8 * sum(i.nbytes for i in infos) / sum(i.numel for i in infos)
         return CheckpointFacts(checkpoint.folder.resolve().name, "safetensors", _total(files), bits, None)
     entries = checkpoint.entries.values()
-    shards = {path for entry in entries for path, _ in entry.parts}
+    shards = {path for entry in entries for path, _ in entry.parts.values()}
     bits = 8 * sum(map(checkpoint.nbytes, checkpoint.entries)) / sum(entry.info.numel for entry in entries)
     manifest = checkpoint.path / MANIFEST_NAME
     digest = file_digest(manifest) if manifest.exists() else None
-    return CheckpointFacts(checkpoint.path.resolve().name, checkpoint.format, _total(list(shards)), bits, digest)
+    return CheckpointFacts(checkpoint.path.resolve().name, checkpoint.container.id, _total(list(shards)), bits, digest)
 
 
 def source_facts(source: LocalSource) -> SourceFacts:
@@ -173,7 +177,7 @@ def content_digest(checkpoint: Checkpoint | LocalSource) -> str:
         return file_digest(manifest)
     digest = hashlib.sha256()
     for name in checkpoint.keys():
-        for path, stored in checkpoint.entries[name].parts:
+        for path, stored in checkpoint.entries[name].parts.values():
             digest.update(stored.info.name.encode())
             digest.update(read_bytes(path, stored.offset, min(_SAMPLE, stored.info.nbytes)))
     return digest.hexdigest()
