@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-vllm lint benchmark evaluation reference-table clean
+.PHONY: setup demo test test-slow test-vllm lint benchmark evaluation reference-table clean
 
 setup: $(READY)
 
@@ -20,10 +20,14 @@ demo: $(READY)
 	$(BIN)/python -m scripts.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+# What is too long to wait for after each change; continuous integration runs it.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
 
 test-vllm:
-	python=$$(scripts/vllm_venv.sh) && $$python -m pytest tests/engines/vllm
+	python=$$(scripts/vllm_venv.sh) && $$python -m pytest tests/engines/vllm tests/formats/test_format_extension.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
