@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import run
+from command_line import Command, run
 from tiny_models import save_tiny
 
 COMMANDS = (
@@ -55,45 +55,47 @@ def test_help_names_every_command_without_importing_torch() -> None:
     assert done.stdout.strip().endswith("False")
 
 
-def test_scan_plan_quantize_by_files(model: Path, tmp_path: Path) -> None:
+def test_scan_plan_quantize_by_files(command: Command, model: Path, tmp_path: Path) -> None:
     profile, plan, picture = tmp_path / "profile.json", tmp_path / "plan.json", tmp_path / "kappa.png"
-    scanned = run("scan", model, "-o", profile, "--plot", picture)
+    scanned = command("scan", model, "-o", profile, "--plot", picture)
     assert scanned.returncode == 0, scanned.stderr
     assert "attention q/k/v/o" in scanned.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
-    planned = run("plan", model, "--policy", "kurtosis", "--profile", profile, "--set", "*.o_proj.weight=5", "-o", plan)
+    planned = command(
+        "plan", model, "--policy", "kurtosis", "--profile", profile, "--set", "*.o_proj.weight=5", "-o", plan
+    )
     assert planned.returncode == 0, planned.stderr
     promised = int(planned.stdout.split("weight files: ")[1].split(" bytes")[0].replace(",", ""))
-    done = run("quantize", model, tmp_path / "out", "--plan", plan)
+    done = command("quantize", model, tmp_path / "out", "--plan", plan)
     assert done.returncode == 0, done.stderr
     assert sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")) == promised
-    shown = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
+    shown = json.loads(command("inspect", tmp_path / "out", "--json").stdout)
     assert shown["tensors"]["model.layers.0.self_attn.o_proj.weight"]["bits"] == 5
 
 
-def test_inspect_verify_and_dequantize(quantized: Path, tmp_path: Path) -> None:
-    assert "routed down_proj" in run("inspect", quantized).stdout
-    verified = run("verify", quantized)
+def test_inspect_verify_and_dequantize(command: Command, quantized: Path, tmp_path: Path) -> None:
+    assert "routed down_proj" in command("inspect", quantized).stdout
+    verified = command("verify", quantized)
     assert verified.returncode == 0
     assert "all hashes match" in verified.stdout
-    assert run("dequantize", quantized, tmp_path / "plain").returncode == 0
+    assert command("dequantize", quantized, tmp_path / "plain").returncode == 0
     assert (tmp_path / "plain" / "config.json").exists()
 
 
-def test_verify_exits_1_and_names_the_tampered_tensor(quantized: Path, tmp_path: Path) -> None:
+def test_verify_exits_1_and_names_the_tampered_tensor(command: Command, quantized: Path, tmp_path: Path) -> None:
     import shutil
 
     from kappaquant import open_checkpoint
 
     copy = shutil.copytree(quantized, tmp_path / "copy")
     name = "model.layers.0.self_attn.q_proj.weight"
-    path, stored = open_checkpoint(copy).entry(name).parts[0]
+    path, stored = open_checkpoint(copy).entry(name).parts[".tq_packed"]
     with path.open("rb+") as file:
         file.seek(stored.offset)
         byte = file.read(1)
         file.seek(stored.offset)
         file.write(bytes([byte[0] ^ 1]))
-    done = run("verify", copy)
+    done = command("verify", copy)
     assert done.returncode == 1
     assert f"{name}.tq_packed" in done.stderr
 
@@ -106,8 +108,8 @@ def test_verify_exits_1_and_names_the_tampered_tensor(quantized: Path, tmp_path:
         (("plan", "{model}", "--set", "*.nothing=4"), "*.nothing"),
         (("plan", "{model}", "--policy", "kurtosis"), "profile"),
         (("plan", "{model}", "--thresholds", "4,x", "--policy", "kurtosis"), "--thresholds"),
-        (("quantize", "{model}", "{model}"), "source folder"),
-        (("quantize", "{model}", "{model}/out"), "source folder"),
+        (("quantize", "{model}", "{model}"), "which is read"),
+        (("quantize", "{model}", "{model}/out"), "which is read"),
         (("quantize", "{model}", "{tmp}/out", "--effort", "most"), "fast, best"),
         (("quantize", "{model}", "{tmp}/out", "--format", "gguf"), "kappaquant, tq3_native"),
         (("quantize", "{model}", "{tmp}/out", "--jobs", "0"), "at least 1"),
@@ -119,21 +121,31 @@ def test_verify_exits_1_and_names_the_tampered_tensor(quantized: Path, tmp_path:
         (("generate", "{model}", "hello", "--activations", "fp8"), "activations 'fp8': must be one of int8, bf16"),
     ],
 )
-def test_bad_input_exits_2_with_one_line(model: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    done = run(*(a.format(model=model, tmp=tmp_path) for a in arguments))
+def test_bad_input_exits_2_with_one_line(
+    command: Command, model: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    done = command(*(a.format(model=model, tmp=tmp_path) for a in arguments))
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not any(tmp_path.iterdir())
 
 
-def test_generate_needs_a_tokenizer(quantized: Path) -> None:
-    done = run("generate", quantized, "hello", "--max-new-tokens", 4, "--device", "cpu")
+def test_a_process_ends_with_2_and_one_line(model: Path) -> None:
+    done = run("inspect", model)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "not quantized" in line
+
+
+def test_generate_needs_a_tokenizer(command: Command, quantized: Path) -> None:
+    done = command("generate", quantized, "hello", "--max-new-tokens", 4, "--device", "cpu")
     assert done.returncode == 2
     assert "tokenizer" in done.stderr
 
 
-def test_generate_streams_text_until_a_stop_string(quantized: Path, tmp_path: Path) -> None:
+def test_generate_streams_text_until_a_stop_string(command: Command, quantized: Path, tmp_path: Path) -> None:
     import shutil
 
     from tiny_models import character_tokenizer
@@ -154,10 +166,10 @@ def test_generate_streams_text_until_a_stop_string(quantized: Path, tmp_path: Pa
         "--device",
         "cpu",
     )
-    whole, again = (run("generate", copy, "hello", *options) for _ in range(2))
+    whole, again = command("generate", copy, "hello", *options), run("generate", copy, "hello", *options)
     assert whole.returncode == 0, whole.stderr
     assert whole.stdout == again.stdout
     text = whole.stdout.removesuffix("\n")
     assert len(text) > 8
-    stopped = run("generate", copy, "hello", *options, "--stop", text[3:5], "--stop", "no such text")
+    stopped = command("generate", copy, "hello", *options, "--stop", text[3:5], "--stop", "no such text")
     assert stopped.stdout == text[: text.index(text[3:5])] + "\n"

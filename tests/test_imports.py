@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
 from paths import ROOT
 
 PACKAGE = ROOT / "kappaquant"
@@ -95,3 +97,108 @@ def test_the_walk_sees_every_kind_of_import() -> None:
     everything = {"formats.codec", "planning.plan", "runtime.packed", "planning.sizes", "__init__"}
     assert inside(imports(tree)) == everything
     assert inside(imports(tree, lazy=False)) == {"formats.codec", "planning.plan", "__init__"}
+
+
+def rules() -> list[str]:
+    """The numbered sentences of the document, each on one line."""
+    section = DOCUMENT.partition("## Layer rules")[2].partition("\n## ")[0]
+    return [
+        " ".join(rule.split())
+        for rule in re.findall(r"^\d+\. (.*?)(?=^\d+\. |\n\n|\Z)", section, re.MULTILINE | re.DOTALL)
+    ]
+
+
+def places(text: str) -> list[str]:
+    return re.findall(r"`([\w.]+)`", text)
+
+
+def violations(rule: str) -> list[str]:
+    """What the package does against one rule, or AssertionError for a sentence that is none of those known here."""
+    if rule.startswith("A folder imports only from those before it:"):
+        order = places(rule)
+        assert sorted(order) == sorted({name.partition(".")[0] for name in FILES} - PUBLIC), (
+            "the order names every folder once"
+        )
+        at = {place: number for number, place in enumerate(order)}
+        return [
+            f"{name} imports {target}"
+            for name, target in arrows()
+            if at[name.partition(".")[0]] < at.get(target.partition(".")[0], -1) or target in PUBLIC
+        ]
+    if rule.startswith("No torch when imported:"):
+        return [name for name in FILES if any(within(name, place) for place in places(rule)) and heavy(name)]
+    if match := re.fullmatch(r"(.*?) imports? nothing of the package\.", rule):
+        return [f"{a} imports {b}" for a, b in arrows() if any(within(a, place) for place in places(match[1]))]
+    if match := re.fullmatch(r"`([\w.]+)` imports only (.*)\.", rule):
+        allowed = [match[1], *places(match[2])]
+        return [
+            f"{a} imports {b}" for a, b in arrows() if within(a, match[1]) and not any(within(b, p) for p in allowed)
+        ]
+    if match := re.fullmatch(r"`([\w.]+)` does not import (.*)\.", rule):
+        return [
+            f"{a} imports {b}"
+            for a, b in arrows()
+            if within(a, match[1]) and any(within(b, p) for p in places(match[2]))
+        ]
+    if rule == "Nothing imports `cli`; nothing but `commands` imports `commands`.":
+        return [
+            f"{a} imports {b}"
+            for a, b in arrows()
+            if within(b, "cli") or (within(b, "commands") and not (within(a, "commands") or a == "cli"))
+        ]
+    match = re.fullmatch(r"Nothing imports (.*)\.", rule)
+    assert match, f"docs/architecture.md has a rule that no test reads: {rule}"
+    outside = set(places(match[1]))
+    return [name for name, tree in TREES.items() if outside & {full.partition(".")[0] for full in imports(tree)}]
+
+
+PUBLIC = {"__init__", "generate", "integrations", "plan"}  # names that users were told of; they may import anything
+
+
+def arrows() -> Iterator[tuple[str, str]]:
+    """Every import of one module by another, public names aside."""
+    for name in FILES:
+        if name.partition(".")[0] not in PUBLIC:
+            yield from ((name, target) for target in sorted(targets(name)))
+
+
+def heavy(module: str, seen: frozenset[str] = frozenset()) -> bool:
+    """Whether importing a module imports torch, by itself or through the package's modules."""
+    tops = {name.partition(".")[0] for name in imports(TREES[module], lazy=False)}
+    below = (targets(module, lazy=False) - {"__init__"}) - seen
+    return bool(tops & {"torch", "transformers", "safetensors"}) or any(
+        heavy(b, seen | {module}) for b in sorted(below)
+    )
+
+
+@pytest.mark.parametrize("rule", rules())
+def test_layer_rule(rule: str) -> None:
+    found = violations(rule)
+    assert not found, f"{rule}: {'; '.join(found[:10])}"
+
+
+def test_the_rules_are_read_and_name_what_is_there() -> None:
+    assert len(rules()) == 13
+    for rule in rules():
+        if "benchmarks" not in rule:
+            for place in places(rule):
+                assert any(within(name, place) for name in FILES), f"docs/architecture.md names {place}"
+
+
+def test_a_broken_rule_is_noticed() -> None:
+    assert violations("`checkpoints` does not import `planning`.")
+    assert violations("`commands` imports only `errors`.")
+    assert violations("No torch when imported: `formats.codec`.")
+    assert violations("`planning` imports nothing of the package.")
+    assert violations("Nothing imports `numpy`.")
+    with pytest.raises(AssertionError, match="no test reads"):
+        violations("Imports are nice.")
+
+
+def test_no_folder_imports_one_that_imports_it() -> None:
+    edges: dict[str, set[str]] = {}
+    for name, target in arrows():
+        here, there = name.partition(".")[0], target.partition(".")[0]
+        if here != there:
+            edges.setdefault(here, set()).add(there)
+    list(TopologicalSorter(edges).static_order())  # raises CycleError

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM
 
+from kappaquant.evaluate.runs.questions import read_questions
 from reference.build import END, model_config
 from reference.evaluate import MODEL, exact_match, perplexity, wilson
 from reference.rescale import TARGETS, check_same_function, family_of, kappa, rescale
@@ -135,3 +136,17 @@ def test_committed_model_answers_unseen_problems():
     assert type(model).__name__ == "Qwen3_5MoeForCausalLM"
     assert exact_match(model, tokenizer, problems(77, 24)) >= 20
     assert perplexity(model, tokenizer, scenes(77, 20)) < 2.6
+
+
+def test_the_reference_models_text_is_what_its_script_makes() -> None:
+    from reference.held_out import PATH, held_out_text
+
+    assert PATH.read_text(encoding="utf-8") == held_out_text()
+    assert PATH.stat().st_size < 60_000
+
+
+def test_the_reference_models_questions_are_what_its_script_makes() -> None:
+    from reference.held_out import QUESTIONS, held_out_questions
+
+    assert QUESTIONS.read_text(encoding="utf-8") == held_out_questions()
+    assert len(read_questions(QUESTIONS)) == 300

@@ -18,9 +18,9 @@ from benchmarks.reference_measure import Reading, Yardstick, answered, kld_diffe
 from benchmarks.reference_peers import PEERS, Peer, Weights, round_to_nearest
 from benchmarks.reference_table import MODEL, OWN, RECIPES, peer_rows
 from kappaquant.evaluate import ExactMatch
-from kappaquant.formats.codebook import TensorInfo
+from kappaquant.files.safetensors import TensorInfo
 from kappaquant.planning import profile as scanner
-from kappaquant.planning.policies import KEPT
+from kappaquant.planning.plan import KEPT
 
 SEEDS = range(10)
 
@@ -52,14 +52,14 @@ def test_plans_of_equal_bytes(deciding: Deciding, recipe: str) -> None:
     decided = set(deciding.names)
     for plan in plans:
         plan.check(deciding.tensors, deciding.config)
-        assert {n for n, choice in plan.choices.items() if choice.bits != KEPT} <= decided
+        assert {n for n, choice in plan.choices.items() if choice.format != KEPT} <= decided
     assert len({tuple(plan.bits(name) for name in deciding.names) for plan in plans}) == len(plans)
 
 
 def test_scaled_thresholds_at_its_own_size_are_the_policy(deciding: Deciding) -> None:
     policy = kappaquant.make_plan(deciding.tensors, deciding.config, "kurtosis", profile=deciding.kappa)
     found = deciding.by_kappa(deciding.nbytes(policy))
-    assert {n: c.bits for n, c in found.choices.items()} == {n: c.bits for n, c in policy.choices.items()}
+    assert {n: c.format for n, c in found.choices.items()} == {n: c.format for n, c in policy.choices.items()}
 
 
 def test_more_kurtosis_never_gets_fewer_bits_when_all_steps_fit(deciding: Deciding) -> None:

@@ -38,7 +38,7 @@ def texts() -> dict[Path, str]:
 
 
 def test_rooms_are_small() -> None:
-    rooms = {p: t.count("\n") for p, t in texts().items() if p.suffix == ".py" and p.parts[0] != "tests"}
+    rooms = {p: t.count("\n") for p, t in texts().items() if p.suffix in (".py", ".cu", ".cuh")}
     assert len(rooms) > 30
     assert not {str(path): lines for path, lines in rooms.items() if lines > LONGEST}
 
@@ -98,7 +98,21 @@ def test_continuous_integration_runs_the_tests() -> None:
     assert script.stat().st_mode & 0o111
     text = script.read_text(encoding="utf-8")
     assert "set -euo pipefail" in text
-    assert "make test" in text
+    steps = ["make lint", "make test", "make test-slow", "make test-vllm"]
+    assert [line for line in text.splitlines() if line.startswith("make ")] == steps
+    recipes = (ROOT / "Makefile").read_text(encoding="utf-8").split("\n\n")
+    recipe = {step: next(r for r in recipes if re.search(rf"^{step[5:]}:", r, re.MULTILINE)) for step in steps}
+    assert all(call in recipe["make lint"] for call in ("ruff check .", "ruff format --check .", "/mypy"))
+    assert recipe["make test"].endswith('pytest -m "not slow"')
+    assert recipe["make test-slow"].endswith("pytest -m slow")
+    assert "pytest tests/engines/vllm" in recipe["make test-vllm"]
+
+
+def test_pytest_alone_hides_no_test() -> None:
+    """``pytest -m gpu`` on a machine with a GPU must find all of them, the slow ones too."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    assert not re.search(r"(^|\s)(-m|-k|--ignore|--deselect)", options["addopts"])
+    assert {marker.partition(":")[0] for marker in options["markers"]} == {"gpu", "slow"}
 
 
 def test_links_in_the_documents_lead_somewhere() -> None:

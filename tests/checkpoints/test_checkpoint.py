@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import kappaquant
 from kappaquant import FormatError
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import Format
+from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat, published_codebook
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def written(source: Path) -> dict[str, Path]:
     opened = kappaquant.open_source(source)
     plan = kappaquant.make_plan(opened.tensors, opened.config, overrides=[(Q, 4)])
     return {
-        target: kappaquant.quantize(opened, source.parent / target, plan, kappaquant.Options(target=target))  # type: ignore[arg-type]
+        target: kappaquant.quantize(opened, source.parent / target, plan, kappaquant.Options(container=target))  # type: ignore[arg-type]
         for target in ("kappaquant", "tq3_native")
     }
 
@@ -34,23 +34,23 @@ def written(source: Path) -> dict[str, Path]:
 @pytest.mark.parametrize("target", ["kappaquant", "tq3_native"])
 def test_both_formats_look_the_same(target: str, source: Path, written: dict[str, Path]) -> None:
     checkpoint, content = kappaquant.open_checkpoint(written[target], source=source), tensors()
-    assert checkpoint.format == target
+    assert checkpoint.container.id == target
     assert checkpoint.notices == []
     assert checkpoint.keys() == sorted(content)
     legacy = target == "tq3_native"
     for name, bits in ((Q, 4), (EXPERTS, 3), ("model.layers.0.self_attn.o_proj.weight", 3)):
-        fmt, shape = Format(bits, 128), tuple(content[name].shape)
+        shape = tuple(content[name].shape)
+        book = published_codebook(bits, 128) if legacy else None
+        fmt = CodebookFormat(bits, 128, book, "F32" if legacy else "F16")
         assert (checkpoint.bits(name), checkpoint.format_of(name), checkpoint.shape(name)) == (bits, fmt, shape)
-        assert checkpoint.packed(name).shape == fmt.packed_shape(shape)
-        assert checkpoint.norms(name).shape == fmt.norms_shape(shape)
-        assert checkpoint.norms(name).dtype == (torch.float32 if legacy else torch.float16)
-        again = codec.decode(
-            checkpoint.packed(name), checkpoint.norms(name), fmt, shape[-1], codebook=checkpoint.codebook(name)
-        )
+        parts = checkpoint.parts(name)
+        assert {s: tuple(part.shape) for s, part in parts.items()} == {s: p for s, (_, p) in fmt.parts(shape).items()}
+        assert parts[NORMS_SUFFIX].dtype == (torch.float32 if legacy else torch.float16)
+        again = codec.decode(parts[PACKED_SUFFIX], parts[NORMS_SUFFIX], fmt, shape[-1])
         whole = checkpoint.dequantize(name)
         assert whole.shape == shape
         assert torch.equal(whole, again)
-        rows = checkpoint.dequantize_rows(name, 5, 40)
+        rows = checkpoint.entry(name).read_rows(5, 40)
         assert torch.equal(rows, whole.view(-1, shape[-1])[5:40])
     norm = checkpoint.tensor("model.norm.weight")
     assert torch.equal(norm, content["model.norm.weight"].to(torch.float16 if legacy else torch.bfloat16))
@@ -62,20 +62,21 @@ def test_both_formats_look_the_same(target: str, source: Path, written: dict[str
 
 def test_the_codes_are_those_of_the_encoder(written: dict[str, Path]) -> None:
     checkpoint = kappaquant.open_checkpoint(written["kappaquant"])
-    encoded = codec.encode(tensors()[EXPERTS], Format(3, 128))
-    assert torch.equal(checkpoint.packed(EXPERTS), encoded.packed)
-    assert torch.equal(checkpoint.norms(EXPERTS), encoded.norms)
-    assert checkpoint.codebook(EXPERTS) == Format(3, 128).codebook
+    encoded = codec.encode(tensors()[EXPERTS], CodebookFormat(3, 128))
+    parts = checkpoint.parts(EXPERTS)
+    assert parts.keys() == encoded.parts.keys()
+    assert all(torch.equal(part, encoded.parts[suffix]) for suffix, part in parts.items())
+    assert checkpoint.format_of(EXPERTS) == CodebookFormat(3, 128)
 
 
 def test_questions_that_have_no_answer(written: dict[str, Path]) -> None:
     checkpoint = kappaquant.open_checkpoint(written["kappaquant"])
     with pytest.raises(FormatError, match=r"no parameter 'model\.none'"):
         checkpoint.bits("model.none")
-    with pytest.raises(FormatError, match=f"{Q}: is quantized to 4 bits; use dequantize"):
+    with pytest.raises(FormatError, match=f"{Q}: is quantized to 4 bits; decode it"):
         checkpoint.tensor(Q)
-    with pytest.raises(FormatError, match=r"model\.norm\.weight: is kept as BF16; use tensor"):
-        checkpoint.packed("model.norm.weight")
+    with pytest.raises(FormatError, match=r"model\.norm\.weight: is kept as BF16; it has no parts"):
+        checkpoint.parts("model.norm.weight")
 
 
 def test_a_plan_that_keeps_everything(source: Path, tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_a_plan_that_keeps_everything(source: Path, tmp_path: Path) -> None:
     for name, tensor in tensors().items():
         assert torch.equal(checkpoint.tensor(name), tensor)
     with pytest.raises(kappaquant.PlanError, match="keeps every tensor"):
-        kappaquant.quantize(opened, tmp_path / "old", plan, kappaquant.Options(target="tq3_native"))
+        kappaquant.quantize(opened, tmp_path / "old", plan, kappaquant.Options(container="tq3_native"))
     assert not (tmp_path / "old").exists()
 
 
@@ -123,7 +124,7 @@ def test_norms_that_are_not_finite_fail_verify(
 ) -> None:
     for target, folder in written.items():
         copy = shutil.copytree(folder, tmp_path / target)
-        shard = kappaquant.open_checkpoint(copy, source=source).entry(Q).parts[1][0]
+        shard = kappaquant.open_checkpoint(copy, source=source).entry(Q).parts[".tq_norms"][0]
         content = load_file(shard)
         content[f"{Q}.tq_norms"].view(-1)[3] = bad
         save_file(content, shard)
@@ -145,7 +146,7 @@ def test_norms_that_are_not_finite_fail_verify(
 )  # fmt: skip
 def test_damaged_published_files(change, message: str, written: dict[str, Path], source: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     copy = shutil.copytree(written["tq3_native"], tmp_path / "copy")
-    shard = kappaquant.open_checkpoint(copy, source=source).entry(Q).parts[0][0]
+    shard = kappaquant.open_checkpoint(copy, source=source).entry(Q).parts[".tq_packed"][0]
     content = load_file(shard)
     change(content)
     save_file(content, shard)

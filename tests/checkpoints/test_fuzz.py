@@ -105,7 +105,7 @@ def checkpoint(source: Path) -> Path:
 def legacy(source: Path) -> Path:
     opened = kappaquant.open_source(source)
     plan = kappaquant.make_plan(opened.tensors, opened.config, overrides=[(Q, 4)])
-    return kappaquant.quantize(opened, source.parent / "old", plan, kappaquant.Options(target="tq3_native"))
+    return kappaquant.quantize(opened, source.parent / "old", plan, kappaquant.Options(container="tq3_native"))
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])

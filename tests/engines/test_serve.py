@@ -10,10 +10,10 @@ from builders import quantize
 from tiny_models import save_tiny
 from typer.testing import CliRunner
 
+from kappaquant.checkpoints.tq3_native import TQ3_NATIVE
 from kappaquant.cli import app
 from kappaquant.engines import serve
 from kappaquant.errors import FormatError, UnsupportedError
-from kappaquant.formats.codebook import LEGACY_FORMAT
 
 SERVING = ("fastapi", "uvicorn", "openai", "accelerate")
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def legacy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("legacy")
-    return quantize(save_tiny("llama", root / "source"), root / "legacy", target=LEGACY_FORMAT).path
+    return quantize(save_tiny("llama", root / "source"), root / "legacy", container=TQ3_NATIVE).path
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *names: str, platform: str = "linux") -> None:

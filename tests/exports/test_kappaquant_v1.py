@@ -9,26 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 from builders import quantize
-from paths import GOLDEN
+from published import Published, each_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 from typer.testing import CliRunner
 
 import kappaquant
+from kappaquant.checkpoints.tq3_native import TQ3_NATIVE
 from kappaquant.cli import app
 from kappaquant.errors import FormatError, OutputError, PlanError, UnsupportedError
 from kappaquant.exports.kappaquant_v1 import convert
-from kappaquant.formats.codebook import LEGACY_FORMAT, legacy_codebook
+from kappaquant.formats.codebook import FORMATS, NORMS_SUFFIX, PACKED_SUFFIX, published_codebook
 
 
 @pytest.fixture
 def legacy(tmp_path: Path) -> kappaquant.Checkpoint:
     source = save_tiny("qwen3_moe", tmp_path / "source", experts="fused")
-    return quantize(source, tmp_path / "legacy", target=LEGACY_FORMAT)
+    return quantize(source, tmp_path / "legacy", container=TQ3_NATIVE)
 
 
 def assert_same(old: kappaquant.Checkpoint, new: kappaquant.Checkpoint) -> None:
-    assert new.format == "kappaquant"
+    assert new.container.id == "kappaquant"
     assert new.keys() == old.keys()
     for name in old.keys():
         assert (new.bits(name), new.shape(name)) == (old.bits(name), old.shape(name))
@@ -36,8 +37,10 @@ def assert_same(old: kappaquant.Checkpoint, new: kappaquant.Checkpoint) -> None:
         if old.format_of(name) is None:
             assert torch.equal(new.tensor(name), old.tensor(name))
         else:
-            assert torch.equal(new.packed(name), old.packed(name))
-            assert new.codebook(name) == old.codebook(name) != new.format_of(name).codebook
+            assert torch.equal(new.parts(name)[PACKED_SUFFIX], old.parts(name)[PACKED_SUFFIX])
+            assert (
+                new.format_of(name).codebook == old.format_of(name).codebook != FORMATS[new.format_of(name).id].codebook
+            )
 
 
 def test_every_bit_survives(legacy: kappaquant.Checkpoint, tmp_path: Path) -> None:
@@ -45,7 +48,7 @@ def test_every_bit_survives(legacy: kappaquant.Checkpoint, tmp_path: Path) -> No
     assert_same(legacy, new)
     for name in new.keys():
         if new.format_of(name):
-            assert torch.equal(new.norms(name), legacy.norms(name))
+            assert torch.equal(new.parts(name)[NORMS_SUFFIX], legacy.parts(name)[NORMS_SUFFIX])
     assert list(new.verify()) == []
     assert (tmp_path / "v1" / "generation_config.json").exists()
     assert not (tmp_path / "v1" / "tq_config.json").exists()
@@ -63,8 +66,8 @@ def test_float16_norms_on_request(legacy: kappaquant.Checkpoint, tmp_path: Path)
     new = kappaquant.open_checkpoint(convert(legacy, tmp_path / "v1", "F16"))
     for name in new.keys():
         if new.format_of(name):
-            assert torch.equal(new.packed(name), legacy.packed(name))
-            assert torch.equal(new.norms(name), legacy.norms(name).half())
+            assert torch.equal(new.parts(name)[PACKED_SUFFIX], legacy.parts(name)[PACKED_SUFFIX])
+            assert torch.equal(new.parts(name)[NORMS_SUFFIX], legacy.parts(name)[NORMS_SUFFIX].half())
     assert "norms" not in new.config["quantization_config"]
 
 
@@ -83,18 +86,18 @@ def test_a_norm_that_float16_cannot_hold_is_named(legacy: kappaquant.Checkpoint,
 def test_packed_and_norms_share_a_shard(
     legacy: kappaquant.Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kappaquant.exports.plain.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("kappaquant.checkpoints.layout.SHARD_BYTES", 20_000)
     new = kappaquant.open_checkpoint(convert(legacy, tmp_path / "v1"))
     assert_same(legacy, new)
-    assert len({path for entry in new.entries.values() for path, _ in entry.parts}) > 2
+    assert len({path for entry in new.entries.values() for path, _ in entry.parts.values()}) > 2
     for entry in new.entries.values():
-        assert len({path for path, _ in entry.parts}) == 1
+        assert len({path for path, _ in entry.parts.values()}) == 1
 
 
 def test_what_is_refused(legacy: kappaquant.Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="norms 'BF16': must be one of F32, F16"):
+    with pytest.raises(PlanError, match="norms 'BF16': must be one of F16, F32"):
         convert(legacy, tmp_path / "v1", "BF16")
-    with pytest.raises(OutputError, match="lies in the checkpoint"):
+    with pytest.raises(OutputError, match=r"lies in .*, which is read"):
         convert(legacy, legacy.path / "v1")
     new = kappaquant.open_checkpoint(convert(legacy, tmp_path / "v1"))
     with pytest.raises(FormatError, match="is kappaquant already"):
@@ -115,22 +118,23 @@ def test_one_bit_is_refused(tmp_path: Path) -> None:
         f"{name}.tq_norms": torch.ones(4, 1),
     }
     save_file(content, folder / "model.safetensors")
-    marker = {"format": LEGACY_FORMAT, "bits": 1, "group_size": 128, "quantizer_seed": 42, "compressed_layers": 1}
+    marker = {"format": TQ3_NATIVE, "bits": 1, "group_size": 128, "quantizer_seed": 42, "compressed_layers": 1}
     (folder / "tq_config.json").write_text(json.dumps(marker))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     opened = kappaquant.open_checkpoint(folder, shapes={name: (4, 128)})
-    assert opened.codebook(name)[:2] == legacy_codebook(1, 128)
+    assert opened.format_of(name).codebook[:2] == published_codebook(1, 128)
     with pytest.raises(UnsupportedError, match=rf"{name}: has 1-bit codes"):
         convert(opened, tmp_path / "v1")
 
 
-@pytest.mark.parametrize("written", ["b3_s4_default", "b3_sharded", "recipe_as_published", "uniform_b2_g128"])
-def test_published_files(written: str, tmp_path: Path) -> None:
-    if not GOLDEN.is_dir():
-        pytest.skip("the golden tq3_native files are not beside the repository")
-    folder = Path(shutil.copytree(GOLDEN / written, tmp_path / "legacy"))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    old = kappaquant.open_checkpoint(folder, source=GOLDEN / "src")
+CONVERTED = ("b3_s4_default", "b3_sharded", "recipe_as_published", "uniform_b2_g128", "uniform_b5_g128")
+
+
+@each_folder(lambda _, folder: folder in CONVERTED)
+def test_published_files(published: Published, folder: str, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(published.root / folder, tmp_path / "legacy"))
+    (copy / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    old = kappaquant.open_checkpoint(copy, source=published.source)
     assert_same(old, kappaquant.open_checkpoint(convert(old, tmp_path / "v1")))
 
 
@@ -138,4 +142,4 @@ def test_the_command(legacy: kappaquant.Checkpoint, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["convert", str(legacy.path), "-o", str(tmp_path / "v1"), "--norms", "f16"])
     assert done.exit_code == 0, done.output
     assert "v1" in done.output
-    assert kappaquant.open_checkpoint(tmp_path / "v1").format == "kappaquant"
+    assert kappaquant.open_checkpoint(tmp_path / "v1").container.id == "kappaquant"

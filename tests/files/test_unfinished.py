@@ -13,13 +13,9 @@ from builders import digests, quantize, write_source
 
 import kappaquant
 from kappaquant import OutputError
+from kappaquant.checkpoints import writer
 from kappaquant.files.unfinished import Partial
 from kappaquant.quantizing import quantize as quantizer
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_source(tmp_path / "source", shards=2)
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, source: Path, output: Path) -> None:
@@ -29,7 +25,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, source: Path, output: Path) -> No
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(quantizer, "hash_stored", killed)
+        patch.setattr(writer, "hash_stored", killed)
         with pytest.raises(KeyboardInterrupt):
             quantize(source, output)
 
@@ -106,7 +102,7 @@ def test_a_shard_lost_from_the_leftovers_is_encoded_again(
     expected = digests(quantize(source, tmp_path / "expected").path)
     interrupt(monkeypatch, source, tmp_path / "out")
     (tmp_path / "out.partial" / "checkpoint" / "model-00001-of-00002.safetensors").unlink()
-    real, seen = quantizer.run_unit, []
+    real, seen = quantizer.encode_slice, []
 
     def stop_after_two(unit: object) -> object:
         if len(seen) == 2:
@@ -115,7 +111,7 @@ def test_a_shard_lost_from_the_leftovers_is_encoded_again(
         return real(unit)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:  # killed once more, with the lost shard laid out anew and mostly empty
-        patch.setattr(quantizer, "run_unit", stop_after_two)
+        patch.setattr(quantizer, "encode_slice", stop_after_two)
         with pytest.raises(KeyboardInterrupt):
             quantize(source, tmp_path / "out")
     assert digests(quantize(source, tmp_path / "out").path) == expected

@@ -8,32 +8,22 @@ import math
 import numpy as np
 import pytest
 import torch
-from paths import GOLDEN
+from published import Published, each_set
 
 from kappaquant.errors import FormatError, PlanError
-from kappaquant.formats.codebook import (
-    BITS,
-    FORMATS,
-    GROUP_SIZES,
-    LEGACY_SEED,
-    Format,
-    TensorInfo,
-    float32,
-    format_by_id,
-    legacy_codebook,
-    signs,
-)
-
-CONSTANTS = GOLDEN / "constants.json"
+from kappaquant.files.safetensors import TensorInfo
+from kappaquant.formats.codebook import BITS, FORMATS, CodebookFormat, float32, published_codebook
+from kappaquant.formats.registry import format_by_id
+from kappaquant.formats.signs import GROUP_SIZES, signs
 
 
 @pytest.mark.parametrize("group", GROUP_SIZES)
 def test_signs_are_the_first_draws_of_a_mersenne_twister(group: int) -> None:
     twister = np.random.MT19937()
-    twister._legacy_seeding(LEGACY_SEED)
+    twister._legacy_seeding(42)
     draws = [2 * int(value & 1) - 1 for value in twister.random_raw(2 * group)]
     assert signs(group) == (tuple(draws[:group]), tuple(draws[group:]))
-    generator = torch.Generator("cpu").manual_seed(LEGACY_SEED)
+    generator = torch.Generator("cpu").manual_seed(42)
     drawn = [tuple((2 * torch.randint(0, 2, (group,), generator=generator) - 1).tolist()) for _ in range(2)]
     assert signs(group) == tuple(drawn)
 
@@ -43,18 +33,19 @@ def test_signs_as_the_specification_prints_them() -> None:
     assert printed == ["2242d73f177cab01f6ba4affe75f6b65", "07d021a85ce6402438d201c5cbbf2514"]
 
 
-@pytest.mark.skipif(not CONSTANTS.exists(), reason="the published tool's constants are not beside this repository")
-def test_constants_are_those_published() -> None:
-    for group, published in json.loads(CONSTANTS.read_text())["d"].items():
+@each_set
+def test_constants_are_those_published(published: Published) -> None:
+    constants = json.loads((published.root / "constants.json").read_text(encoding="utf-8"))
+    for group, theirs in constants["d"].items():
         written = tuple("".join("-+"[s == 1] for s in half) for half in signs(int(group)))
-        assert written == (published["signs1"], published["signs2"])
-        for bits, centroids in published["centroids_f32_hex"].items():
-            ours = [float32(c) for c in legacy_codebook(int(bits), int(group))]
+        assert written == (theirs["signs1"], theirs["signs2"])
+        for bits, centroids in theirs["centroids_f32_hex"].items():
+            ours = [float32(c) for c in published_codebook(int(bits), int(group))]
             assert ours == [float.fromhex(c) for c in centroids]
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.id)
-def test_codebooks_are_symmetric_ascending_float32(fmt: Format) -> None:
+def test_codebooks_are_symmetric_ascending_float32(fmt: CodebookFormat) -> None:
     book = fmt.codebook
     assert len(book) == 2**fmt.bits
     assert list(book) == sorted(set(book))
@@ -64,12 +55,14 @@ def test_codebooks_are_symmetric_ascending_float32(fmt: Format) -> None:
 
 def test_known_centroids_of_a_gaussian() -> None:
     # Max, "Quantizing for Minimum Distortion", 1960, table I
-    assert [c * 8 for c in Format(2, 64).codebook[2:]] == pytest.approx([0.4528, 1.510], abs=1e-3)
-    assert [c * 8 for c in Format(3, 64).codebook[4:]] == pytest.approx([0.2451, 0.7560, 1.344, 2.152], abs=1e-3)
+    assert [c * 8 for c in CodebookFormat(2, 64).codebook[2:]] == pytest.approx([0.4528, 1.510], abs=1e-3)
+    assert [c * 8 for c in CodebookFormat(3, 64).codebook[4:]] == pytest.approx(
+        [0.2451, 0.7560, 1.344, 2.152], abs=1e-3
+    )
 
 
 def test_sizes() -> None:
-    fmt = Format(3, 128)
+    fmt = CodebookFormat(3, 128)
     assert (fmt.id, fmt.bytes_per_group, fmt.groups(1), fmt.groups(128), fmt.groups(129)) == ("tq3g128", 48, 1, 1, 2)
     assert fmt.packed_shape((4, 5, 300)) == (4, 5, 144)
     assert fmt.norms_shape((4, 5, 300)) == (4, 5, 3)
@@ -82,10 +75,10 @@ def test_sizes() -> None:
 
 def test_what_is_no_format() -> None:
     with pytest.raises(PlanError, match="bits = 9"):
-        Format(9, 128)
+        CodebookFormat(9, 128)
     with pytest.raises(PlanError, match="group size 48"):
-        Format(3, 48)
+        CodebookFormat(3, 48)
     with pytest.raises(FormatError, match=r"lm_head: unknown format id 'trellis3'"):
         format_by_id("trellis3", "lm_head")
     with pytest.raises(FormatError, match="7 bits at group size 128"):
-        legacy_codebook(7, 128)
+        published_codebook(7, 128)

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from kappaquant.errors import NonFiniteError, PlanError
 from kappaquant.formats import codec
-from kappaquant.formats.blocks import Assignment, nearest
-from kappaquant.formats.codebook import BITS, FORMATS, GROUP_SIZES, Format, signs
+from kappaquant.formats.base import EFFORTS, Effort
+from kappaquant.formats.codebook import BITS, FORMATS, CodebookFormat
+from kappaquant.formats.search import Assignment, nearest
+from kappaquant.formats.signs import GROUP_SIZES, signs
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ANY_FORMAT = st.sampled_from(sorted(FORMATS.values(), key=lambda f: f.id))
@@ -41,7 +43,7 @@ def test_rotation_is_the_hadamard_matrix_between_signs(group: int) -> None:
 
 @given(fmt=ANY_FORMAT, width=st.integers(1, 600), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
-def test_rotation_keeps_products_of_padded_vectors(fmt: Format, width: int, seed: int) -> None:
+def test_rotation_keeps_products_of_padded_vectors(fmt: CodebookFormat, width: int, seed: int) -> None:
     x, w = weights(2, width, seed=seed), weights(3, width, seed=seed + 1)
     product = codec.rotate(x, fmt.group_size) @ codec.rotate(w, fmt.group_size).T
     torch.testing.assert_close(product, x @ w.T, atol=1e-3, rtol=1e-4)
@@ -49,10 +51,10 @@ def test_rotation_keeps_products_of_padded_vectors(fmt: Format, width: int, seed
 
 @given(fmt=ANY_FORMAT, groups=st.integers(1, 4), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
-def test_pack_is_a_dense_little_endian_bitstream(fmt: Format, groups: int, seed: int) -> None:
+def test_pack_is_a_dense_little_endian_bitstream(fmt: CodebookFormat, groups: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**fmt.bits, (2, groups * fmt.group_size), generator=generator, dtype=torch.uint8)
-    packed = codec.pack(codes, fmt)
+    packed = codec.pack(codes, fmt.bits)
     assert packed.shape == (2, groups * fmt.bytes_per_group)
     for row in range(2):
         for g in range(groups):
@@ -60,7 +62,7 @@ def test_pack_is_a_dense_little_endian_bitstream(fmt: Format, groups: int, seed:
             stream = sum(code << (i * fmt.bits) for i, code in enumerate(mine))
             stored = packed[row, g * fmt.bytes_per_group : (g + 1) * fmt.bytes_per_group]
             assert bytes(stored.tolist()) == stream.to_bytes(fmt.bytes_per_group, "little")
-    assert torch.equal(codec.unpack(packed, fmt), codes)
+    assert torch.equal(codec.unpack(packed, fmt.bits), codes)
 
 
 @given(
@@ -68,12 +70,12 @@ def test_pack_is_a_dense_little_endian_bitstream(fmt: Format, groups: int, seed:
     shape=st.lists(st.integers(1, 5), min_size=0, max_size=2),
     width=st.integers(1, 700),
     dtype=st.sampled_from(DTYPES),
-    effort=st.sampled_from(codec.EFFORTS),
+    effort=st.sampled_from(EFFORTS),
     scale=st.sampled_from([1e-3, 1.0, 300.0]),
 )
 @settings(max_examples=120, deadline=None)
 def test_decode_of_encode(
-    fmt: Format, shape: list[int], width: int, dtype: torch.dtype, effort: codec.Effort, scale: float
+    fmt: CodebookFormat, shape: list[int], width: int, dtype: torch.dtype, effort: Effort, scale: float
 ) -> None:
     weight = (weights(*shape, width, seed=width) * scale).to(dtype)
     encoded = codec.encode(weight, fmt, effort)
@@ -98,7 +100,7 @@ def brute_force(y: torch.Tensor, book: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("group", GROUP_SIZES)
 @pytest.mark.parametrize("bits", BITS)
 def test_nearest_centroid_is_exact_also_on_thresholds(bits: int, group: int) -> None:
-    fmt = Format(bits, group)
+    fmt = CodebookFormat(bits, group)
     book = torch.tensor(fmt.codebook)
     middles = (book[1:] + book[:-1]) / 2
     probes = torch.cat(
@@ -114,9 +116,9 @@ def test_nearest_centroid_is_exact_also_on_thresholds(bits: int, group: int) -> 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_effort_fast_is_the_nearest_centroid_at_the_group_norm(bits: int) -> None:
-    fmt = Format(bits, 64)
+    fmt = CodebookFormat(bits, 64)
     weight = weights(7, 128)
-    codes = codec.unpack(codec.encode(weight, fmt, "fast").packed, fmt).view(7, 2, 64)
+    codes = codec.unpack(codec.encode(weight, fmt, "fast").packed, fmt.bits).view(7, 2, 64)
     y = codec.rotate(weight, 64).view(7, 2, 64)
     unit = y / y.norm(dim=-1, keepdim=True)
     # the rotation of a unit vector differs from the unit of a rotation in the last bit
@@ -125,7 +127,7 @@ def test_effort_fast_is_the_nearest_centroid_at_the_group_norm(bits: int) -> Non
 
 @pytest.mark.parametrize(("bits", "bound"), [(3, 0.0320), (4, 0.0080), (5, 0.0020)])
 def test_error_of_effort_best_on_gaussian_weights(bits: int, bound: float) -> None:
-    weight, fmt = weights(512, 2048), Format(bits, 128)
+    weight, fmt = weights(512, 2048), CodebookFormat(bits, 128)
     best, fast = codec.encode(weight, fmt, "best"), codec.encode(weight, fmt, "fast")
     decoded = codec.decode(best.packed, best.norms, fmt, 2048)
     assert float((decoded - weight).square().sum() / weight.square().sum()) <= bound
@@ -133,7 +135,7 @@ def test_error_of_effort_best_on_gaussian_weights(bits: int, bound: float) -> No
 
 
 def test_the_bytes_do_not_depend_on_how_rows_are_cut() -> None:
-    weight, fmt = weights(100, 32 * 128), Format(3, 128)
+    weight, fmt = weights(100, 32 * 128), CodebookFormat(3, 128)
     whole = codec.encode(weight, fmt)
     for start, stop in ((0, 1), (1, 40), (40, 100)):
         part = codec.encode(weight[start:stop], fmt)
@@ -142,7 +144,7 @@ def test_the_bytes_do_not_depend_on_how_rows_are_cut() -> None:
 
 
 def test_a_view_is_encoded_like_its_copy() -> None:
-    weight, fmt = weights(300, 64).T, Format(4, 128)
+    weight, fmt = weights(300, 64).T, CodebookFormat(4, 128)
     view, copy = codec.encode(weight, fmt), codec.encode(weight.contiguous(), fmt)
     assert torch.equal(view.packed, copy.packed)
 
@@ -150,9 +152,9 @@ def test_a_view_is_encoded_like_its_copy() -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_zero_groups(bits: int) -> None:
     weight = torch.cat([torch.zeros(2, 128), weights(2, 128)], dim=1)
-    fmt = Format(bits, 128)
+    fmt = CodebookFormat(bits, 128)
     encoded = codec.encode(weight, fmt)
-    codes = codec.unpack(encoded.packed, fmt)
+    codes = codec.unpack(encoded.packed, fmt.bits)
     assert (codes[:, :128] == 2 ** (bits - 1) - 1).all()
     assert (encoded.norms[:, 0] == 0).all()
     assert (codec.decode(encoded.packed, encoded.norms, fmt, 256)[:, :128] == 0).all()
@@ -163,19 +165,19 @@ def test_non_finite_weights_are_refused_by_name(bad: float) -> None:
     weight = weights(4, 128)
     weight[2, 5] = bad
     with pytest.raises(NonFiniteError, match=r"layers\.7\.q_proj.*holds"):
-        codec.encode(weight, Format(3, 128), name="layers.7.q_proj")
+        codec.encode(weight, CodebookFormat(3, 128), name="layers.7.q_proj")
 
 
 def test_a_norm_beyond_float16_is_refused_and_float32_takes_it() -> None:
     weight = weights(2, 128) * 1e5
     with pytest.raises(NonFiniteError, match="65504"):
-        codec.encode(weight, Format(3, 128))
-    encoded = codec.encode(weight, Format(3, 128), norm_dtype=torch.float32)
+        codec.encode(weight, CodebookFormat(3, 128))
+    encoded = codec.encode(weight, CodebookFormat(3, 128, norms="F32"))
     assert encoded.relative_mse < 0.05
 
 
 def test_norms_below_float16_lose_the_weights_and_say_so() -> None:
-    encoded = codec.encode(weights(2, 128) * 1e-10, Format(3, 128))
+    encoded = codec.encode(weights(2, 128) * 1e-10, CodebookFormat(3, 128))
     assert encoded.relative_mse == pytest.approx(1.0)
 
 
@@ -183,16 +185,18 @@ def test_errors_at_each_width_are_those_of_effort_fast() -> None:
     weight = weights(9, 300)
     errors = codec.squared_errors(weight, 128)
     for bits in BITS:
-        assert errors[bits] == pytest.approx(codec.encode(weight, Format(bits, 128), "fast").squared_error, rel=1e-6)
+        assert errors[bits] == pytest.approx(
+            codec.encode(weight, CodebookFormat(bits, 128), "fast").squared_error, rel=1e-6
+        )
 
 
 def test_an_unknown_effort_is_refused() -> None:
     with pytest.raises(PlanError, match="fast, best"):
-        codec.encode(weights(1, 32), Format(2, 32), "slow")  # type: ignore[arg-type]
+        codec.encode(weights(1, 32), CodebookFormat(2, 32), "slow")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.id)
-def test_codebooks_satisfy_both_conditions_of_lloyd_and_max(fmt: Format) -> None:
+def test_codebooks_satisfy_both_conditions_of_lloyd_and_max(fmt: CodebookFormat) -> None:
     book = torch.tensor(fmt.codebook, dtype=torch.float64) * math.sqrt(fmt.group_size)
     assert len(book) == 2**fmt.bits
     torch.testing.assert_close(book, -book.flip(0))
@@ -202,16 +206,16 @@ def test_codebooks_satisfy_both_conditions_of_lloyd_and_max(fmt: Format) -> None
     torch.testing.assert_close(book, (density[:-1] - density[1:]) / mass, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("effort", codec.EFFORTS)
+@pytest.mark.parametrize("effort", EFFORTS)
 @pytest.mark.parametrize("size", [1e-45, 2.6e-23, 2.7e-23, 3.7e-23, 1e-22, 1e-20])
-def test_weights_whose_squares_vanish_in_float32(size: float, effort: codec.Effort) -> None:
+def test_weights_whose_squares_vanish_in_float32(size: float, effort: Effort) -> None:
     # aligned with the signs, so that one coordinate takes all of the rotated group
     weight = torch.tensor(signs(128)[0], dtype=torch.float32) * size
     weight[0] *= 1.05
-    encoded = codec.encode(weight[None], Format(3, 128), effort)
-    assert (codec.decode(encoded.packed, encoded.norms, Format(3, 128), 128) == 0).all()
-    encoded = codec.encode(weight[None], Format(3, 128), effort, norm_dtype=torch.float32)
-    decoded = codec.decode(encoded.packed, encoded.norms, Format(3, 128), 128)
+    encoded = codec.encode(weight[None], CodebookFormat(3, 128), effort)
+    assert (codec.decode(encoded.packed, encoded.norms, CodebookFormat(3, 128), 128) == 0).all()
+    encoded = codec.encode(weight[None], CodebookFormat(3, 128, norms="F32"), effort)
+    decoded = codec.decode(encoded.packed, encoded.norms, CodebookFormat(3, 128), 128)
     if size >= 1e-20:
         assert (
             float((decoded - weight).double().square().sum() / weight.double().square().sum()) < 0.7

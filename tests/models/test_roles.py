@@ -6,12 +6,13 @@ import pytest
 from headers import MODELS, in_memory, infos, saved, tiny
 from torch import nn
 
-from kappaquant.formats.codebook import TensorInfo
+from kappaquant.files.safetensors import TensorInfo
+from kappaquant.models.architectures.base import registered
 from kappaquant.models.roles import (
-    KNOWN_ARCHITECTURES,
     ROLES,
     Role,
     family_of,
+    fused_among,
     fused_groups,
     kind_of,
     known_architecture,
@@ -27,10 +28,10 @@ def one(name, shape, config, dtype="BF16"):
 
 
 def test_every_known_architecture_is_modelled_here():
-    assert MODELS.keys() == KNOWN_ARCHITECTURES.keys()
+    assert MODELS.keys() == registered().keys()
     for arch, (model_class, config_class, _) in MODELS.items():
         assert config_class.model_type == arch
-        assert KNOWN_ARCHITECTURES[arch] == (model_class.__name__,)
+        assert registered()[arch].classes == (model_class.__name__,)
 
 
 @pytest.mark.parametrize("arch", MODELS)
@@ -126,6 +127,7 @@ CASES = [
     (L + "mlp.experts.gate_up_proj_extra", (8, 256, 128), Role.UNKNOWN),
 ]
 QWEN = {"model_type": "qwen3_5_moe", "tie_word_embeddings": False}
+MIXTRAL = {"model_type": "mixtral"}
 DECIDED = {  # roles whose bits the policies choose; every other role has a reason to be kept
     *(Role.ROUTED_GATE, Role.ROUTED_UP, Role.ROUTED_GATE_UP, Role.ROUTED_DOWN),
     *(Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN),
@@ -137,7 +139,7 @@ DECIDED = {  # roles whose bits the policies choose; every other role has a reas
 
 @pytest.mark.parametrize(("name", "shape", "role"), CASES, ids=[name for name, *_ in CASES])
 def test_role_and_default(name, shape, role):
-    kind = one(name, shape, QWEN)
+    kind = one(name, shape, MIXTRAL if "block_sparse_moe" in name else QWEN)
     assert kind.role is role
     assert bool(kind.keep) == (role not in DECIDED)
     number = re.search(r"(?:layers|blocks)\.(\d+)", name)
@@ -193,6 +195,20 @@ def test_tied_head_is_refused_and_an_untied_one_only_kept():
         assert kind.keep
 
 
+def test_an_unknown_relative_of_gemma3_is_taken_to_tie_too():
+    assert tied_embeddings({"model_type": "gemma3n"})
+    assert not tied_embeddings({"model_type": "gemma3n", "tie_word_embeddings": False})
+    assert not tied_embeddings({"model_type": "llama4"})
+    assert not tied_embeddings({})
+
+
+def test_a_known_architecture_is_read_by_its_own_patterns_alone():
+    assert one(L + "block_sparse_moe.experts.7.w1.weight", (128, 128), QWEN).role is Role.UNKNOWN
+    assert one(L + "mlp.experts.7.gate_proj.weight", (128, 128), {"model_type": "llama"}).keep
+    unknown = one(L + "block_sparse_moe.experts.7.w1.weight", (128, 128), {"model_type": "phi9"})
+    assert (unknown.role, unknown.expert, unknown.keep) == (Role.ROUTED_GATE, 7, "")
+
+
 def test_architecture_is_known_by_model_type_else_by_class():
     assert known_architecture({"architectures": ["MixtralForCausalLM"]})
     assert not known_architecture({"model_type": "phi9", "architectures": ["LlamaForCausalLM"]})
@@ -232,6 +248,9 @@ def test_fused_groups():
     assert (gdn + "in_proj_qkv.weight", gdn + "in_proj_z.weight") in groups
     assert (gdn + "in_proj_a.weight", gdn + "in_proj_b.weight") in groups
     assert tuple(full + f"{x}_proj.weight" for x in "kqv") in groups
+    assert fused_among({name: kind_of(name, info, config) for name, info in tensors.items()}, config) == fused_groups(
+        tensors, config
+    )
     assert len(groups) == 3 * 2 + 1 + 4  # and every layer's shared expert gate/up
 
 

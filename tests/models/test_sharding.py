@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 import kappaquant
 from kappaquant.cli import app
 from kappaquant.errors import PlanError
-from kappaquant.formats.codebook import FORMATS, Format, TensorInfo
+from kappaquant.files.safetensors import TensorInfo
+from kappaquant.formats.codebook import FORMATS, CodebookFormat
 from kappaquant.models import sharding as parallel
 
 LAYER = "model.layers.0."
@@ -71,7 +72,7 @@ def test_the_command_says_what_fusing_cost_and_how_many_cards(source: Path) -> N
     assert "cards that can share it (--tensor-parallel-size): 1, 2\n" in mixed.output
 
 
-def shares(config: dict[str, Any], **tensors: tuple[tuple[int, ...], Format | None]) -> Any:
+def shares(config: dict[str, Any], **tensors: tuple[tuple[int, ...], CodebookFormat | None]) -> Any:
     infos = {name: TensorInfo(name, "BF16", shape) for name, (shape, _) in tensors.items()}
     return infos, lambda name: tensors[name][1], {"model_type": "qwen3_5_moe_text", **config}
 

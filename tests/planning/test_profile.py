@@ -12,10 +12,10 @@ from builders import EXPERTS, Q, quantize, tensors, write_source
 
 import kappaquant
 from kappaquant.commands.plots import kurtosis_by_layer
+from kappaquant.files import tensors as stored_tensors
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import Format
+from kappaquant.formats.codebook import CodebookFormat
 from kappaquant.planning.moments import Moments
-from kappaquant.quantizing import slices as units
 
 
 def heavy(seed: int, *shape: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("unit", [1 << 23, 20_000])
 @pytest.mark.parametrize("name", [Q, EXPERTS])
 def test_statistics(source: Path, name: str, unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units, "UNIT_ELEMENTS", unit)
+    monkeypatch.setattr(stored_tensors, "SLICE_ELEMENTS", unit)
     opened = kappaquant.open_source(source)
     stats = kappaquant.scan(opened).tensors[name]
     weight = opened.read(name).double().numpy()
@@ -46,7 +46,7 @@ def test_statistics(source: Path, name: str, unit: int, monkeypatch: pytest.Monk
     assert stats.top_energy == pytest.approx(top / energies.sum(), rel=1e-9 if name == Q else 5e-3)
     matrix = opened.read(name).view(opened.tensors[name].shape)
     for bits in (2, 3, 8):
-        expected = codec.encode(matrix, Format(bits, 128), "fast").relative_mse
+        expected = codec.encode(matrix, CodebookFormat(bits, 128), "fast").relative_mse
         assert stats.relative_mse[bits] == pytest.approx(expected, rel=1e-5)
 
 
@@ -116,7 +116,7 @@ def test_moments_of_parts_add_up() -> None:
 
 
 def test_an_error_is_measured_over_all_parts_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units, "UNIT_ELEMENTS", 256)
+    monkeypatch.setattr(stored_tensors, "SLICE_ELEMENTS", 256)
     for row in (0, 1, 2):  # a norm beyond float16 in the first, a middle, and the last part
         weight = heavy(0, 3, 256)
         weight[row] *= 1e6

@@ -93,7 +93,9 @@ def test_metadata_of_an_original_on_the_hub(checkpoint: Checkpoint) -> None:
     }
     assert card.notices == ()
     assert f"[owner/original](https://huggingface.co/owner/original) at revision `{COMMIT}`" in card.text
-    assert f"kappaquant quantize owner/original small --plan plan.json --effort best --revision {COMMIT}" in card.text
+    assert (
+        f"kappaquant quantize owner/original -o small --plan plan.json --effort best --revision {COMMIT}" in card.text
+    )
     assert (
         f"kappaquant evaluate small --against owner/original --revision {COMMIT} --text path/to/held-out.txt"
         in card.text
@@ -225,7 +227,7 @@ def test_a_manifest_that_lacks_its_source(checkpoint: Checkpoint) -> None:
 def test_tq3_native_has_no_manifest(tmp_path: Path) -> None:
     source = save_tiny("qwen3_moe", tmp_path / "tiny")
     with pytest.raises(FormatError, match=r"tq3_native checkpoint has no kappaquant\.json"):
-        make_card(quantize(source, tmp_path / "out", target="tq3_native"))
+        make_card(quantize(source, tmp_path / "out", container="tq3_native"))
 
 
 def test_its_code_loads_and_its_commands_make_the_same_bytes(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from evaluations import evaluation
 from huggingface_hub import constants, hf_api
 from typer.testing import CliRunner
 
-from kappaquant.checkpoints.checkpoint import open_checkpoint
+from kappaquant.checkpoints.open import open_checkpoint
 from kappaquant.cli import app
 from kappaquant.errors import PublishError
 from kappaquant.evaluate.runs.pair import file_digest
@@ -222,7 +222,7 @@ def test_by_the_clients_pipeline(hub: Hub, folder: Path, monkeypatch: pytest.Mon
 
 
 def broken(folder: Path) -> None:
-    path, stored = open_checkpoint(folder).entry("lm_head.weight").parts[0]
+    path, stored = open_checkpoint(folder).entry("lm_head.weight").parts[""]
     with path.open("rb+") as file:
         file.seek(stored.offset)
         file.write(b"\x12\x34")

@@ -16,17 +16,20 @@ import torch
 from builders import Q, digests, tensors, write_source
 
 import kappaquant
+from kappaquant.checkpoints import writer
+from kappaquant.files import tensors as stored_tensors
 from kappaquant.files.unfinished import Partial
 from kappaquant.quantizing import quantize as quantizer
-from kappaquant.quantizing import slices as units
+from kappaquant.quantizing import slices
 
 DRIVER = """
 import sys
 import kappaquant
-from kappaquant import quantizer, units
+from kappaquant.checkpoints import writer
+from kappaquant.files import tensors
 
-units.UNIT_ELEMENTS = 1 << 16
-quantizer._COMMIT_SECONDS = float(sys.argv[4])
+tensors.SLICE_ELEMENTS = 1 << 16
+writer.COMMIT_SECONDS = float(sys.argv[4])
 if __name__ == "__main__":
     source = kappaquant.open_source(sys.argv[1])
     plan = kappaquant.make_plan(source.tensors, source.config, "uniform")
@@ -97,8 +100,8 @@ def test_interrupted_in_the_last_steps(step: str, tmp_path: Path, monkeypatch: p
     plan = kappaquant.make_plan(source.tensors, source.config)
     expected = digests(kappaquant.quantize(source, tmp_path / "expected", plan))
     target, name = {
-        "hash": (quantizer, "hash_stored"),
-        "documents": (quantizer, "_write_json"),
+        "hash": (writer, "hash_stored"),
+        "documents": (writer, "write_json"),
         "rename": (Path, "rename"),
         "cleanup": (Partial, "discard"),
     }[step]
@@ -129,20 +132,20 @@ def test_a_torn_journal_line_is_forgotten(tmp_path: Path) -> None:
 def test_finished_work_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = kappaquant.open_source(write_source(tmp_path / "source", shards=2))
     plan = kappaquant.make_plan(source.tensors, source.config)
-    real, done = units.run_unit, []
+    real, done = slices.encode_slice, []
 
-    def run_two_then_stop(unit: units.Unit) -> units.Sums:
+    def run_two_then_stop(unit: slices.Slice) -> slices.Sums:
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(unit.name)
+        done.append(unit.tensor)
         return real(unit)
 
-    monkeypatch.setattr(quantizer, "_COMMIT_SECONDS", 0.0)
-    monkeypatch.setattr(quantizer, "run_unit", run_two_then_stop)
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(quantizer, "encode_slice", run_two_then_stop)
     with pytest.raises(KeyboardInterrupt):
         kappaquant.quantize(source, tmp_path / "out", plan)
     repeated: list[str] = []
-    monkeypatch.setattr(quantizer, "run_unit", lambda unit: (repeated.append(unit.name), real(unit))[1])
+    monkeypatch.setattr(quantizer, "encode_slice", lambda unit: (repeated.append(unit.tensor), real(unit))[1])
     kappaquant.quantize(source, tmp_path / "out", plan)
     assert len(done) == 2
     assert not set(done) & set(repeated)
@@ -151,7 +154,7 @@ def test_finished_work_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Mon
 def test_left_overs_of_another_run_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = kappaquant.open_source(write_source(tmp_path / "source"))
     three, four = (kappaquant.make_plan(source.tensors, source.config, bits=b) for b in (3, 4))
-    monkeypatch.setattr(quantizer, "hash_stored", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(writer, "hash_stored", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         kappaquant.quantize(source, tmp_path / "out", three)
     monkeypatch.undo()
@@ -171,8 +174,8 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def spoilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> kappaquant.Source:
     """A source with NaN in several units of two tensors, one of which every plan keeps."""
-    monkeypatch.setattr(units, "UNIT_ELEMENTS", 4096)
-    monkeypatch.setattr(quantizer, "_COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(stored_tensors, "SLICE_ELEMENTS", 4096)
+    monkeypatch.setattr(writer, "COMMIT_SECONDS", 0.0)
     content = tensors()
     for element in (70, 5000, 20_000):
         content[Q].view(-1)[element] = float("nan")
@@ -225,7 +228,7 @@ def test_what_one_run_let_pass_a_stricter_one_meets_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(quantizer, "hash_stored", killed)
+        patch.setattr(writer, "hash_stored", killed)
         with pytest.raises(KeyboardInterrupt):
             kappaquant.quantize(source, tmp_path / "out", plan, kappaquant.Options(allow_nonfinite=True))
     with pytest.raises(kappaquant.NonFiniteError, match=name):

@@ -3,51 +3,30 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import logging
 import shutil
 import subprocess
 import sys
 import types
-from collections.abc import Callable
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES, WITH_EXPERTS, save_tiny
+from safetensors.torch import save_file
+from tiny_checkpoints import quantize
+from tiny_models import LAYOUTS, WITH_EXPERTS, save_tiny
 
 import kappaquant
-from kappaquant.checkpoints.checkpoint import Checkpoint
+from kappaquant.checkpoints.side_files import MANIFEST_NAME
 from kappaquant.engines.transformers.hooks import KappaquantConfig, KappaquantQuantizer
 from kappaquant.errors import FormatError, UnsupportedError
-from kappaquant.formats.codebook import MANIFEST_NAME
-from kappaquant.kernels import dispatch as ops
-from kappaquant.models.skeleton import parameter_shapes
-from kappaquant.planning.plan import Choice, Plan
+from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.planning.plan import Plan
 from kappaquant.runtime.experts import QuantExperts
 from kappaquant.runtime.packed import PackedWeight, QuantEmbedding, QuantLinear
-
-LAYOUTS = [(a, e) for a in ARCHITECTURES for e in (("split", "fused") if a in WITH_EXPERTS else ("split",))]
-
-
-def _quantize(source: Path, output: Path, bits: dict[str, int] | None = None, **options: Any) -> Path:
-    """Uniform 3 bits in groups of 64; ``bits`` maps patterns to other choices, even such as policies never make."""
-    opened = kappaquant.open_source(source)
-    plan = kappaquant.make_plan(opened.tensors, opened.config, policy="uniform", bits=3, group_size=64)
-    choices = dict(plan.choices)
-    for pattern, chosen in (bits or {}).items():
-        matching = [name for name in choices if fnmatch(name, pattern)]
-        assert matching, pattern
-        choices |= {name: Choice(chosen, "test") for name in matching}
-    kappaquant.quantize(
-        opened, output, dataclasses.replace(plan, choices=choices), kappaquant.Options(effort="fast", jobs=1, **options)
-    )
-    return output
 
 
 def _reference(folder: Path, target: Path) -> Any:
@@ -87,7 +66,7 @@ def any_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("architecture", "experts"), LAYOUTS)
 def test_logits_equal_the_dequantized_model(architecture: str, experts: Any, tied: bool, tmp_path: Path) -> None:
     source = save_tiny(architecture, tmp_path / "source", experts=experts, tied=tied)
-    folder = _quantize(source, tmp_path / "quantized")
+    folder = quantize(source, tmp_path / "quantized")
     model, tokenizer = kappaquant.load(folder)
     assert tokenizer is None
     assert any(isinstance(m, QuantLinear) for m in model.modules())
@@ -107,7 +86,7 @@ def test_packed_embeddings_heads_and_routers(architecture: str, tied: bool, tmp_
         bits["lm_head.weight"] = 5
     if architecture in WITH_EXPERTS:
         bits["*mlp.gate.weight"] = 6
-    folder = _quantize(source, tmp_path / "quantized", bits)
+    folder = quantize(source, tmp_path / "quantized", bits)
     model, _ = kappaquant.load(folder)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, QuantEmbedding)
@@ -122,7 +101,7 @@ def test_experts_of_one_layer_may_differ(architecture: str, tmp_path: Path) -> N
     source = save_tiny(architecture, tmp_path / "source")
     gate, up, down = ("w1", "w3", "w2") if architecture == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     bits = {f"*experts.0.{gate}.weight": 16, f"*experts.1.{up}.weight": 6, f"*experts.2.{down}.weight": 2}
-    folder = _quantize(source, tmp_path / "quantized", bits | {f"*experts.3.{down}.weight": 16})
+    folder = quantize(source, tmp_path / "quantized", bits | {f"*experts.3.{down}.weight": 16})
     model, _ = kappaquant.load(folder)
     blocks = next(m for m in model.modules() if isinstance(m, QuantExperts)).gate_up_proj.blocks
     assert len(blocks) == 5  # experts 2-4 whole; of 0 and 1 the gate and the up rows each
@@ -132,13 +111,13 @@ def test_experts_of_one_layer_may_differ(architecture: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(("kept", "other"), [("gate_up_proj", "down_proj"), ("down_proj", "gate_up_proj")])
 def test_one_of_two_fused_projections_may_be_kept(kept: str, other: str, tmp_path: Path) -> None:
     source = save_tiny("qwen3_5_moe_text", tmp_path / "source", experts="fused")
-    folder = _quantize(source, tmp_path / "quantized", {f"*experts.{kept}": 16, f"*experts.{other}": 4})
+    folder = quantize(source, tmp_path / "quantized", {f"*experts.{kept}": 16, f"*experts.{other}": 4})
     _assert_equal(kappaquant.load(folder)[0], _reference(folder, tmp_path / "reference"))
 
 
 def test_auto_model_loads_after_import_alone(tmp_path: Path) -> None:
     source = save_tiny("qwen3_moe", tmp_path / "source")
-    folder = _quantize(source, tmp_path / "quantized")
+    folder = quantize(source, tmp_path / "quantized")
     model, _ = kappaquant.load(folder)
     torch.save(_logits(model), tmp_path / "expected.pt")
     code = f"""
@@ -155,7 +134,7 @@ with torch.no_grad():
 @pytest.mark.usefixtures("any_plan")
 def test_transformers_has_nothing_to_report(tmp_path: Path) -> None:
     source = save_tiny("qwen3_5_moe", tmp_path / "source")
-    folder = _quantize(source, tmp_path / "quantized", {"*experts.0.up_proj.weight": 16, "*embed_tokens.weight": 8})
+    folder = quantize(source, tmp_path / "quantized", {"*experts.0.up_proj.weight": 16, "*embed_tokens.weight": 8})
     _, info = transformers.AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
 
@@ -163,7 +142,7 @@ def test_transformers_has_nothing_to_report(tmp_path: Path) -> None:
 def test_the_manifest_of_a_hub_snapshot_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "cache" / "models--owner--name" / "snapshots" / "0123abc"
     snapshot.parent.mkdir(parents=True)
-    _quantize(save_tiny("llama", tmp_path / "source"), snapshot)
+    quantize(save_tiny("llama", tmp_path / "source"), snapshot)
     shutil.move(snapshot / MANIFEST_NAME, tmp_path / MANIFEST_NAME)
     fetched = []
 
@@ -181,7 +160,7 @@ def test_the_manifest_of_a_hub_snapshot_is_fetched(tmp_path: Path, monkeypatch: 
 
 def test_multimodal_with_an_image(tmp_path: Path) -> None:
     source = save_tiny("qwen3_5_moe", tmp_path / "source", experts="fused")
-    folder = _quantize(source, tmp_path / "quantized")
+    folder = quantize(source, tmp_path / "quantized")
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
     ids = torch.tensor([[5, 92, 90, 90, 90, 90, 93, 7, 8]])
     image = torch.randn(16, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(2))
@@ -199,7 +178,7 @@ def test_multimodal_with_an_image(tmp_path: Path) -> None:
 
 def test_the_language_model_alone_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
     source = save_tiny("qwen3_5_moe", tmp_path / "source")
-    folder = _quantize(source, tmp_path / "quantized")
+    folder = quantize(source, tmp_path / "quantized")
     whole = transformers.AutoModelForImageTextToText.from_pretrained(folder)
     text = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert isinstance(text, transformers.Qwen3_5MoeForCausalLM)
@@ -207,14 +186,14 @@ def test_the_language_model_alone_of_a_multimodal_checkpoint(tmp_path: Path) -> 
 
 
 def test_a_device_map_places_packed_weights(tmp_path: Path) -> None:
-    folder = _quantize(save_tiny("qwen3_moe", tmp_path / "source"), tmp_path / "quantized")
+    folder = quantize(save_tiny("qwen3_moe", tmp_path / "source"), tmp_path / "quantized")
     mapped = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
     assert torch.equal(_logits(mapped).cpu(), _logits(kappaquant.load(folder, device=mapped.device)[0]).cpu())
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_dtype(dtype: torch.dtype | None, tmp_path: Path) -> None:
-    folder = _quantize(save_tiny("mixtral", tmp_path / "source", dtype=torch.bfloat16), tmp_path / "quantized")
+    folder = quantize(save_tiny("mixtral", tmp_path / "source", dtype=torch.bfloat16), tmp_path / "quantized")
     model, _ = kappaquant.load(folder, dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {dtype or torch.bfloat16}
     assert _logits(model).dtype == (dtype or torch.bfloat16)
@@ -223,14 +202,14 @@ def test_dtype(dtype: torch.dtype | None, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("architecture", "experts"), LAYOUTS)
 def test_tq3_native(architecture: str, experts: Any, tmp_path: Path) -> None:
     source = save_tiny(architecture, tmp_path / "source", experts=experts, dtype=torch.bfloat16)
-    folder = _quantize(source, tmp_path / "quantized", target="tq3_native")
+    folder = quantize(source, tmp_path / "quantized", container="tq3_native")
     model, _ = kappaquant.load(folder, dtype=torch.float32)
     assert any(isinstance(m, QuantLinear) for m in model.modules())
     _assert_equal(model, _reference(folder, tmp_path / "reference"))
 
 
 def test_tq3_native_with_a_stale_index_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = _quantize(save_tiny("llama", tmp_path / "source"), tmp_path / "quantized", target="tq3_native")
+    folder = quantize(save_tiny("llama", tmp_path / "source"), tmp_path / "quantized", container="tq3_native")
     index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     shutil.move(next(folder.glob("*.safetensors")), folder / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -241,28 +220,28 @@ def test_tq3_native_with_a_stale_index_says_so(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_q_k_v_and_gate_up_share_rotations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = kappaquant.load(_quantize(save_tiny("llama", tmp_path / "source"), tmp_path / "quantized"))
+    model, _ = kappaquant.load(quantize(save_tiny("llama", tmp_path / "source"), tmp_path / "quantized"))
     counted = []
-    rotate = ops.rotate
-    monkeypatch.setattr(ops, "rotate", lambda x, group: counted.append(x.shape) or rotate(x, group))
+    rotate = CodebookFormat.rotate
+    monkeypatch.setattr(CodebookFormat, "rotate", lambda self, x: counted.append(x.shape) or rotate(self, x))
     _logits(model)
     assert len(counted) == 2 * 4  # a layer: q/k/v, o, gate/up, down
-    assert model.model.layers[0].self_attn.q_proj.rotation._last is None  # nothing outlives the pass
+    assert model.model.layers[0].self_attn.q_proj.shared._last is None  # nothing outlives the pass
 
 
 def test_a_deep_copy_and_a_state_dict_round_trip(tmp_path: Path) -> None:
-    model, _ = kappaquant.load(_quantize(save_tiny("mixtral", tmp_path / "source"), tmp_path / "quantized"))
+    model, _ = kappaquant.load(quantize(save_tiny("mixtral", tmp_path / "source"), tmp_path / "quantized"))
     expected = _logits(model)
     twin = copy.deepcopy(model)
     for weight in (m for m in twin.modules() if isinstance(m, PackedWeight)):
-        weight.tq_packed.zero_()
+        weight.get_buffer("tq_packed").zero_()
     assert not torch.equal(_logits(twin), expected)
     twin.load_state_dict(model.state_dict())
     assert torch.equal(_logits(twin), expected)
 
 
 def test_saving_a_loaded_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    model, _ = kappaquant.load(_quantize(save_tiny("llama", tmp_path / "source"), tmp_path / "quantized"))
+    model, _ = kappaquant.load(quantize(save_tiny("llama", tmp_path / "source"), tmp_path / "quantized"))
     with pytest.raises(UnsupportedError, match="copy its checkpoint folder"):
         model.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again").exists()
@@ -273,140 +252,3 @@ def test_unquantized_models_still_load(tmp_path: Path) -> None:
     assert transformers.AutoModelForCausalLM.from_pretrained(source).model.layers[0].mlp.up_proj.weight.dim() == 2
     with pytest.raises(FormatError, match="not quantized"):
         kappaquant.load(source)
-
-
-# --- accounting ---
-
-
-def _edit_shard(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    shard = next(folder.glob("*.safetensors"))
-    state = load_file(shard)
-    edit(state)
-    save_file(state, shard, {"format": "pt"})
-
-
-@pytest.fixture
-def quantized(tmp_path: Path) -> Path:
-    return _quantize(save_tiny("qwen3_moe", tmp_path / "source"), tmp_path / "quantized")
-
-
-EXPERT = "model.layers.0.mlp.experts.3.up_proj.weight"
-
-
-@pytest.mark.parametrize(
-    ("edit", "named"),
-    [
-        (lambda s: s.pop(f"{EXPERT}.tq_norms"), rf"{EXPERT}\.tq_norms"),
-        (lambda s: s.pop("model.norm.weight"), r"model\.norm\.weight"),
-        (lambda s: s.update(stray=torch.zeros(3)), "stray"),
-        (lambda s: s.update({f"{EXPERT}.tq_packed": s[f"{EXPERT}.tq_packed"][:-1].clone()}), rf"{EXPERT}\.tq_packed"),
-    ],
-    ids=["norms missing", "kept missing", "extra", "misshapen"],
-)
-@pytest.mark.parametrize("through", ["load", "from_pretrained"])
-def test_files_against_the_map(quantized: Path, through: str, edit: Any, named: str) -> None:
-    _edit_shard(quantized, edit)
-    loader = kappaquant.load if through == "load" else transformers.AutoModelForCausalLM.from_pretrained
-    with pytest.raises(FormatError, match=named):
-        loader(quantized)
-
-
-def _forget(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None]) -> None:
-    """A checkpoint consistent in itself, but not with the architecture."""
-    before = Checkpoint.__init__
-
-    def changed(self: Checkpoint, *args: Any, **kwargs: Any) -> None:
-        before(self, *args, **kwargs)
-        change(self.entries)
-
-    monkeypatch.setattr(Checkpoint, "__init__", changed)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (EXPERT, r"model\.layers\.0\.mlp\.experts\.gate_up_proj \(\d+ of \d+ elements are there\): .* needs it"),
-        ("model.layers.1.mlp.up_proj.weight", r"model\.layers\.1\.mlp\.up_proj\.weight: .* needs it"),
-        ("model.norm.weight", r"model\.norm\.weight: .* needs it"),
-    ],
-)
-def test_a_parameter_no_tensor_fills(quantized: Path, name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _forget(monkeypatch, lambda entries: entries.pop(name))
-    with pytest.raises(FormatError, match=message):
-        kappaquant.load(quantized)
-
-
-def test_a_tensor_the_model_has_no_place_for(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    norm = "model.layers.0.input_layernorm.weight"
-    _forget(monkeypatch, lambda e: e.update({"model.layers.0.other.weight": e[norm]}))
-    with pytest.raises(FormatError, match=r"model\.layers\.0\.other\.weight: .* has no place for it"):
-        kappaquant.load(quantized)
-
-
-@pytest.mark.parametrize("through", ["load", "from_pretrained"])
-def test_a_shape_the_architecture_does_not_have(tmp_path: Path, through: str) -> None:
-    folder = _quantize(save_tiny("llama", tmp_path / "source"), tmp_path / "quantized")
-    config = json.loads((folder / "config.json").read_text())
-    config["intermediate_size"] = 256
-    (folder / "config.json").write_text(json.dumps(config))
-    loader = kappaquant.load if through == "load" else transformers.AutoModelForCausalLM.from_pretrained
-    with pytest.raises(FormatError, match=r"model\.layers\.0\.mlp\.\w+_proj\.weight: has shape .* wants .*256"):
-        loader(folder)
-
-
-def _set(path: tuple[str, ...], value: Any) -> Callable[[dict[str, Any]], None]:
-    def edit(quantization: dict[str, Any]) -> None:
-        for key in path[:-1]:
-            quantization = quantization[key]
-        if value is None:
-            del quantization[path[-1]]
-        else:
-            quantization[path[-1]] = value
-
-    return edit
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (_set(("format_version",), 2), "format_version 2"),
-        (_set(("rotation",), "other/9"), "rotation 'other/9'"),
-        (_set(("tensors", EXPERT), "tq3g77"), rf"{EXPERT}: unknown format id 'tq3g77'"),
-        (_set(("codebooks", "tq3g64"), None), r"model\S+: .*no codebook .* for tq3g64"),
-    ],
-    ids=["version", "rotation", "format id", "codebook"],
-)
-@pytest.mark.parametrize("through", ["load", "from_pretrained"])
-def test_a_quantization_config_not_known_here(quantized: Path, through: str, edit: Any, message: str) -> None:
-    config = json.loads((quantized / "config.json").read_text())
-    edit(config["quantization_config"])
-    (quantized / "config.json").write_text(json.dumps(config))
-    loader = kappaquant.load if through == "load" else transformers.AutoModelForCausalLM.from_pretrained
-    with pytest.raises(FormatError, match=message):
-        loader(quantized)
-
-
-def test_offloading_to_disk_is_refused(quantized: Path) -> None:
-    with pytest.raises(UnsupportedError, match="disk"):
-        transformers.AutoModelForCausalLM.from_pretrained(quantized, device_map={"": "disk"})
-
-
-# --- shapes from the architecture ---
-
-
-@pytest.mark.parametrize(("architecture", "experts"), LAYOUTS)
-def test_parameter_shapes(architecture: str, experts: Any, tmp_path: Path) -> None:
-    source = kappaquant.open_source(save_tiny(architecture, tmp_path / "source", experts=experts))
-    expected = {name: info.shape for name, info in source.tensors.items()}
-    assert parameter_shapes(source.config, expected) == expected
-
-
-def test_parameter_shapes_of_a_multi_token_prediction_layer(tmp_path: Path) -> None:
-    config = kappaquant.open_source(save_tiny("qwen3_5_moe", tmp_path / "source")).config
-    names = ["mtp.layers.0.mlp.experts.4.up_proj.weight", "mtp.layers.0.self_attn.q_proj.weight", "mtp.fc.weight", "x"]
-    assert parameter_shapes(config, names) == {names[0]: (128, 128), names[1]: (256, 128), names[2]: (128, 256)}
-
-
-def test_an_unknown_architecture_is_named() -> None:
-    with pytest.raises(UnsupportedError, match="model_type 'nothing'"):
-        parameter_shapes({"model_type": "nothing"}, [])

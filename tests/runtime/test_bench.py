@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import run
+from builders import quantize
+from command_line import Command
 from tiny_models import save_tiny, tiny_model
 
 from benchmarks import gpu_decode
@@ -38,12 +39,11 @@ def test_numbers_below_one(case: tuple[int, int], steps: int) -> None:
         list(measure(tiny_model("llama"), [case], steps=steps))
 
 
-def test_command_against_the_original(tmp_path: Path) -> None:
+def test_command_against_the_original(command: Command, tmp_path: Path) -> None:
     source = save_tiny("qwen3_moe", tmp_path / "model")
-    quantized, output = tmp_path / "quantized", tmp_path / "bench.json"
-    assert run("quantize", source, quantized, "--policy", "uniform", "--bits", 4, "--jobs", 1).returncode == 0
+    quantized, output = quantize(source, tmp_path / "quantized").path, tmp_path / "bench.json"
     arguments = ["--context", 6, "--context", 9, "--batch", 2, "--steps", 2, "--device", "cpu", "-o", output]
-    done = run("bench", quantized, "--against", source, *arguments, "--json")
+    done = command("bench", quantized, "--against", source, *arguments, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result == json.loads(output.read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ def test_command_against_the_original(tmp_path: Path) -> None:
     assert [(row["model"], row["batch"], row["context"]) for row in result["rows"]] == [
         (str(name), 2, context) for name in (quantized, source) for context in (6, 9)
     ]
-    assert "decode tok/s" in run("bench", quantized, *arguments).stdout
+    assert "decode tok/s" in command("bench", quantized, *arguments).stdout
 
 
 def test_the_benchmark_on_a_tiny_model() -> None:

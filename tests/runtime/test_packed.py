@@ -8,22 +8,13 @@ import weakref
 
 import pytest
 import torch
+from packed_weights import held
 from torch import nn
 
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import Format
-from kappaquant.kernels import dispatch as ops
+from kappaquant.formats.codebook import CodebookFormat
 from kappaquant.runtime.experts import ExpertBlock, ExpertWeights, KeptWeight, QuantExperts
-from kappaquant.runtime.packed import PackedWeight, QuantEmbedding, QuantLinear, SharedRotation, hold_packed
-
-
-def _packed(weight: torch.Tensor, fmt: Format) -> tuple[PackedWeight, torch.Tensor]:
-    """(filled module, what it decodes to)"""
-    encoded = codec.encode(weight, fmt, "fast")
-    module = PackedWeight(fmt, weight.shape, fmt.codebook, device="cpu")
-    module.fill((), encoded.packed, encoded.norms)
-    module.finish()
-    return module, codec.decode(encoded.packed, encoded.norms, fmt, weight.shape[-1])
+from kappaquant.runtime.packed import PackedWeight, QuantEmbedding, QuantLinear, SharedInput, hold_packed
 
 
 def _close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -35,63 +26,70 @@ def _close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5
 def rotations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The group size of each rotation that really ran."""
     counted: list[int] = []
-    rotate = ops.rotate
-    monkeypatch.setattr(ops, "rotate", lambda x, group: counted.append(group) or rotate(x, group))
+    rotate = CodebookFormat.rotate
+    monkeypatch.setattr(CodebookFormat, "rotate", lambda self, x: counted.append(self.group_size) or rotate(self, x))
     return counted
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear(bias: bool, dtype: torch.dtype) -> None:
-    weight, decoded = _packed(torch.randn(20, 90), Format(4, 64))
+    weight, decoded = held(torch.randn(20, 90), CodebookFormat(4, 64))
     plain_bias = nn.Parameter(torch.randn(20, dtype=dtype)) if bias else None
     x = torch.randn(2, 3, 90, dtype=dtype)
-    y = QuantLinear(weight, plain_bias, SharedRotation())(x)
+    y = QuantLinear(weight, plain_bias, SharedInput())(x)
     assert y.dtype == dtype
     expected = x.float() @ decoded.T + (plain_bias.float() if plain_bias is not None else 0)
     _close(y.float(), expected, 1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def test_embedding_looks_rows_up() -> None:
-    weight, decoded = _packed(torch.randn(30, 48), Format(6, 32))
+    weight, decoded = held(torch.randn(30, 48), CodebookFormat(6, 32))
     ids = torch.tensor([[3, 29], [0, 3]])
     _close(QuantEmbedding(weight, torch.float32)(ids), decoded[ids])
     _close(QuantEmbedding(weight, torch.float32, scale=8.0)(ids), 8 * decoded[ids])
 
 
 def test_layers_that_read_one_tensor_rotate_it_once(rotations: list[int]) -> None:
-    shared = SharedRotation()
-    q, k, v = (QuantLinear(_packed(torch.randn(8, 64), Format(3, 32))[0], None, shared) for _ in range(3))
+    shared = SharedInput()
+    q, k, v = (QuantLinear(held(torch.randn(8, 64), CodebookFormat(3, 32))[0], None, shared) for _ in range(3))
     x = torch.randn(5, 64)
     first = [layer(x) for layer in (q, k, v)]
     assert rotations == [32]
-    apart = [QuantLinear(layer.weight, None, SharedRotation())(x) for layer in (q, k, v)]
+    apart = [QuantLinear(layer.weight, None, SharedInput())(x) for layer in (q, k, v)]
     assert rotations == [32] * 4
     for a, b in zip(first, apart, strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_shared_rotation_is_never_stale(rotations: list[int]) -> None:
-    shared = SharedRotation()
+def test_a_shared_input_is_never_stale(rotations: list[int]) -> None:
+    shared = SharedInput()
+    weight, other = (held(torch.randn(8, 32), CodebookFormat(3, group))[0] for group in (32, 64))
     x = torch.randn(2, 32)
-    assert torch.equal(shared(x, 32), codec.rotate(x, 32))
+
+    def prepared(x: torch.Tensor, weight: PackedWeight = weight) -> torch.Tensor:
+        return shared.prepared(x, weight)[0]
+
+    assert torch.equal(prepared(x), codec.rotate(x, 32))
     x.add_(1)  # the same tensor with other content
-    assert torch.equal(shared(x, 32), codec.rotate(x, 32))
-    assert shared(x, 64).shape == (2, 64)  # another group size
+    assert torch.equal(prepared(x), codec.rotate(x, 32))
+    assert prepared(x, other).shape == (2, 64)  # another group size
     twin = x.clone()
-    assert torch.equal(shared(twin, 32), codec.rotate(x, 32))
+    assert torch.equal(prepared(twin), codec.rotate(x, 32))
     assert len(rotations) == 4
     with torch.inference_mode():
         y = torch.randn(2, 32)
-        shared(y, 32)
+        assert shared.prepared(y, weight) == []  # nothing would tell that it changed: each product prepares its own
+        before = weight.linear(y, shared)
         y.add_(1)
-        assert torch.equal(shared(y, 32), codec.rotate(y, 32))
+        assert not torch.equal(weight.linear(y, shared), before)
 
 
-def test_a_shared_rotation_keeps_nothing_alive() -> None:
-    shared = SharedRotation()
+def test_a_shared_input_keeps_nothing_alive() -> None:
+    shared = SharedInput()
+    weight, _ = held(torch.randn(8, 32), CodebookFormat(3, 32))
     x = torch.randn(2, 32)
-    rotated = weakref.ref(shared(x, 32))
+    rotated = weakref.ref(shared.prepared(x, weight)[0])
     assert rotated() is not None
     alive = weakref.ref(x)
     del x
@@ -101,37 +99,39 @@ def test_a_shared_rotation_keeps_nothing_alive() -> None:
 
 
 def test_a_deep_copy_is_independent() -> None:
-    shared = SharedRotation()
-    pair = nn.ModuleList(QuantLinear(_packed(torch.randn(8, 32), Format(3, 32))[0], None, shared) for _ in range(2))
+    shared = SharedInput()
+    pair = nn.ModuleList(
+        QuantLinear(held(torch.randn(8, 32), CodebookFormat(3, 32))[0], None, shared) for _ in range(2)
+    )
     x = torch.randn(1, 32)
     expected = pair[0](x)
     twin = copy.deepcopy(pair)
-    assert twin[0].rotation is twin[1].rotation
-    assert twin[0].rotation is not shared
+    assert twin[0].shared is twin[1].shared
+    assert twin[0].shared is not shared
     assert torch.equal(twin[0](x), expected)
 
 
 def test_casting_a_model_leaves_packed_weights_alone() -> None:
-    weight, decoded = _packed(torch.randn(16, 64), Format(3, 32))
-    layer = QuantLinear(weight, nn.Parameter(torch.zeros(16)), SharedRotation()).to(torch.bfloat16)
+    weight, decoded = held(torch.randn(16, 64), CodebookFormat(3, 32))
+    layer = QuantLinear(weight, nn.Parameter(torch.zeros(16)), SharedInput()).to(torch.bfloat16)
     assert layer.bias is not None
     assert layer.bias.dtype == torch.bfloat16
-    assert (weight.tq_norms.dtype, weight.codebook.dtype) == (torch.float16, torch.float32)
-    assert torch.equal(weight.dequantize(), decoded)
+    assert weight.get_buffer("tq_norms").dtype == torch.float16
+    assert torch.equal(weight.fmt.decode(weight.arranged.parts, 64), decoded)
 
 
 def test_the_state_dict_holds_bytes_only_once_filled() -> None:
-    fmt = Format(3, 32)
-    weight = PackedWeight(fmt, (4, 32), fmt.codebook)
+    fmt = CodebookFormat(3, 32)
+    weight = PackedWeight(fmt, (4, 32))
     assert not weight.state_dict()
-    filled, _ = _packed(torch.randn(4, 32), fmt)
+    filled, _ = held(torch.randn(4, 32), fmt)
     assert set(filled.state_dict()) == {"tq_packed", "tq_norms"}
 
 
 def test_any_module_can_hold_a_packed_weight() -> None:
     router = nn.Bilinear(4, 4, 4)  # some module that is no linear layer
     router.weight = nn.Parameter(torch.randn(4, 32))
-    weight, decoded = _packed(router.weight.detach(), Format(4, 32))
+    weight, decoded = held(router.weight.detach(), CodebookFormat(4, 32))
     hold_packed(router, "weight", weight, torch.float32)
     assert torch.equal(router.weight, decoded)
     assert "weight" not in dict(router.named_parameters())
@@ -153,13 +153,13 @@ def _experts_reference(
 def test_experts_of_mixed_formats() -> None:
     experts, hidden, inner = 4, 64, 40
     gate_up, down = torch.randn(experts, 2 * inner, hidden), torch.randn(experts, hidden, inner)
-    gate_low, gate_up[0:2, :inner] = _packed(gate_up[0:2, :inner], Format(3, 32))
-    gate_high, gate_up[2:4, :inner] = _packed(gate_up[2:4, :inner], Format(5, 64))
-    up_some, up_decoded = _packed(gate_up[[0, 3], inner:], Format(2, 32))
+    gate_low, gate_up[0:2, :inner] = held(gate_up[0:2, :inner], CodebookFormat(3, 32))
+    gate_high, gate_up[2:4, :inner] = held(gate_up[2:4, :inner], CodebookFormat(5, 64))
+    up_some, up_decoded = held(gate_up[[0, 3], inner:], CodebookFormat(2, 32))
     gate_up[[0, 3], inner:] = up_decoded
     up_kept = KeptWeight((2, inner, hidden), torch.float32, "cpu")
     up_kept.fill((), gate_up[[1, 2], inner:])
-    down_all, down = _packed(down, Format(4, 32))
+    down_all, down = held(down, CodebookFormat(4, 32))
     blocks = [
         ExpertBlock(gate_low, [0, 1], 0, experts),
         ExpertBlock(gate_high, [2, 3], 0, experts),
@@ -173,7 +173,7 @@ def test_experts_of_mixed_formats() -> None:
         ExpertWeights(blocks, 2 * inner),
         ExpertWeights([ExpertBlock(down_all, range(experts), 0, experts)], hidden),
         nn.SiLU(),
-        SharedRotation(),
+        SharedInput(),
     )
     x = torch.randn(7, hidden)
     index = torch.stack([torch.randperm(experts)[:2] for _ in range(7)])
@@ -182,13 +182,13 @@ def test_experts_of_mixed_formats() -> None:
 
 
 def test_experts_rotate_tokens_once_not_once_per_expert(rotations: list[int]) -> None:
-    gate_up, _ = _packed(torch.randn(8, 64, 32), Format(3, 32))
-    down, _ = _packed(torch.randn(8, 32, 32), Format(3, 32))
+    gate_up, _ = held(torch.randn(8, 64, 32), CodebookFormat(3, 32))
+    down, _ = held(torch.randn(8, 32, 32), CodebookFormat(3, 32))
     module = QuantExperts(
         ExpertWeights([ExpertBlock(gate_up, range(8), 0, 8)], 64),
         ExpertWeights([ExpertBlock(down, range(8), 0, 8)], 32),
         nn.SiLU(),
-        SharedRotation(),
+        SharedInput(),
     )
     module(torch.randn(5, 32), torch.arange(10).view(5, 2) % 8, torch.rand(5, 2))
     assert rotations == [32, 32]

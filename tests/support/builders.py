@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -71,9 +73,17 @@ def write_source(
 
 def quantize(folder: Path, output: Path, policy: str = "uniform", **options: Any) -> kappaquant.Checkpoint:
     source = kappaquant.open_source(folder)
-    plan = kappaquant.make_plan(source.tensors, source.config, policy)
+    plan = kappaquant.make_plan(source.tensors, source.config, policy, group_size=128)
     kappaquant.quantize(source, output, plan, kappaquant.Options(**options))
     return kappaquant.open_checkpoint(output)
+
+
+def refused(folder: Path, kind: type[Exception], message: str) -> None:
+    """Quantizing the folder raises, and leaves nothing beside it."""
+    output = folder.parent / "out"
+    with pytest.raises(kind, match=message):
+        quantize(folder, output)
+    assert sorted(os.listdir(folder.parent)) == [folder.name]
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import FORMATS, Format
+from kappaquant.formats.codebook import FORMATS, CodebookFormat
 from kappaquant.kernels.cuda import nvrtc, tensor_cores
 
 ALL = sorted(FORMATS.values(), key=lambda f: (f.bits, f.group_size))
@@ -18,7 +18,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def prepared(fmt: Format, n: int, k: int, seed: int = 0) -> tuple[tensor_cores.Weight, torch.Tensor]:
+def prepared(fmt: CodebookFormat, n: int, k: int, seed: int = 0) -> tuple[tensor_cores.Weight, torch.Tensor]:
     """(weight on the GPU, decoded in float64)"""
     encoded = codec.encode(random(n, k, seed=seed).cuda(), fmt, "fast")
     decoded = codec.decode(encoded.packed, encoded.norms, fmt, k).double()

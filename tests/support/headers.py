@@ -30,7 +30,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from kappaquant.formats.codebook import TensorInfo
+from kappaquant.files.safetensors import TensorInfo
 
 TEXT = {
     "hidden_size": 128,

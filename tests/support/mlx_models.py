@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import transformers
+from choices import choice
 from safetensors.torch import load_file, save_file
 from tiny_models import WITH_EXPERTS, Experts, tiny_model
 
 import kappaquant
-from kappaquant.planning.plan import Choice
+from kappaquant.planning.plan import KEPT
 
 MIXED = {
     "*.q_proj.weight": 4,
@@ -86,8 +87,8 @@ def quantize(
     plan = kappaquant.make_plan(opened.tensors, opened.config, policy="uniform", bits=3, group_size=64)
     choices = dict(plan.choices)
     for pattern, chosen in (MIXED if bits is None else bits).items():
-        matching = [name for name, choice in choices.items() if (every or choice.bits != 16) and fnmatch(name, pattern)]
-        choices |= {name: Choice(chosen, "test") for name in matching}
+        matching = [name for name, made in choices.items() if (every or made.format != KEPT) and fnmatch(name, pattern)]
+        choices |= {name: choice(chosen, 64) for name in matching}
     plan = dataclasses.replace(plan, choices=choices)
     kappaquant.quantize(opened, output, plan, kappaquant.Options(effort="fast", jobs=1, **options))
     return output

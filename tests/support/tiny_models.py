@@ -94,6 +94,7 @@ _CLASSES = {
 }
 ARCHITECTURES = tuple(_CLASSES)
 WITH_EXPERTS = ("qwen3_moe", "mixtral", "qwen3_5_moe_text", "qwen3_5_moe")
+LAYOUTS = [(a, e) for a in ARCHITECTURES for e in (("split", "fused") if a in WITH_EXPERTS else ("split",))]
 
 
 def tiny_model(architecture: str, *, tied: bool = False, seed: int = 0) -> Any:

@@ -65,7 +65,7 @@ def test_v1_equals_torch(architecture: str, experts: Any, tmp_path: Path) -> Non
 def test_tq3_native_equals_torch(architecture: str, experts: Any, tmp_path: Path) -> None:
     source = save(architecture, tmp_path / "source", experts=experts)
     bits = {"*.q_proj.weight": 4, "*down_proj*": 4, "*.w2.weight": 4, "*experts.1.up_proj.weight": 2}
-    assert_same(quantize(source, tmp_path / "quantized", bits, target="tq3_native"))
+    assert_same(quantize(source, tmp_path / "quantized", bits, container="tq3_native"))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3_5", "qwen3_5_moe"])
@@ -123,7 +123,7 @@ def test_a_float32_tensor_in_a_bfloat16_checkpoint_does_not_turn_the_residual_fl
 @pytest.mark.parametrize("target", ["kappaquant", "tq3_native"])
 def test_parameters_count_what_is_held(target: str, tmp_path: Path) -> None:
     source = save("qwen3_moe", tmp_path / "source", dtype=torch.float16)
-    folder = quantize(source, tmp_path / "quantized", {"*_proj.weight": 5}, target=target)
+    folder = quantize(source, tmp_path / "quantized", {"*_proj.weight": 5}, container=target)
     parameters = tree_flatten(open_mlx(folder, None).parameters())
     held = sum(array.nbytes for name, array in parameters if not name.endswith("codebook"))
     checkpoint = kappaquant.open_checkpoint(folder)
@@ -135,7 +135,7 @@ def test_parameters_count_what_is_held(target: str, tmp_path: Path) -> None:
 
 def test_a_marker_that_lies_about_bits_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = save("llama", tmp_path / "source")
-    folder = quantize(source, tmp_path / "quantized", {"*.q_proj.weight": 4}, target="tq3_native")
+    folder = quantize(source, tmp_path / "quantized", {"*.q_proj.weight": 4}, container="tq3_native")
     expected = np.array(open_mlx(folder)(mx.array(IDS.numpy())))
     edit_json(folder / "tq_config.json", bits=2, sensitive_bits=4, sensitive_patterns=["k_proj", "mlp"])
     assert np.array_equal(np.array(open_mlx(folder)(mx.array(IDS.numpy()))), expected)
@@ -146,7 +146,7 @@ def test_a_marker_that_lies_about_bits_changes_nothing(tmp_path: Path, caplog: p
 
 def test_tq3_native_in_bytes_per_code(tmp_path: Path) -> None:
     source = save("qwen3_moe", tmp_path / "source")
-    folder = quantize(source, tmp_path / "quantized", {"*_proj.weight": 5}, target="tq3_native")
+    folder = quantize(source, tmp_path / "quantized", {"*_proj.weight": 5}, container="tq3_native")
     assert_same(folder)
 
 

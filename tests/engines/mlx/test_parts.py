@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from paths import GOLDEN
-from safetensors.torch import load_file
+from published import Published, each_folder, each_set
 
-import kappaquant
 from kappaquant.errors import FormatError
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import BITS, GROUP_SIZES, Format
+from kappaquant.formats.codebook import BITS, CodebookFormat
+from kappaquant.formats.signs import GROUP_SIZES
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
@@ -21,7 +20,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 from kappaquant.engines.mlx import arrays, codes, layers, load  # noqa: E402
 
 
-def encoded(fmt: Format, *shape: int) -> tuple[codec.Encoded, Any, Any, Any]:
+def encoded(fmt: CodebookFormat, *shape: int) -> tuple[codec.Encoded, Any, Any, Any]:
     """A random weight's codes as torch has them, and packed, norms and codebook in MLX."""
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(fmt.bits))
     done = codec.encode(weight, fmt, "fast")
@@ -34,10 +33,10 @@ def encoded(fmt: Format, *shape: int) -> tuple[codec.Encoded, Any, Any, Any]:
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("bits", BITS)
 def test_codes_are_those_of_the_codec(bits: int, group_size: int) -> None:
-    fmt = Format(bits, group_size)
+    fmt = CodebookFormat(bits, group_size)
     for shape in ((5, 3 * group_size), (3, 7, 200), (1, 1)):
         done, packed, norms, codebook = encoded(fmt, *shape)
-        expected = codec.unpack(done.packed, fmt)
+        expected = codec.unpack(done.packed, fmt.bits)
         assert np.array_equal(np.array(codes.unpack(packed, bits)), expected.numpy())
         assert np.array_equal(
             arrays.pack(expected.reshape(-1, group_size).numpy(), fmt).ravel(), done.packed.numpy().ravel()
@@ -52,7 +51,7 @@ def test_codes_are_those_of_the_codec(bits: int, group_size: int) -> None:
             or shape[-1] % group_size
         )
     noise = torch.randint(0, 256, (11, 2 * fmt.bytes_per_group), generator=torch.Generator().manual_seed(bits)).byte()
-    assert np.array_equal(np.array(codes.unpack(mx.array(noise.numpy()), bits)), codec.unpack(noise, fmt).numpy())
+    assert np.array_equal(np.array(codes.unpack(mx.array(noise.numpy()), bits)), codec.unpack(noise, fmt.bits).numpy())
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
@@ -67,21 +66,23 @@ def test_rotations_are_those_of_the_codec(group_size: int) -> None:
     )
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the published tool's files are not beside this repository")
-def test_published_files_are_read_and_decoded() -> None:
-    folders = sorted(p.parent for p in GOLDEN.glob("*/tq_config.json"))
-    assert len(folders) > 5
+@each_set
+def test_published_files_without_a_config_say_what_to_give(published: Published) -> None:
     with pytest.raises(FormatError, match=r"has no config\.json; copy the original"):
-        load(folders[0])
-    for folder in folders:
-        checkpoint = kappaquant.open_checkpoint(folder, source=GOLDEN / "src")
-        target = folder / "expected_f32.dequant"
-        expected = load_file(target) if target.exists() else {}
-        for name, weight in expected.items():
-            entry = checkpoint.entry(name)
-            packed, norms = (mx.array(part) for part in arrays.read_codes(entry, entry.fmt))
-            decoded = np.array(codes.decode(packed, norms, mx.array(entry.codebook), entry.fmt, weight.shape[-1]))
-            assert np.abs(decoded - weight.numpy()).max() <= 2e-6 * float(weight.abs().max()), (folder.name, name)
+        load(published.root / published.folders()[0])
+
+
+@each_folder()
+def test_published_files_are_read_and_decoded(published: Published, folder: str) -> None:
+    checkpoint = published.open(folder)
+    quantized = [name for name in checkpoint.keys() if checkpoint.format_of(name)]
+    assert quantized
+    for name in quantized:
+        entry, weight = checkpoint.entry(name), checkpoint.dequantize(name).numpy()  # tests/checkpoints proves its bits
+        assert entry.fmt is not None
+        packed, norms = (mx.array(part) for part in arrays.read_codes(entry, entry.fmt))
+        decoded = np.array(codes.decode(packed, norms, mx.array(entry.fmt.codebook), entry.fmt, weight.shape[-1]))
+        assert np.abs(decoded - weight).max() <= 2e-6 * np.abs(weight).max(), name
 
 
 # --- modules ---
@@ -89,9 +90,9 @@ def test_published_files_are_read_and_decoded() -> None:
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 def test_a_linear_layer_decodes_in_tiles(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fmt = Format(3, 64)
+    fmt = CodebookFormat(3, 64)
     done, packed, norms, _ = encoded(fmt, 50, 200)
-    layer = layers.CodebookLinear(fmt, 200, packed, norms, fmt.codebook)
+    layer = layers.CodebookLinear(fmt, 200, packed, norms)
     x = mx.random.normal((2, 5, 200), key=mx.random.key(0)).astype(dtype)
     whole = layer(x)
     assert whole.dtype == dtype
@@ -107,7 +108,7 @@ def test_a_linear_layer_decodes_in_tiles(dtype: Any, monkeypatch: pytest.MonkeyP
 def switch(experts: int, out: int, width: int) -> tuple[Any, np.ndarray]:
     """Experts of 2 and 5 bits and kept ones, and the dense weights they stand for."""
     weights, blocks = np.empty((experts, out, width), np.float32), []
-    for which, fmt in enumerate((Format(2, 64), Format(5, 32), None)):
+    for which, fmt in enumerate((CodebookFormat(2, 64), CodebookFormat(5, 32), None)):
         mine = list(range(which, experts, 3))
         if fmt is None:
             weights[mine] = np.random.default_rng(0).normal(size=(len(mine), out, width))
@@ -115,7 +116,7 @@ def switch(experts: int, out: int, width: int) -> tuple[Any, np.ndarray]:
             continue
         done, packed, norms, _ = encoded(fmt, len(mine), out, width)
         weights[mine] = codec.decode(done.packed, done.norms, fmt, width).numpy()
-        blocks.append((mine, layers.PackedExperts(fmt, width, packed, norms, fmt.codebook)))
+        blocks.append((mine, layers.PackedExperts(fmt, width, packed, norms)))
     return layers.CodebookSwitchLinear(blocks), weights
 
 
@@ -139,9 +140,9 @@ def test_routed_experts_of_several_formats(shape: tuple[int, ...], per_slot: boo
 
 @pytest.mark.parametrize("at_once", [1 << 30, 1000], ids=["gathered", "one by one"])
 def test_one_token_s_experts(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    fmt = Format(3, 32)
+    fmt = CodebookFormat(3, 32)
     done, packed, norms, _ = encoded(fmt, 6, 24, 96)
-    layer = layers.CodebookSwitchLinear([(range(6), layers.PackedExperts(fmt, 96, packed, norms, fmt.codebook))])
+    layer = layers.CodebookSwitchLinear([(range(6), layers.PackedExperts(fmt, 96, packed, norms))])
     monkeypatch.setattr(layers, "DECODED_BYTES", at_once)
     weights = codec.decode(done.packed, done.norms, fmt, 96).numpy()
     for lead in ((1, 1, 1), (1, 1, 3)):
@@ -154,11 +155,9 @@ def test_one_token_s_experts(at_once: int, monkeypatch: pytest.MonkeyPatch) -> N
 def test_memory_of_a_long_prompt_is_bounded() -> None:
     """2048 tokens, 4 experts each: packed matrices gathered per slot would take 403 MB, decoded ones 4.3 GB."""
     experts, out, width, tokens, top = 16, 512, 256, 2048, 4
-    fmt = Format(3, 128)
+    fmt = CodebookFormat(3, 128)
     _, packed, norms, _ = encoded(fmt, experts, out, width)
-    layer = layers.CodebookSwitchLinear(
-        [(range(experts), layers.PackedExperts(fmt, width, packed, norms, fmt.codebook))]
-    )
+    layer = layers.CodebookSwitchLinear([(range(experts), layers.PackedExperts(fmt, width, packed, norms))])
     rng = np.random.default_rng(0)
     indices = mx.array(np.sort(rng.integers(0, experts, tokens * top)).astype(np.uint32))
     x = mx.random.normal((tokens * top, 1, width))

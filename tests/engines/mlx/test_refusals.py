@@ -35,8 +35,8 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     source = save("qwen3_moe", root / "source")
     folders = {
         "v1": quantize(source, root / "v1"),
-        "legacy": quantize(source, root / "legacy", {"*.q_proj.weight": 4}, target="tq3_native"),
-        "bytes": quantize(source, root / "bytes", {"*_proj.weight": 5}, target="tq3_native"),
+        "legacy": quantize(source, root / "legacy", {"*.q_proj.weight": 4}, container="tq3_native"),
+        "bytes": quantize(source, root / "bytes", {"*_proj.weight": 5}, container="tq3_native"),
     }
     folders["converted"] = convert(kappaquant.open_checkpoint(folders["legacy"]), root / "converted")
     for folder in folders.values():
@@ -157,7 +157,7 @@ def test_a_shape_the_architecture_does_not_have(copied: Path) -> None:
 
 
 def test_a_convolution_of_the_wrong_shape(tmp_path: Path) -> None:
-    folder = quantize(save("qwen3_5", tmp_path / "source"), tmp_path / "quantized", {}, target="tq3_native")
+    folder = quantize(save("qwen3_5", tmp_path / "source"), tmp_path / "quantized", {}, container="tq3_native")
     edit_shard(folder, lambda s: [s.update({n: t[..., :3].clone()}) for n, t in list(s.items()) if "conv1d" in n])
     with pytest.raises(FormatError, match=r"conv1d\.weight: has shape .* wants"):
         load(folder)
@@ -170,7 +170,7 @@ def test_the_language_model_takes_no_vision_or_mtp_tensors(
     """Kept or packed; tq3_native has no shape for a packed one, and mlx_lm's model neither."""
     monkeypatch.setattr(Plan, "check", lambda *args: None)
     source = save("qwen3_5_moe", tmp_path / "source")
-    folder = quantize(source, tmp_path / "quantized", {"*visual*.mlp.*.weight": 3}, every=True, target=target)
+    folder = quantize(source, tmp_path / "quantized", {"*visual*.mlp.*.weight": 3}, every=True, container=target)
     checkpoint = kappaquant.open_checkpoint(folder)
     assert {checkpoint.bits(name) for name in checkpoint.keys() if "visual" in name} == {3, 16}
     tokenizer_to(folder)

@@ -10,7 +10,8 @@ from tiny_models import save_tiny
 
 import kappaquant
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import BITS, Format
+from kappaquant.formats.base import EFFORTS, Effort
+from kappaquant.formats.codebook import BITS, CodebookFormat
 from kappaquant.runtime.packed import PackedWeight
 from kappaquant.sources.folder import LocalSource
 
@@ -20,11 +21,11 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("effort", codec.EFFORTS)
+@pytest.mark.parametrize("effort", EFFORTS)
 @pytest.mark.parametrize("bits", BITS)
-def test_encode_gives_the_same_bytes(bits: int, effort: codec.Effort) -> None:
+def test_encode_gives_the_same_bytes(bits: int, effort: Effort) -> None:
     weight = torch.randn(3, 40, 300, generator=torch.Generator().manual_seed(bits)).bfloat16()
-    fmt = Format(bits, 128)
+    fmt = CodebookFormat(bits, 128)
     cpu, gpu = codec.encode(weight, fmt, effort), codec.encode(weight.cuda(), fmt, effort)
     assert torch.equal(cpu.packed, gpu.packed.cpu())
     assert torch.equal(cpu.norms, gpu.norms.cpu())
@@ -34,7 +35,7 @@ def test_encode_gives_the_same_bytes(bits: int, effort: codec.Effort) -> None:
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
 def test_decode_gives_the_same_floats(group_size: int) -> None:
     weight = torch.randn(17, 515)
-    fmt = Format(3, group_size)
+    fmt = CodebookFormat(3, group_size)
     encoded = codec.encode(weight, fmt, "fast")
     expected = codec.decode(encoded.packed, encoded.norms, fmt, 515)
     assert torch.equal(codec.decode(encoded.packed.cuda(), encoded.norms.cuda(), fmt, 515).cpu(), expected)
@@ -66,7 +67,7 @@ def test_loaded_model_gives_the_same_logits(architecture: str, activations: str,
         model, _ = kappaquant.load(tmp_path / "out", dtype=torch.float32, device=device, activations=activations)
         with torch.no_grad():
             logits.append(model(input_ids=ids.to(device)).logits.cpu())
-    assert any(isinstance(m, PackedWeight) and m.tiled for m in model.modules())
+    assert any(isinstance(m, PackedWeight) and m.kernel.name == "tensor_cores" for m in model.modules())
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"cuda"}
     error = (logits[0] - logits[1]).norm(dim=-1) / logits[0].norm(dim=-1)
     assert error.median() <= most  # of tokens: where two experts are near equal, the slightest change swaps them

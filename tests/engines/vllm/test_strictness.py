@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX
+
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm sets up an environment with it")
 
 import vllm_checkpoints as tiny
@@ -143,7 +145,10 @@ def stored(config: KappaquantConfig, name: str) -> list[tuple[str, torch.Tensor]
     checkpoint = config.checkpoint
     if checkpoint.format_of(name) is None:
         return [("weight", checkpoint.tensor(name))]
-    return [("weight_tq_packed", checkpoint.packed(name)), ("weight_tq_norms", checkpoint.norms(name))]
+    return [
+        ("weight_tq_packed", checkpoint.parts(name)[PACKED_SUFFIX]),
+        ("weight_tq_norms", checkpoint.parts(name)[NORMS_SUFFIX]),
+    ]
 
 
 def load(layer: Any, config: KappaquantConfig, shards: dict[Any, str], without: str = "") -> None:

@@ -74,7 +74,7 @@ def test_fused_experts_dealt_out_packed_embeddings_and_float32_norms(tmp_path: P
     )
     source = kappaquant.open_source(tiny_models.save_tiny("llama", tmp_path / "llama"))
     plan = kappaquant.make_plan(source.tensors, source.config, "recipe", recipe="apex", group_size=tiny.GROUP)
-    legacy = kappaquant.quantize(source, tmp_path / "legacy", plan, kappaquant.Options(target="tq3_native"))
+    legacy = kappaquant.quantize(source, tmp_path / "legacy", plan, kappaquant.Options(container="tq3_native"))
     converted = convert(kappaquant.open_checkpoint(legacy), tmp_path / "converted")
     runs = [
         options(dealt, tensor_parallel_size=2, enable_expert_parallel=True),

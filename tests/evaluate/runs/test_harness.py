@@ -1,4 +1,4 @@
-"""Tasks of ``kappaquant evaluate``: paired statistics with known answers, questions refused by line, lm-eval's own task on tiny models."""
+"""Tasks of ``kappaquant evaluate`` through lm-eval: a published protocol, the model's own evaluation, runs cut off, tasks by name."""
 
 from __future__ import annotations
 
@@ -10,15 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from evaluations import evaluation, task_report, throughput_row
 from paths import BESIDE
-from scipy.optimize import brentq, minimize_scalar
-from scipy.stats import binomtest, bootstrap, norm
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.proportion import proportion_confint
 from tiny_models import character_tokenizer
 from typer.testing import CliRunner
 
@@ -26,184 +20,13 @@ import kappaquant
 from kappaquant.cli import app
 from kappaquant.errors import FormatError, SourceError, UnsupportedError
 from kappaquant.evaluate.documents.evaluation import Evaluation
-from kappaquant.evaluate.measures.bootstrap import Bootstrap
-from kappaquant.evaluate.measures.intervals import paired_difference, sign_test, wilson
-from kappaquant.evaluate.measures.scores import carry_over, score
-from kappaquant.evaluate.measures.throughput import cases, measure
 from kappaquant.evaluate.runs import against
 from kappaquant.evaluate.runs.against import Options, evaluate_against
 from kappaquant.evaluate.runs.harness import prepare
-from kappaquant.evaluate.runs.pair import content_digest, open_pair
-from kappaquant.evaluate.runs.questions import TaskSpec, parse_task, read_questions, read_task
-from kappaquant.planning.sizes import active_shares
+from kappaquant.evaluate.runs.pair import content_digest
+from kappaquant.evaluate.runs.questions import TaskSpec, parse_task, read_task
 
 GSM8K = BESIDE / "data"
-TABLES = [(0, 0, 10), (1, 0, 10), (4, 0, 200), (8, 3, 60), (3, 8, 60), (31, 0, 60), (12, 9, 1319), (10, 0, 10)]
-
-
-@pytest.mark.parametrize(("first", "second", "n"), TABLES)
-def test_mcnemar_against_scipy_and_statsmodels(first: int, second: int, n: int) -> None:
-    known = mcnemar([[n - first - second, first], [second, 0]], exact=True).pvalue if first + second else 1.0
-    assert sign_test(first, second) == pytest.approx(known, rel=1e-9)
-    if first + second:
-        assert sign_test(first, second) == pytest.approx(binomtest(first, first + second).pvalue, rel=1e-9)
-
-
-@pytest.mark.parametrize(("hits", "n"), [(0, 10), (10, 10), (179, 200), (1, 3)])
-def test_wilson_against_statsmodels(hits: int, n: int) -> None:
-    assert wilson(hits, n) == pytest.approx(proportion_confint(hits, n, method="wilson"), abs=1e-12)
-
-
-def _score_by_search(first: int, second: int, n: int, difference: float) -> float:
-    """Tango's statistic with the likeliest nuisance parameter found by scipy's search instead of its closed form."""
-    same = n - first - second
-
-    def unlikely(p: float) -> float:
-        parts = ((second, p), (first, p + difference), (same, 1 - 2 * p - difference))
-        return -sum(count * np.log(max(share, 1e-300)) for count, share in parts if count)
-
-    low, high = max(0.0, -difference), (1 - difference) / 2
-    p = minimize_scalar(unlikely, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
-    return (first - second - n * difference) / np.sqrt(n * (2 * p + difference - difference**2))
-
-
-@pytest.mark.parametrize(("first", "second", "n"), [(8, 3, 60), (3, 8, 60), (4, 1, 200), (12, 9, 1319), (25, 7, 90)])
-def test_the_interval_of_a_difference_against_a_search(first: int, second: int, n: int) -> None:
-    z, middle = norm.ppf(0.975), (first - second) / n
-    low = brentq(lambda d: _score_by_search(first, second, n, d) - z, -0.9, middle)
-    high = brentq(lambda d: _score_by_search(first, second, n, d) + z, middle, 0.9)
-    assert paired_difference(first, second, n) == pytest.approx((low, high), abs=1e-5)
-
-
-def test_the_interval_leaves_out_zero_where_mcnemar_without_correction_is_significant() -> None:
-    for first in range(14):
-        for second in range(14):
-            low, high = paired_difference(first, second, 40)
-            assert low <= (first - second) / 40 <= high
-            assert (-high, -low) == pytest.approx(paired_difference(second, first, 40), abs=1e-9)
-            if first + second:
-                known = mcnemar([[1, first], [second, 1]], exact=False, correction=False).pvalue
-                assert (known < 0.05) == (not low <= 0 <= high)
-    assert paired_difference(0, 0, 60) == pytest.approx((-0.0602, 0.0602), abs=1e-4)  # z² / (n + z²)
-    ratio = norm.ppf(0.975) ** 2 / 6  # all apart: (n - nd)² / (n (1 - d²)) = z², solved by hand
-    assert paired_difference(6, 0, 6) == pytest.approx(((1 - ratio) / (1 + ratio), 1), abs=1e-6)
-    with pytest.raises(ValueError, match="of 3 pairs"):
-        paired_difference(2, 2, 3)
-
-
-def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    held = 0
-    for first, second, _ in rng.multinomial(80, [0.12, 0.05, 0.83], size=2000):
-        low, high = paired_difference(int(first), int(second), 80)
-        held += low <= 0.07 <= high
-    assert 0.93 < held / 2000 < 0.97
-
-
-def test_bootstrap_against_scipy() -> None:
-    rng = np.random.default_rng(1)
-    values = [rng.exponential(rng.uniform(0.5, 2), rng.integers(10, 40)) for _ in range(60)]
-    sums, counts = np.array([v.sum() for v in values]), np.array([len(v) for v in values])
-    known = bootstrap(
-        (sums, counts), lambda s, c, axis: s.sum(axis) / c.sum(axis), paired=True, vectorized=True, method="percentile",
-        n_resamples=20_000, rng=np.random.default_rng(2),
-    ).confidence_interval  # fmt: skip
-    found = Bootstrap(60, 20_000).mean(values)
-    assert found.interval_95 == pytest.approx((known.low, known.high), abs=0.03 * (known.high - known.low))
-
-
-def test_scores() -> None:
-    found = score("acc", "1100", "1011")
-    assert (found.checkpoint.value, found.source.value, found.difference.value) == (0.5, 0.75, -0.25)
-    assert (found.only_checkpoint, found.only_source, found.p_value, found.significant) == (1, 2, 1.0, False)
-    assert score("acc", "1" * 6, "0" * 6).significant  # p = 1/32
-    assert not score("acc", "1" * 5, "0" * 5).significant  # p = 1/16
-    with pytest.raises(ValueError, match="zip"):
-        score("acc", "11", "1")
-
-
-def test_rows_are_carried_over_for_the_same_models_only() -> None:
-    old = evaluation(
-        tasks=(task_report("gsm8k"), task_report("stories"), task_report("other", checkpoint_sha256="b" * 64)),
-        throughput=(throughput_row(), throughput_row(context=9, source_sha256="b" * 64)),
-    )
-    new = task_report("stories", checkpoint="0000")
-    found, dropped = carry_over(evaluation(tasks=(new,)), old, "1" * 64, "2" * 64)
-    assert found.tasks == (new, old.tasks[0])
-    assert found.throughput == old.throughput[:1]
-    assert [notice.partition(":")[0] for notice in dropped] == [
-        "task other",
-        "throughput of the checkpoint, batch 1, context 9",
-    ]
-    assert "another checkpoint (bbbbbbbbbbbb…)" in dropped[0]
-    assert "another original" in dropped[1]
-
-
-# Questions and presets
-
-
-def line(question: str = "How many?", answer: str = "1+1=2. #### 2") -> str:
-    return json.dumps({"question": question, "answer": answer}) + "\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "has no questions"),
-        (b"\xff", "is not UTF-8 at byte 0"),
-        (line().encode() + b"{", r"q\.jsonl:2: is not JSON"),
-        (b"[]\n", r"q\.jsonl:1: expected an object"),
-        (b'{"question": "a"}\n', r"q\.jsonl:1: expected an object with the strings"),
-        (line(answer="two").encode(), r"q\.jsonl:1: its answer has no '#### '"),
-    ],
-)
-def test_broken_questions_are_named_by_line(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "q.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(SourceError, match=message):
-        read_questions(path)
-
-
-def test_questions_and_shots(tmp_path: Path) -> None:
-    asked, shown = tmp_path / "q.jsonl", tmp_path / "s.jsonl"
-    asked.write_text("".join(line(f"q{i}") for i in range(4)))
-    shown.write_text(line("s0") + line("s1") + line("q1"))
-    with pytest.raises(SourceError, match="cannot be read"):
-        read_questions(tmp_path / "absent.jsonl")
-    found, shots = read_task(TaskSpec("gsm8k", asked, shown, questions=3, shots=2))
-    assert [q["question"] for q in found] == ["q0", "q1", "q2"]
-    assert [q["question"] for q in shots] == ["s0", "s1"]
-    with pytest.raises(SourceError, match="has 4 questions, asked for are 5"):
-        read_task(TaskSpec("gsm8k", asked, questions=5))
-    with pytest.raises(UnsupportedError, match=r"s\.jsonl: shows the answer to a question of .*'q1'"):
-        read_task(TaskSpec("gsm8k", asked, shown, shots=3))
-
-
-@pytest.mark.parametrize(
-    ("text", "more", "message"),
-    [
-        ("gsm8k-200", {}, "give --task gsm8k-200=FILE"),
-        ("other=q.jsonl", {}, "task 'other': a file of questions is for gsm8k"),
-        ("gsm8k=q.jsonl", {}, "its 5 shots need worked examples"),
-        (
-            "gsm8k-200=q.jsonl",
-            {"shots": 3},
-            "is a published protocol of 200 questions, 5 shots and at most 1024 tokens",
-        ),
-        ("gsm8k=q.jsonl", {"shots": 0, "questions": 0}, "questions = 0, must be at least 1"),
-        ("acc", {"batch_size": 0}, "batch_size = 0"),
-    ],
-)
-def test_tasks_that_cannot_be(text: str, more: dict[str, Any], message: str) -> None:
-    with pytest.raises(UnsupportedError, match=message):
-        parse_task(text, Path(), **more)
-
-
-def test_presets() -> None:
-    published = parse_task("gsm8k-200=q.jsonl", Path(), shots_from=Path("s.jsonl"))
-    assert (published.questions, published.shots, published.max_tokens) == (200, 5, 1024)
-    assert parse_task("arithmetic_stories", Path("model")).file == Path("model/arithmetic_stories.jsonl")
-    assert parse_task("gsm8k=q", Path(), shots=0, shots_from=Path("s")).shots_from is None
 
 
 @pytest.mark.skipif(not (GSM8K / "gsm8k_test.jsonl").exists(), reason="needs the files of gsm8k")
@@ -226,31 +49,10 @@ def test_the_published_protocol_on_the_real_files() -> None:
         prepare(spec, tokenizer, 1500)
 
 
-def test_the_reference_models_questions_are_what_its_script_makes() -> None:
-    from reference.held_out import QUESTIONS, held_out_questions
-
-    assert QUESTIONS.read_text(encoding="utf-8") == held_out_questions()
-    assert len(read_questions(QUESTIONS)) == 300
-
-
 # Both models, asked through lm-eval
 
 HOW = Options(window=64, tokens=300, dtype="float32", noise_floor=False)
 ASKED = 12
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The reference model and two bits of it, which is where its arithmetic goes wrong."""
-    from reference.evaluate import MODEL
-
-    source = kappaquant.open_source(MODEL)
-    plan = kappaquant.make_plan(source.tensors, source.config, "uniform", bits=2)
-    from kappaquant.quantizing.quantize import Options as How
-
-    return open_pair(
-        kappaquant.quantize(source, tmp_path_factory.mktemp("pair") / "u2", plan, How("fast", jobs=1)), MODEL
-    )
 
 
 @pytest.fixture(scope="module")
@@ -394,26 +196,3 @@ def test_tasks_of_lm_eval_by_name(pair: Any, tmp_path: Path, monkeypatch: pytest
     ):
         with pytest.raises(error, match=message):
             prepare(TaskSpec(name), tokenizer, None)
-
-
-def test_throughput_of_both_models(pair: Any) -> None:
-    with pytest.raises(UnsupportedError, match="context = 4080: must be 1 to 4059, for 32 tokens follow"):
-        cases(pair, [4080])
-    assert cases(pair) == [(1, 32), (1, 1024)]
-    ours, theirs = measure(pair, cases(pair, [8]), "cpu", "int8", lambda *_: None)
-    assert (ours.model, theirs.model, ours.context) == ("checkpoint", "original", 8)
-    assert theirs.token_bytes == 2 * sum(
-        info.numel * share
-        for info, share in zip(
-            pair.source.tensors.values(), active_shares(pair.source.tensors, pair.source.config).values(), strict=True
-        )
-    )
-    assert ours.token_bytes < theirs.token_bytes / 2
-    for row in (ours, theirs):
-        assert row.roofline_share == pytest.approx(
-            row.decode_tokens_per_s * row.token_bytes / row.bandwidth_gb_per_s / 1e9
-        )
-        assert 0 < row.roofline_share < 1
-        assert row.peak_gib > 0.1
-        assert row.first_token_ms == pytest.approx(8 / row.prefill_tokens_per_s * 1e3)
-    assert ours.bandwidth_gb_per_s == theirs.bandwidth_gb_per_s > 0.1

@@ -110,7 +110,7 @@ def test_options_and_places(llama: Path, tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(kappaquant.PlanError, match=message):
             refused()
-    with pytest.raises(kappaquant.OutputError, match="lies in the source folder"):
+    with pytest.raises(kappaquant.OutputError, match=r"lies in .*, which is read"):
         export_mlx(source, llama / "out", plan)
     with pytest.raises(kappaquant.OutputError, match="no such folder; create it first"):
         export_mlx(source, tmp_path / "a" / "out", plan)

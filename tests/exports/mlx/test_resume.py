@@ -15,17 +15,20 @@ from builders import digests
 from mlx_exports import MIXED, export, save
 
 import kappaquant
-from kappaquant.exports.mlx import units, writer
+from kappaquant.checkpoints import writer as folders
+from kappaquant.exports.mlx import slabs, writer
 
 DRIVER = """
 import sys
 import torch
 torch.set_num_threads(1)
 import kappaquant
-from kappaquant.mlx_export import Options, export_mlx, units, writer
+from kappaquant.checkpoints import writer as folders
+from kappaquant.exports.mlx import slabs, writer
+from kappaquant.exports.mlx.writer import Options, export_mlx
 
-units.UNIT_ELEMENTS = 1 << 14
-writer._COMMIT_SECONDS = float(sys.argv[4])
+slabs.SLAB_ELEMENTS = 1 << 14
+folders.COMMIT_SECONDS = float(sys.argv[4])
 if __name__ == "__main__":
     source = kappaquant.open_source(sys.argv[1])
     plan = kappaquant.make_plan(source.tensors, source.config, "uniform", bits=3)
@@ -67,7 +70,7 @@ def test_how_tensors_are_cut_decides_no_weight(
     """Slabs of rows, of columns and of single experts give the bytes of whole tensors."""
     source = save(architecture, tmp_path / "source", tokenizer=False, tied=True, intermediate_size=512)
     export(source, tmp_path / "whole", MIXED)
-    monkeypatch.setattr(units, "UNIT_ELEMENTS", 1 << 13)
+    monkeypatch.setattr(slabs, "SLAB_ELEMENTS", 1 << 13)
     export(source, tmp_path / "cut", MIXED)
     whole, cut = digests(tmp_path / "whole"), digests(tmp_path / "cut")
     assert whole["model.safetensors"] == cut["model.safetensors"]
@@ -77,16 +80,16 @@ def test_how_tensors_are_cut_decides_no_weight(
 def test_finished_work_and_checks_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save("llama", tmp_path / "source", tokenizer=False)
     export(source, tmp_path / "expected", MIXED)
-    real, done = writer.run_unit, []
+    real, done = writer.make_slab, []
 
-    def some(unit: units.Unit) -> units.Sums:
+    def some(unit: slabs.SlabWork) -> slabs.Sums:
         if len(done) == 7:
             raise KeyboardInterrupt
-        done.append(unit.tensor.key)
+        done.append(unit.tensor)
         return real(unit)
 
-    monkeypatch.setattr(writer, "_COMMIT_SECONDS", 0.0)
-    monkeypatch.setattr(writer, "run_unit", some)
+    monkeypatch.setattr(folders, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(writer, "make_slab", some)
     with pytest.raises(KeyboardInterrupt):
         export(source, tmp_path / "out", MIXED)
     with pytest.raises(
@@ -94,7 +97,7 @@ def test_finished_work_and_checks_are_not_done_again(tmp_path: Path, monkeypatch
     ):
         export(source, tmp_path / "out", MIXED, rotate=False)
     again: list[str] = []
-    monkeypatch.setattr(writer, "run_unit", lambda unit: (again.append(unit.tensor.key), real(unit))[1])
+    monkeypatch.setattr(writer, "make_slab", lambda unit: (again.append(unit.tensor), real(unit))[1])
     monkeypatch.setattr(writer.Check, "run", lambda *arguments: pytest.fail("checked twice"))
     export(source, tmp_path / "out", MIXED)
     assert len(done) == 7

@@ -33,7 +33,8 @@ from mlx_exports import (
 from safetensors.torch import load_file, save_file
 
 import kappaquant
-from kappaquant.exports.mlx import Options, export_mlx, plan_of, shards
+from kappaquant.checkpoints import layout
+from kappaquant.exports.mlx import Options, export_mlx, plan_of
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
@@ -213,7 +214,7 @@ def test_mtp_and_stale_tables_are_left_out(tmp_path: Path) -> None:
 def test_a_quantized_checkpoint_is_exported_as_it_decodes(target: str, tmp_path: Path) -> None:
     source = kappaquant.open_source(save("qwen3_5_moe", tmp_path / "source", experts="fused"))
     plan = kappaquant.make_plan(source.tensors, source.config, "uniform", bits=4)
-    kappaquant.quantize(source, tmp_path / "checkpoint", plan, kappaquant.Options(target=target))  # type: ignore[arg-type]
+    kappaquant.quantize(source, tmp_path / "checkpoint", plan, kappaquant.Options(container=target))  # type: ignore[arg-type]
     checkpoint = kappaquant.open_checkpoint(tmp_path / "checkpoint")
     tensors = {name: checkpoint.entry(name).info for name in checkpoint.keys()}
     keep = kappaquant.make_plan(tensors, checkpoint.config, "uniform", overrides=KEEP)
@@ -233,7 +234,7 @@ def test_a_quantized_checkpoint_is_exported_as_it_decodes(target: str, tmp_path:
 def test_large_models_are_cut_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save("qwen3_moe", tmp_path / "source")
     export(source, tmp_path / "one", MIXED)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 60_000)
     export(source, tmp_path / "many", MIXED)
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 3
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())

@@ -7,7 +7,7 @@ import torch
 from gpu_products import ALL, error, gpu, needs_compiler, prepared, random
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.formats.codebook import Format
+from kappaquant.formats.codebook import CodebookFormat
 from kappaquant.kernels.cuda import decoded, nvrtc
 
 
@@ -20,7 +20,7 @@ def test_kernels_compile(arch: str) -> None:
 
 @gpu
 @pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.id)
-def test_the_weight_is_the_codecs(fmt: Format) -> None:
+def test_the_weight_is_the_codecs(fmt: CodebookFormat) -> None:
     for n, k in ((70, 3 * fmt.group_size - 5), (1, fmt.group_size), (129, 1024 + fmt.group_size)):
         weight, expected = prepared(fmt, n, k)
         found = decoded.decode(weight)
@@ -32,14 +32,14 @@ def test_the_weight_is_the_codecs(fmt: Format) -> None:
 @gpu
 @pytest.mark.parametrize(("first", "rows"), [(32, 40), (8, 8), (64, 32)])
 def test_rows_that_are_not_there_are_refused(first: int, rows: int) -> None:
-    weight, _ = prepared(Format(3, 128), 64, 128)
+    weight, _ = prepared(CodebookFormat(3, 128), 64, 128)
     with pytest.raises(UnsupportedError, match=f"rows {first} to {first + rows} of 64"):
         decoded.decode(weight, first, rows)
 
 
 @gpu
 def test_products_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    fmt = Format(4, 128)
+    fmt = CodebookFormat(4, 128)
     weight, expected = prepared(fmt, 300, 640)
     x, bias = random(50, 640).cuda().bfloat16(), random(300, seed=3).cuda().bfloat16()
     whole = decoded.linear(x, weight)

@@ -10,8 +10,10 @@ import torch
 
 from kappaquant.errors import NonFiniteError, PlanError, UnsupportedError
 from kappaquant.formats import codec
-from kappaquant.formats.blocks import SCALES, Assignment, nearest
-from kappaquant.formats.codebook import BITS, FORMATS, GROUP_SIZES, Format, legacy_codebook
+from kappaquant.formats.base import EFFORTS, Effort
+from kappaquant.formats.codebook import BITS, FORMATS, CodebookFormat, published_codebook
+from kappaquant.formats.search import SCALES, Assignment, nearest
+from kappaquant.formats.signs import GROUP_SIZES
 from kappaquant.kernels import dispatch as ops
 from kappaquant.kernels.cuda import encoder, nvrtc
 
@@ -25,7 +27,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def thresholds(fmt: Format) -> torch.Tensor:
+def thresholds(fmt: CodebookFormat) -> torch.Tensor:
     c = torch.tensor(fmt.codebook)
     return (c[1:] + c[:-1]) / 2
 
@@ -43,17 +45,17 @@ def test_kernels_compile(arch: str) -> None:
 def test_tables_fit_the_kernel() -> None:
     source = nvrtc._read("encode.cu")
     constants = dict(re.findall(r"(\w+) = (\d+)[,;]", source))
-    assert int(constants["MAGNITUDES"]) == len(nearest(Format(3, 128).codebook, CPU).magnitude)
+    assert int(constants["MAGNITUDES"]) == len(nearest(CodebookFormat(3, 128).codebook, CPU).magnitude)
     assert int(constants["WIDTHS"]) == len(BITS)
     assert int(constants["CANDIDATES"]) >= len(SCALES)
-    books = tuple(Format(b, 128).codebook for b in BITS)
+    books = tuple(CodebookFormat(b, 128).codebook for b in BITS)
     tables, magnitudes = encoder._tables(books, CPU)
     assert len(tables) == sum(2 * 2**b for b in BITS)
     assert float(max(SCALES) * nearest(books[0], CPU).fineness) <= len(magnitudes) - 2
 
 
 @pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.id)
-def test_a_code_is_the_number_of_thresholds_below(fmt: Format) -> None:
+def test_a_code_is_the_number_of_thresholds_below(fmt: CodebookFormat) -> None:
     """The kernel searches thresholds by halves, the codec looks cells up: the same codes, on ties and beside them too."""
     exact = thresholds(fmt)
     up, down = (torch.nextafter(exact, torch.tensor(end)) for end in (torch.inf, -torch.inf))
@@ -67,7 +69,7 @@ def test_a_code_is_the_number_of_thresholds_below(fmt: Format) -> None:
 
 
 def test_without_a_gpu_the_codec_encodes() -> None:
-    weight, fmt = random(4, 200), Format(3, 128)
+    weight, fmt = random(4, 200), CodebookFormat(3, 128)
     assert "NVIDIA GPU" in str(encoder.refusal(weight))
     assert torch.equal(ops.encode(weight, fmt).packed, codec.encode(weight, fmt).packed)
     assert ops.squared_errors(weight, 128) == codec.squared_errors(weight, 128)
@@ -93,14 +95,14 @@ def one_hot(group: int) -> torch.Tensor:
     return torch.cat([eye, -eye, 1 - 2 * eye])
 
 
-def at_thresholds(fmt: Format) -> torch.Tensor:
+def at_thresholds(fmt: CodebookFormat) -> torch.Tensor:
     """Rotated coordinates on decision thresholds, give or take the roundings of two rotations."""
     exact = thresholds(fmt)
     index = torch.randint(len(exact), (100, fmt.group_size), generator=torch.Generator().manual_seed(0))
     return codec.unrotate(exact[index], fmt.group_size)
 
 
-def cases(fmt: Format) -> Iterator[tuple[str, torch.Tensor]]:
+def cases(fmt: CodebookFormat) -> Iterator[tuple[str, torch.Tensor]]:
     """Weights of any dtype, and of float32 only those that no other dtype holds."""
     group = fmt.group_size
     for dtype in encoder.DTYPES:
@@ -119,9 +121,9 @@ def cases(fmt: Format) -> Iterator[tuple[str, torch.Tensor]]:
     yield "at thresholds", at_thresholds(fmt)
 
 
-def same(weight: torch.Tensor, fmt: Format, effort: codec.Effort, **options: object) -> bool:
-    expected = codec.encode(weight, fmt, effort, **options)  # type: ignore[arg-type]
-    got = encoder.encode(weight.cuda(), fmt, effort, **options)  # type: ignore[arg-type]
+def same(weight: torch.Tensor, fmt: CodebookFormat, effort: Effort) -> bool:
+    expected = codec.encode(weight, fmt, effort)
+    got = encoder.encode(weight.cuda(), fmt, effort)
     return (
         torch.equal(got.packed.cpu(), expected.packed)
         and torch.equal(got.norms.cpu().view(torch.uint8), expected.norms.view(torch.uint8))
@@ -131,23 +133,24 @@ def same(weight: torch.Tensor, fmt: Format, effort: codec.Effort, **options: obj
 
 
 @gpu
-@pytest.mark.parametrize("effort", codec.EFFORTS)
+@pytest.mark.parametrize("effort", EFFORTS)
 @pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.id)
-def test_the_bytes_are_the_codecs(fmt: Format, effort: codec.Effort) -> None:
+def test_the_bytes_are_the_codecs(fmt: CodebookFormat, effort: Effort) -> None:
     for label, weight in cases(fmt):
         assert same(weight, fmt, effort), label
         if weight.dtype == torch.bfloat16:
-            assert same(weight, fmt, effort, norm_dtype=torch.float32), f"{label}, float32 norms"
+            wide = CodebookFormat(fmt.bits, fmt.group_size, norms="F32")
+            assert same(weight, wide, effort), f"{label}, float32 norms"
 
 
 @gpu
-@pytest.mark.parametrize("effort", codec.EFFORTS)
-def test_other_codebooks(effort: codec.Effort) -> None:
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_other_codebooks(effort: Effort) -> None:
     weight = random(64, 500).bfloat16()
     for bits in (2, 3, 4):
-        assert same(weight, Format(bits, 128), effort, codebook=legacy_codebook(bits, 128), norm_dtype=torch.float32)
-    for book in ([-1.0, -1 / 3, 1 / 3, 1.0], [-0.3, -0.01, 0.01, 0.3], [-1e-9, -1e-12, 1e-12, 1e-9]):
-        assert same(weight, Format(2, 128), effort, codebook=book, norm_dtype=torch.float32)
+        assert same(weight, CodebookFormat(bits, 128, published_codebook(bits, 128), "F32"), effort)
+    for book in ((-1.0, -1 / 3, 1 / 3, 1.0), (-0.3, -0.01, 0.01, 0.3), (-1e-9, -1e-12, 1e-12, 1e-9)):
+        assert same(weight, CodebookFormat(2, 128, book, "F32"), effort)
 
 
 @gpu
@@ -169,7 +172,7 @@ def message(run: Callable[[], object]) -> str:
 @gpu
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf, 3e38, 7e5])
 def test_what_has_no_norm_is_refused_as_the_codec_does(value: float) -> None:
-    weight, fmt = random(8, 300), Format(3, 128)
+    weight, fmt = random(8, 300), CodebookFormat(3, 128)
     weight[3, 7] = value
     expected = message(lambda: codec.encode(weight, fmt, name="the.weight"))
     assert expected.startswith("the.weight: ")
@@ -179,9 +182,8 @@ def test_what_has_no_norm_is_refused_as_the_codec_does(value: float) -> None:
 
 @gpu
 def test_what_the_kernel_does_not_take_goes_to_the_codec() -> None:
-    weight, fmt = random(4, 200).cuda(), Format(3, 128)
+    weight, fmt = random(4, 200).cuda(), CodebookFormat(3, 128)
     assert "float64" in str(encoder.refusal(weight.double()))
-    assert "bfloat16" in str(encoder.refusal(weight, norm_dtype=torch.bfloat16))
     assert torch.equal(ops.encode(weight.double(), fmt).packed, ops.encode(weight, fmt).packed)
     with pytest.raises(PlanError, match="effort 'most'"):
         ops.encode(weight, fmt, "most")  # type: ignore[arg-type]
@@ -191,8 +193,8 @@ def test_what_the_kernel_does_not_take_goes_to_the_codec() -> None:
 @pytest.mark.parametrize("shape", [(0, 128), (4, 0), (2, 0, 5)])
 def test_nothing_to_encode(shape: tuple[int, ...]) -> None:
     expected, got = (
-        codec.encode(torch.empty(shape), Format(3, 128)),
-        encoder.encode(torch.empty(shape).cuda(), Format(3, 128)),
+        codec.encode(torch.empty(shape), CodebookFormat(3, 128)),
+        encoder.encode(torch.empty(shape).cuda(), CodebookFormat(3, 128)),
     )
     assert got.packed.shape == expected.packed.shape
     assert got.norms.shape == expected.norms.shape
@@ -202,4 +204,4 @@ def test_nothing_to_encode(shape: tuple[int, ...]) -> None:
 @gpu
 def test_more_groups_than_a_launch_has_warps() -> None:
     weight = random(70_001, 160, seed=3).bfloat16()
-    assert same(weight, Format(3, 32), "fast")
+    assert same(weight, CodebookFormat(3, 32), "fast")

@@ -6,10 +6,8 @@ import pytest
 import torch
 from gpu_products import gpu, needs_compiler, random
 
-from kappaquant.errors import UnsupportedError
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import BITS, Format
-from kappaquant.kernels import tiled as gpu_ops
+from kappaquant.formats.codebook import BITS, CodebookFormat
 from kappaquant.kernels.cuda import experts, inputs, nvrtc, tensor_cores
 
 EXPERTS, TOP_K = 7, 3
@@ -26,17 +24,15 @@ def test_kernels_compile(arch: str) -> None:
 
 
 def test_refusals_say_why() -> None:
-    weights = [tensor_cores.Weight(None, Format(b, g), 1, 1, ()) for b, g in ((3, 128), (6, 128), (4, 64))]  # type: ignore[arg-type]
+    weights = [tensor_cores.Weight(None, CodebookFormat(b, g), 1, 1, ()) for b, g in ((3, 128), (6, 128), (4, 64))]  # type: ignore[arg-type]
     assert experts.refusal(weights[:1], False) is None
     assert experts.refusal(weights[:2], True) is None
     assert "int8 inputs serve 2, 3, 4, 5 bits, not tq6g128" in str(experts.refusal(weights[:2], False))
     assert "groups of 64, 128" in str(experts.refusal([weights[0], weights[2]], False))
-    with pytest.raises(UnsupportedError, match="activations 'int4': must be one of int8, bf16"):
-        gpu_ops.check_activations("int4")
 
 
 def prepared(bits: int, *shape: int, seed: int, group: int = 128) -> tuple[tensor_cores.Weight, torch.Tensor]:
-    fmt = Format(bits, group)
+    fmt = CodebookFormat(bits, group)
     encoded = codec.encode(random(*shape, seed=seed).cuda() / 8, fmt, "fast")
     decoded = codec.decode(encoded.packed, encoded.norms, fmt, shape[-1]).double()
     return tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, shape[-1], fmt.codebook), decoded

@@ -7,7 +7,8 @@ import torch
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import BITS, FORMATS, GROUP_SIZES, Format
+from kappaquant.formats.codebook import BITS, FORMATS, CodebookFormat
+from kappaquant.formats.signs import GROUP_SIZES
 from kappaquant.kernels.cuda import gemm, inputs, int8_gemm, nvrtc, sorted_experts, tensor_cores, tiles
 from kappaquant.kernels.cuda.gemm import Launch
 from kappaquant.kernels.cuda.launches import whole_blocks
@@ -106,7 +107,7 @@ def test_refusals_say_why() -> None:
         gemm.linear(x, [], torch.float32)
 
 
-def prepared(fmt: Format, *shape: int, seed: int = 0) -> tuple[Weight, torch.Tensor]:
+def prepared(fmt: CodebookFormat, *shape: int, seed: int = 0) -> tuple[Weight, torch.Tensor]:
     """(weight on the GPU, decoded in float64)"""
     encoded = codec.encode(random(*shape, seed=seed).cuda() / shape[-1] ** 0.5, fmt, "fast")
     decoded = codec.decode(encoded.packed, encoded.norms, fmt, shape[-1]).double()
@@ -124,7 +125,7 @@ def error(y: torch.Tensor, x: torch.Tensor, decoded: torch.Tensor) -> float:
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 def test_inputs_lie_as_products_read_them(group: int, half: bool) -> None:
-    fmt, x = Format(3, group), random(19, 3 * group - 5).cuda().bfloat16()
+    fmt, x = CodebookFormat(3, group), random(19, 3 * group - 5).cuda().bfloat16()
     tokens, _ = inputs.rotate_tokens(x, fmt, half)
     units = tokens.values.shape[0]
     token, chunk = torch.arange(8, device=x.device)[:, None], torch.arange(8, device=x.device)
@@ -154,7 +155,7 @@ def test_inputs_lie_as_products_read_them(group: int, half: bool) -> None:
 
 @hopper
 @pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.id)
-def test_products(fmt: Format) -> None:
+def test_products(fmt: CodebookFormat) -> None:
     at = 3 * fmt.bits + GROUP_SIZES.index(fmt.group_size)
     made = [(True, LAUNCHES[at % len(LAUNCHES)])]
     if fmt.bits in INT8_BITS:
@@ -191,8 +192,10 @@ def test_more_blocks_than_fit_the_card(launch: Launch, k: int) -> None:
     """Of four outputs of different widths in one launch: whole ones first, and the rest by those that share the input axis."""
     m, dtype = 2 * launch.tokens + 9, torch.bfloat16 if k == 384 else torch.float16
     x = random(m, k).cuda().to(dtype)
-    tokens, _ = inputs.rotate_tokens(x, Format(3, 128), True)
-    made = [prepared(Format(bits, 128), n, k, seed=bits) for bits, n in ((3, 33_304), (7, 5000), (4, 904), (8, 264))]
+    tokens, _ = inputs.rotate_tokens(x, CodebookFormat(3, 128), True)
+    made = [
+        prepared(CodebookFormat(bits, 128), n, k, seed=bits) for bits, n in ((3, 33_304), (7, 5000), (4, 904), (8, 264))
+    ]
     biases = [None, random(5000).cuda().to(dtype), None, random(264).cuda().to(dtype)]
     outs = gemm.linear(tokens, [w for w, _ in made], dtype, biases, launch)
     again = gemm.linear(tokens, [w for w, _ in made], dtype, biases, launch)
@@ -204,7 +207,7 @@ def test_more_blocks_than_fit_the_card(launch: Launch, k: int) -> None:
 
 @hopper
 def test_launches_that_are_chosen() -> None:
-    fmt = Format(4, 128)
+    fmt = CodebookFormat(4, 128)
     weight, decoded = prepared(fmt, 700, 2048)
     for m in (1, 17, 40, 100, 300, 4096):
         x = random(m, 2048, seed=m).cuda().bfloat16()
@@ -217,7 +220,7 @@ def test_launches_that_are_chosen() -> None:
 @hopper
 def test_int8_inputs_give_what_they_give_few_tokens() -> None:
     """The same integers and scales: only the order of sums differs."""
-    for fmt in (Format(2, 32), Format(3, 128), Format(4, 256), Format(5, 64)):
+    for fmt in (CodebookFormat(2, 32), CodebookFormat(3, 128), CodebookFormat(4, 256), CodebookFormat(5, 64)):
         weight, _ = prepared(fmt, 200, 768)
         x = random(12, 768).cuda().bfloat16()
         (few,) = tensor_cores.linear(inputs.rotate(x, fmt, False)[0], [weight], torch.float32)
@@ -229,10 +232,10 @@ def test_int8_inputs_give_what_they_give_few_tokens() -> None:
 @pytest.mark.parametrize("launch", [*LAUNCHES, *INT8_LAUNCHES], ids=str)
 def test_outputs_of_different_widths_share_an_input(launch: Launch | int8_gemm.Launch) -> None:
     widths = ((3, 70), (5, 32), (2, 1), (6 if launch.half else 4, 300))
-    made = [prepared(Format(b, 128), n, 640, seed=b) for b, n in widths]
+    made = [prepared(CodebookFormat(b, 128), n, 640, seed=b) for b, n in widths]
     biases = [random(w.rows).cuda().bfloat16() if i % 2 else None for i, (w, _) in enumerate(made)]
     x = random(37, 640).cuda().bfloat16()
-    tokens, _ = inputs.rotate_tokens(x, Format(3, 128), launch.half)
+    tokens, _ = inputs.rotate_tokens(x, CodebookFormat(3, 128), launch.half)
     outs = gemm.linear(tokens, [w for w, _ in made], torch.bfloat16, biases, launch)
     for y, bias, (_, decoded) in zip(outs, biases, made, strict=True):
         assert y.dtype == torch.bfloat16
@@ -245,7 +248,7 @@ def test_outputs_of_different_widths_share_an_input(launch: Launch | int8_gemm.L
 @pytest.mark.parametrize("half", [True, False])
 def test_tokens_of_any_size(half: bool) -> None:
     """Scales are a token's own: a huge token, a tiny one and none at all are as exact as others."""
-    fmt = Format(4, 128)
+    fmt = CodebookFormat(4, 128)
     weight, decoded = prepared(fmt, 256, 512)
     x = random(40, 512).cuda() * torch.logspace(-30, 30, 40).cuda()[:, None]
     x[7] = 0
@@ -260,14 +263,14 @@ def test_tokens_of_any_size(half: bool) -> None:
 
 @hopper
 def test_an_input_of_another_kind_is_refused() -> None:
-    fmt = Format(3, 128)
+    fmt = CodebookFormat(3, 128)
     weight, _ = prepared(fmt, 32, 256)
     tokens, _ = inputs.rotate_tokens(random(30, 128).cuda(), fmt, True)
     with pytest.raises(UnsupportedError, match=r"a weight \[32, 256\] is tq3g128"):
         gemm.linear(tokens, [weight], torch.float32)
     with pytest.raises(UnsupportedError, match="not for inputs in"):
         gemm.linear(tokens, [prepared(fmt, 32, 128)[0]], torch.float32, launch=INT8_LAUNCHES[0])
-    wide, _ = prepared(Format(6, 128), 32, 128)
+    wide, _ = prepared(CodebookFormat(6, 128), 32, 128)
     with pytest.raises(UnsupportedError, match="int8 inputs serve 2, 3, 4, 5 bits, not 6"):
         gemm.linear(inputs.rotate_tokens(random(30, 128).cuda(), fmt, False)[0], [wide], torch.float32)
     with pytest.raises(UnsupportedError, match="5 weights"):
@@ -302,8 +305,8 @@ def plain_experts(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, g
     ],
 )
 def test_sorted_experts(experts: int, hidden: int, inner: int, top_k: int, tokens: int, bits: tuple[int, int], group: int) -> None:  # fmt: skip
-    gate_up, plain_gate_up = prepared(Format(bits[0], group), experts, 2 * inner, hidden)
-    down, plain_down = prepared(Format(bits[1], group), experts, hidden, inner, seed=1)
+    gate_up, plain_gate_up = prepared(CodebookFormat(bits[0], group), experts, 2 * inner, hidden)
+    down, plain_down = prepared(CodebookFormat(bits[1], group), experts, hidden, inner, seed=1)
     x = random(tokens, hidden).cuda().bfloat16()
     weights, index = random(tokens, experts, seed=2).cuda().softmax(-1).topk(top_k)
     index[: tokens // 2] = torch.arange(top_k, device=index.device)  # crowds a few experts, leaves others empty
@@ -317,8 +320,8 @@ def test_sorted_experts(experts: int, hidden: int, inner: int, top_k: int, token
 
 @hopper
 def test_a_graph_replays_other_tokens_and_routes() -> None:
-    gate_up, plain_gate_up = prepared(Format(3, 128), 8, 256, 128)
-    down, plain_down = prepared(Format(4, 128), 8, 128, 128, seed=1)
+    gate_up, plain_gate_up = prepared(CodebookFormat(3, 128), 8, 256, 128)
+    down, plain_down = prepared(CodebookFormat(4, 128), 8, 128, 128, seed=1)
     x, weights = random(50, 128).cuda().bfloat16(), torch.full((50, 2), 0.5, device="cuda")
     index = torch.zeros(50, 2, dtype=torch.int64, device="cuda")
     sorted_experts.forward(x, index, weights, gate_up, down)  # compiles
@@ -334,7 +337,7 @@ def test_a_graph_replays_other_tokens_and_routes() -> None:
 
 @hopper
 def test_no_tokens_give_no_rows() -> None:
-    fmt = Format(3, 128)
+    fmt = CodebookFormat(3, 128)
     weight, _ = prepared(fmt, 32, 256)
     tokens, _ = inputs.rotate_tokens(torch.empty(0, 256, device="cuda"), fmt, True)
     assert gemm.linear(tokens, [weight], torch.float32)[0].shape == (0, 32)

@@ -10,12 +10,12 @@ from gpu_products import ALL, error, gpu, needs_compiler, prepared, random
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import BITS, Format
+from kappaquant.formats.codebook import BITS, CodebookFormat
 from kappaquant.kernels.cuda import inputs, nvrtc, tensor_cores, tiles
 
 
 @pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.id)
-def test_tiles_hold_the_bits_of_the_disk(fmt: Format) -> None:
+def test_tiles_hold_the_bits_of_the_disk(fmt: CodebookFormat) -> None:
     for shape in ((45, 3 * fmt.group_size - 5), (2, 3, 33, fmt.group_size)):
         encoded = codec.encode(random(*shape), fmt, "fast")
         tiled = tiles.tile(encoded.packed, encoded.norms, fmt)
@@ -32,7 +32,7 @@ def test_whole_tiles_take_no_more_bytes_than_the_disk() -> None:
 
 
 def test_tiling_in_chunks_equals_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    fmt = Format(5, 64)
+    fmt = CodebookFormat(5, 64)
     encoded = codec.encode(random(200, 256), fmt, "fast")
     once = tiles.tile(encoded.packed, encoded.norms, fmt)
     monkeypatch.setattr(tiles, "_CHUNK", 1)
@@ -45,7 +45,7 @@ def table_bytes(words: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("bits", tensor_cores.INT8_BITS)
 def test_int8_tables_are_near_the_codebook(bits: int) -> None:
-    book = Format(bits, 128).codebook
+    book = CodebookFormat(bits, 128).codebook
     words, scale = tiles.int8_table(book, bits)
     entries = [b - 256 if b > 127 else b for b in table_bytes(words)][: 2**bits if bits < 4 else 2 ** (bits - 1)]
     if bits < 4:
@@ -58,7 +58,7 @@ def test_int8_tables_are_near_the_codebook(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_float16_tables_hold_the_codebook(bits: int) -> None:
-    book = Format(bits, 128).codebook
+    book = CodebookFormat(bits, 128).codebook
     words, scale = tiles.half_table(book, bits)
 
     def value(raw: int) -> float:
@@ -96,7 +96,7 @@ def test_a_kernel_that_does_not_compile_says_why() -> None:
 
 
 def test_refusals_say_why() -> None:
-    fmt = Format(3, 128)
+    fmt = CodebookFormat(3, 128)
     assert "NVIDIA GPU" in str(tensor_cores.refusal(torch.device("cpu"), fmt.codebook))
     encoded = codec.encode(random(4, 128), fmt)
     with pytest.raises(UnsupportedError, match="needs an NVIDIA GPU"):
@@ -104,7 +104,7 @@ def test_refusals_say_why() -> None:
 
 
 def test_inputs_that_do_not_go_together_are_refused() -> None:
-    fmt, x, gain = Format(3, 128), random(4, 256), random(256)
+    fmt, x, gain = CodebookFormat(3, 128), random(4, 256), random(256)
     wrong: list[tuple[str, torch.Tensor, dict[str, torch.Tensor]]] = [
         ("float64", x.double(), {}),
         ("neighbouring columns", random(256, 4).t(), {}),
@@ -136,7 +136,7 @@ def test_every_launch_fits_the_card() -> None:
 @gpu
 @pytest.mark.parametrize("half", [False, True], ids=["int8", "float16"])
 @pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.id)
-def test_products(fmt: Format, half: bool) -> None:
+def test_products(fmt: CodebookFormat, half: bool) -> None:
     if not half and fmt.bits not in tensor_cores.INT8_BITS:
         pytest.skip("int8 inputs serve 2 to 5 bits")
     for n, k in ((45, 3 * fmt.group_size - 5), (1, fmt.group_size), (300, 1024 + fmt.group_size)):
@@ -154,7 +154,7 @@ def test_products(fmt: Format, half: bool) -> None:
 def test_error_on_a_layer_of_usual_size(bits: int, half: bool) -> None:
     if not half and bits not in tensor_cores.INT8_BITS:
         pytest.skip("int8 inputs serve 2 to 5 bits")
-    fmt = Format(bits, 128)
+    fmt = CodebookFormat(bits, 128)
     weight, decoded = prepared(fmt, 2048, 4096)
     x = random(16, 4096, seed=1).cuda().bfloat16()
     rotated, _ = inputs.rotate(x, fmt, half)
@@ -165,10 +165,10 @@ def test_error_on_a_layer_of_usual_size(bits: int, half: bool) -> None:
 @gpu
 @pytest.mark.parametrize("half", [False, True], ids=["int8", "float16"])
 def test_outputs_of_different_widths_share_an_input(half: bool) -> None:
-    made = [prepared(Format(b, 128), n, 640, seed=b) for b, n in ((3, 70), (5, 32), (2, 1), (4, 129))]
+    made = [prepared(CodebookFormat(b, 128), n, 640, seed=b) for b, n in ((3, 70), (5, 32), (2, 1), (4, 129))]
     biases = [random(w.rows).cuda().bfloat16() if i % 2 else None for i, (w, _) in enumerate(made)]
     x = random(5, 640).cuda().bfloat16()
-    rotated, _ = inputs.rotate(x, Format(3, 128), half)
+    rotated, _ = inputs.rotate(x, CodebookFormat(3, 128), half)
     outs = tensor_cores.linear(rotated, [w for w, _ in made], torch.bfloat16, biases)
     for y, bias, (_, decoded) in zip(outs, biases, made, strict=True):
         assert y.dtype == torch.bfloat16
@@ -178,7 +178,7 @@ def test_outputs_of_different_widths_share_an_input(half: bool) -> None:
 @gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_what_goes_before_the_rotation(dtype: torch.dtype) -> None:
-    fmt, width = Format(3, 128), 500
+    fmt, width = CodebookFormat(3, 128), 500
     x, residual = random(5, width).cuda().to(dtype), random(5, width, seed=1).cuda().to(dtype)
     gain = random(width, seed=2).cuda().to(dtype)
 
@@ -207,7 +207,7 @@ def test_what_goes_before_the_rotation(dtype: torch.dtype) -> None:
 
 @gpu
 def test_no_tokens_give_no_rows() -> None:
-    fmt = Format(3, 128)
+    fmt = CodebookFormat(3, 128)
     weight, _ = prepared(fmt, 32, 256)
     rotated, _ = inputs.rotate(torch.empty(0, 256, device="cuda"), fmt, False)
     assert tensor_cores.linear(rotated, [weight], torch.float32)[0].shape == (0, 32)
@@ -215,7 +215,7 @@ def test_no_tokens_give_no_rows() -> None:
 
 @gpu
 def test_a_graph_replays_the_kernels() -> None:
-    fmt = Format(4, 128)
+    fmt = CodebookFormat(4, 128)
     weight, decoded = prepared(fmt, 256, 512)
     x = random(1, 512).cuda().bfloat16()
 
@@ -233,9 +233,9 @@ def test_a_graph_replays_the_kernels() -> None:
 
 @gpu
 def test_an_input_of_another_kind_is_refused() -> None:
-    fmt = Format(3, 128)
+    fmt = CodebookFormat(3, 128)
     weight, _ = prepared(fmt, 32, 256)
-    wide, _ = prepared(Format(6, 128), 32, 256)
+    wide, _ = prepared(CodebookFormat(6, 128), 32, 256)
     x = random(1, 256).cuda().bfloat16()
     rotated, _ = inputs.rotate(x[:, :128].contiguous(), fmt, False)
     with pytest.raises(UnsupportedError, match=r"a weight \[32, 256\] is tq3g128"):

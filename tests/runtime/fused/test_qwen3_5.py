@@ -19,7 +19,7 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 
 def load(folder: Path, device: str, architecture: str = "qwen3_5_moe_text", **plan: Any) -> Any:
     source = kappaquant.open_source(save_tiny(architecture, folder / "source", dtype=torch.bfloat16))
-    options = {"policy": "recipe", "recipe": "apex2", **plan}
+    options = plan or {"policy": "recipe", "recipe": "apex2"}
     kappaquant.quantize(source, folder / "out", kappaquant.make_plan(source.tensors, source.config, **options))
     return kappaquant.load(folder / "out", device=device)[0]
 
@@ -34,7 +34,7 @@ def test_layers_that_can_not_be_fused_stay_and_say_why(tmp_path: Path, caplog: p
 
 PLANS: dict[str, dict[str, Any]] = {
     "apex2": {},
-    "apex3": {"recipe": "apex3"},
+    "apex3": {"policy": "recipe", "recipe": "apex3"},
     "uniform 3": {"policy": "uniform", "bits": 3},
     "uniform 6": {"policy": "uniform", "bits": 6},
 }

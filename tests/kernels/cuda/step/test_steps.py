@@ -45,7 +45,7 @@ CLUSTERS = (
 def test_compiles(file: str, instance: str, arch: str) -> None:
     if arch == "sm_80" and (file, instance) in CLUSTERS:
         pytest.skip("clusters came with 9.0")
-    code, name = nvrtc.compiled(file, instance, arch)
+    code, name = nvrtc.compiled(f"step/{file}", instance, arch)
     assert len(code) > 1000
     assert name
 

@@ -1,0 +1,124 @@
+"""A new policy that keeps to a byte budget, from this file alone: the API and the command line have it, with its options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny_models
+from typer.testing import CliRunner
+
+import kappaquant
+from kappaquant import cli
+from kappaquant.errors import PlanError, RegistrationError
+from kappaquant.models.inventory import Inventory
+from kappaquant.planning.plan import Choice
+from kappaquant.planning.policies.base import Budget, Evidence, Policy, choice_bytes, option
+from kappaquant.planning.policies.registry import register, unregister
+
+
+@dataclass(frozen=True)
+class Filling(Policy):
+    """``floor`` bits for all, then one more for one tensor after the other, as long as the budget lasts."""
+
+    name = "filling"
+    takes_size = True
+    floor: int = option(2, "bits that each tensor has at least.")
+
+    def choose(self, inventory: Inventory, evidence: Evidence, budget: Budget) -> dict[str, Choice]:
+        def bits_for(name: str, bits: int) -> Choice:
+            return budget.choice(inventory.tensors[name], bits, f"{bits} bits fit")
+
+        choices = {name: bits_for(name, self.floor) for name in budget.free(inventory)}
+        tensors = inventory.tensors
+        used = sum(choice_bytes(choice, tensors[name]) for name, choice in {**budget.fixed, **choices}.items())
+        if budget.size is None or used > budget.size:
+            raise PlanError(
+                f"the filling policy needs a size of at least {used:,} bytes, got {budget.size}; give --size"
+            )
+        for bits in range(self.floor + 1, 9):
+            for name in choices:
+                more = bits_for(name, bits)
+                cost = choice_bytes(more, tensors[name]) - choice_bytes(choices[name], tensors[name])
+                if used + cost <= budget.size:
+                    choices[name], used = more, used + cost
+        return choices
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    register(Filling)
+    yield
+    unregister("filling")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save_tiny("qwen3_moe", tmp_path_factory.mktemp("policy") / "source")
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(cli.build(), [str(argument) for argument in arguments])
+    return done.exit_code, done.output + (str(done.exception) if done.exception else "")
+
+
+def test_it_keeps_to_its_budget(source: Path) -> None:
+    opened = kappaquant.open_source(source)
+    sizes = [300_000, 350_000, 400_000]
+    plans = [kappaquant.make_plan(opened.tensors, opened.config, "filling", size=size, floor=3) for size in sizes]
+    for size, plan in zip(sizes, plans, strict=True):
+        used = sum(choice_bytes(plan.choices[name], info) for name, info in opened.tensors.items())
+        assert 0.97 * size < used <= size
+        assert plan.inputs == {"floor": 3, "size": size, "overrides": [], "fuse": False}
+    with pytest.raises(PlanError, match=r"needs a size of at least .* bytes, got 1000; give --size"):
+        kappaquant.make_plan(opened.tensors, opened.config, "filling", size=1000)
+
+
+def test_what_overspends_is_refused(source: Path) -> None:
+    opened = kappaquant.open_source(source)
+    with pytest.raises(PlanError, match=r"the filling policy's plan takes .* bytes, more than the 280,000 allowed"):
+        kappaquant.make_plan(
+            opened.tensors, opened.config, "filling", size=280_000, fuse=True, overrides=[("*.v_proj.weight", 8)]
+        )
+
+
+def test_the_command_line_has_it_and_its_options(source: Path, tmp_path: Path) -> None:
+    code, text = run("plan", "--help")
+    assert code == 0
+    assert "filling" in text
+    assert "--floor" in text
+    code, text = run("plan", source, "--policy", "filling", "--size", "0.3MB", "--floor", 3, "-o", tmp_path / "p.json")
+    assert code == 0, text
+    plan = json.loads((tmp_path / "p.json").read_text())
+    assert (plan["policy"], plan["inputs"]["floor"], plan["inputs"]["size"]) == ("filling", 3, 300_000)
+    code, text = run("quantize", source, "-o", tmp_path / "out", "--policy", "filling", "--size", "280KiB")
+    assert code == 0, text
+    stored = kappaquant.open_checkpoint(tmp_path / "out")
+    assert sum(stored.nbytes(name) for name in stored.keys()) <= 280 * 1024
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--policy", "filling", "--size", "much"), "--size 'much': write a number and a unit"),
+        (("--policy", "filling", "--size", "1MB", "--floor", "x"), "--floor 'x': cannot be read; write it like 2"),
+        (("--policy", "uniform", "--floor", "3"), "option 'floor': the uniform policy has no such option; it has bits"),
+        (("--policy", "uniform", "--size", "1MB"), "the uniform policy keeps to no size"),
+    ],
+)
+def test_bad_options(source: Path, options: tuple[str, ...], message: str) -> None:
+    code, text = run("plan", source, *options)
+    assert code == 1  # main() makes one line and exit code 2 of it
+    assert message in text
+
+
+def test_a_name_is_given_once() -> None:
+    @dataclass(frozen=True)
+    class Other(Filling):
+        name = "uniform"
+
+    with pytest.raises(RegistrationError, match="policy 'uniform' is taken by Uniform"):
+        register(Other)
