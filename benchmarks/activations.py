@@ -2,7 +2,7 @@
 
 Each variant is compared with the bf16 original, all else in float32: once with its decoded weights and exact products, once
 with each kind of input, every token by the kernels for few tokens, which a prompt would not use. Needs an NVIDIA GPU. The loss
-decides the default (kappaquant.kernels.tiled.ACTIVATIONS).
+decides the default (kappaquant.kernels.base.ACTIVATIONS).
 
 python -m benchmarks.activations
 """
@@ -24,9 +24,8 @@ import kappaquant
 from benchmarks.environment import environment, save
 from kappaquant import evaluate
 from kappaquant.exports.plain import dequantize
-from kappaquant.kernels import tiled as gpu_ops
-from kappaquant.kernels.cuda import sorted_experts
-from kappaquant.kernels.tiled import ACTIVATIONS
+from kappaquant.kernels.base import ACTIVATIONS
+from kappaquant.kernels.cuda import sorted_experts, tiled
 from scripts.demo import MODEL, HeldOut
 
 PLANS: dict[str, dict[str, Any]] = {
@@ -49,7 +48,7 @@ def measure(folder: Path, name: str, original: Any, sequences: list[list[int]]) 
             model = model.cuda().eval()
         else:
             model, _ = kappaquant.load(checkpoint, torch.float32, "cuda", inputs)
-        few = mock.patch.multiple(gpu_ops, FEW_TOKENS=1 << 30, decodes_first=lambda *_: False)
+        few = mock.patch.multiple(tiled, FEW_TOKENS=1 << 30, decodes_first=lambda *_: False)
         unsorted = mock.patch.object(sorted_experts, "refusal", return_value="only kernels for few tokens are measured")
         with few, unsorted:
             found = evaluate.kl_divergence(model, original, sequences)

@@ -15,15 +15,16 @@ from rich.table import Table
 
 from benchmarks.environment import environment, save
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import BITS, Format
+from kappaquant.formats.base import EFFORTS, Effort
+from kappaquant.formats.codebook import BITS, CodebookFormat
 
 GROUP_SIZE = 128
 BOUNDS = {3: 0.0320, 4: 0.0080, 5: 0.0020}  # of effort "best"
 
 
-def measure(bits: int, effort: codec.Effort, rows: int, seed: int = 0) -> dict[str, float]:
+def measure(bits: int, effort: Effort, rows: int, seed: int = 0) -> dict[str, float]:
     """Error of weights decoded from what is stored, and seconds per GB of the same weights in bf16 on one thread."""
-    fmt = Format(bits, GROUP_SIZE)
+    fmt = CodebookFormat(bits, GROUP_SIZE)
     weight = torch.randn(rows, 2048, generator=torch.Generator().manual_seed(seed))
     codec.encode(weight[:64], fmt, effort)  # builds the tables
     start = time.perf_counter()
@@ -45,11 +46,11 @@ def main() -> None:
     table = Table("bits", "bits/weight", "fast", "best", "bound (best)", "fast s/GB", "best s/GB", title="relative MSE")
     results, missed = [], []
     for bits in BITS:
-        fast, best = (measure(bits, effort, args.rows) for effort in codec.EFFORTS)
+        fast, best = (measure(bits, effort, args.rows) for effort in EFFORTS)
         bound = BOUNDS.get(bits)
         if bound is not None and best["relative_mse"] > bound:
             missed.append(f"{bits} bits: {best['relative_mse']} is above {bound}")
-        bits_per_weight = 8 * Format(bits, GROUP_SIZE).bytes_per_group / GROUP_SIZE + 16 / GROUP_SIZE
+        bits_per_weight = 8 * CodebookFormat(bits, GROUP_SIZE).bytes_per_group / GROUP_SIZE + 16 / GROUP_SIZE
         results.append({"bits": bits, "bits_per_weight": bits_per_weight, "bound": bound, "fast": fast, "best": best})
         table.add_row(
             str(bits), f"{bits_per_weight:.3f}", f"{fast['relative_mse']:.5f}", f"{best['relative_mse']:.5f}",

@@ -21,7 +21,8 @@ from rich.table import Table
 
 from benchmarks.environment import environment, save
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import BITS, Format
+from kappaquant.formats.base import EFFORTS
+from kappaquant.formats.codebook import BITS, CodebookFormat
 from kappaquant.kernels.cuda import encoder
 
 ROWS, COLUMNS = 16384, 16384  # 0.54 GB
@@ -45,8 +46,8 @@ def seconds_per_gb(run: Callable[[], object], nbytes: int, repeats: int) -> floa
 def rows(weight: torch.Tensor) -> Iterator[dict[str, Any]]:
     """One row for each width and effort, and one for the errors at all widths, which a scan needs."""
     for bits in BITS:
-        fmt = Format(bits, GROUP_SIZE)
-        for effort in codec.EFFORTS:
+        fmt = CodebookFormat(bits, GROUP_SIZE)
+        for effort in EFFORTS:
             kernel, reference = encoder.encode(weight, fmt, effort), codec.encode(weight, fmt, effort)
             same = torch.equal(kernel.packed, reference.packed) and torch.equal(kernel.norms, reference.norms)
             del kernel, reference

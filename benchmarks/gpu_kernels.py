@@ -1,7 +1,7 @@
 """Codebook products against bf16 and int4 on one GPU: microseconds, TB/s and share of the card's read ceiling.
 
 Products are timed alone; the input's rotation is a time of its own, and `with input` their sum. Which kernel runs is what
-`kappaquant.kernels.tiled` chooses for that batch. Peers run in the same process: bf16 through cuBLAS, torch's int4 (tinygemm),
+`kappaquant.kernels.cuda.tiled` chooses for that batch. Peers run in the same process: bf16 through cuBLAS, torch's int4 (tinygemm),
 transformers' grouped_mm for experts, and GemLite and bitsandbytes where they are installed.
 
 python -m benchmarks.gpu_kernels
@@ -23,9 +23,10 @@ from rich.table import Table
 from benchmarks import gpu_peers as peers
 from benchmarks.environment import environment, save
 from benchmarks.gpu_peers import DEVICE, GROUP, activations, copies, matmul_ceiling, read_ceiling, replay
-from kappaquant.formats.codebook import BITS, Format
-from kappaquant.kernels import tiled as gpu_ops
-from kappaquant.kernels.cuda import decoded, tensor_cores
+from kappaquant.formats.codebook import BITS, CodebookFormat
+from kappaquant.kernels.base import Arranged
+from kappaquant.kernels.cuda import decoded, tensor_cores, tiled
+from kappaquant.kernels.cuda.tiled import Tiled
 
 LARGE, SMALL, SQUARE = (28672, 4096), (8192, 2048), (4096, 4096)
 BATCHES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -43,7 +44,7 @@ PEERS: dict[str, tuple[Peer, float]] = {
 
 def random_weight(bits: int, *shape: int) -> tensor_cores.Weight:
     """Any bytes are codes: random ones are as fast as encoded weights."""
-    fmt = Format(bits, GROUP)
+    fmt = CodebookFormat(bits, GROUP)
     packed = torch.randint(0, 256, fmt.packed_shape(shape), dtype=torch.uint8, device=DEVICE)
     norms = (torch.rand(fmt.norms_shape(shape), device=DEVICE) / 8).half()
     return tensor_cores.Weight.of(packed, norms, fmt, shape[-1], fmt.codebook)
@@ -51,17 +52,19 @@ def random_weight(bits: int, *shape: int) -> tensor_cores.Weight:
 
 def codebook(bits: int, n: int, k: int, m: int, half: bool) -> tuple[float, float]:
     """(product, rotation of its input), microseconds."""
-    fmt, shape = Format(bits, GROUP), (n, k)
+    fmt, shape = CodebookFormat(bits, GROUP), (n, k)
     weights = [random_weight(bits, *shape) for _ in range(copies(fmt.nbytes(shape)))]
     x = activations(m, k)
-    if gpu_ops.decodes_first(m, x.device):
+    if tiled.decodes_first(m, x.device):
         return replay([partial(decoded.linear, x, w) for w in weights]), 0.0
-    quantized = gpu_ops.quantize_input(x, GROUP, half)
+    kernel = Tiled()
+    kind = (GROUP, half)
+    prepared = kernel.prepare(x, fmt, kind)
     calls = [
-        partial(gpu_ops.tiled_linear, quantized, w.tiled.codes, w.tiled.norms, w.codebook, fmt, shape, None, x.dtype)
+        partial(kernel.linear, x, prepared, kind, Arranged(fmt, shape, (w.tiled.codes, w.tiled.norms)), None)
         for w in weights
     ]
-    return replay(calls), replay([partial(gpu_ops.quantize_input, x, GROUP, half)] * 20)
+    return replay(calls), replay([partial(kernel.prepare, x, fmt, kind)] * 20)
 
 
 def experts(tokens: int) -> tuple[float, float]:
@@ -75,12 +78,15 @@ def experts(tokens: int) -> tuple[float, float]:
     routes = [torch.rand(tokens, EXPERTS, device=DEVICE).topk(TOP_K).indices for _ in range(8)]
     weights = torch.rand(tokens, TOP_K, dtype=torch.bfloat16, device=DEVICE)
 
+    shapes = ((EXPERTS, 2 * INNER, HIDDEN), (EXPERTS, HIDDEN, INNER))
+
     def ours(i: int) -> torch.Tensor:
         gate_up, down = made[i % 2]
-        return gpu_ops.tiled_experts(
-            x, routes[i], weights, [gate_up.tiled.codes, down.tiled.codes], [gate_up.tiled.norms, down.tiled.norms],
-            [*gate_up.codebook, *down.codebook], [3, 4], GROUP, INNER, False,
-        )  # fmt: skip
+        first, second = (
+            Arranged(w.fmt, shape, (w.tiled.codes, w.tiled.norms))
+            for w, shape in zip((gate_up, down), shapes, strict=True)
+        )
+        return Tiled().experts(x, routes[i], weights, first, second, "int8")
 
     mine = replay([partial(ours, i) for i in range(8)])
     return mine, replay([partial(peers.grouped_mm, plain[0], plain[1], x, route, weights) for route in routes])
@@ -108,7 +114,7 @@ def rows(ceiling: float, others: Mapping[str, tuple[Peer, float]]) -> Iterator[d
                         print(f"{name}: left out: {type(problem).__name__}: {problem}", file=sys.stderr)
                     continue
                 yield row(name, shape, m, bits, us)
-            for half in (False, True) if not gpu_ops.needs_half("int8", 3, m, shape[0]) else (True,):
+            for half in (False, True) if not tiled.needs_half("int8", 3, m, shape[0]) else (True,):
                 for width in BITS if m == 1 and shape == LARGE else (3, 4):
                     if half or width in tensor_cores.INT8_BITS:
                         us, rotation = codebook(width, *shape, m, half)
@@ -142,7 +148,7 @@ def aims(found: list[dict[str, Any]], of_experts: list[dict[str, Any]]) -> list[
         )
 
     def ratio(bits: int, m: int) -> float:
-        kind = "float16" if gpu_ops.needs_half("int8", bits, m, LARGE[0]) else "int8"
+        kind = "float16" if tiled.needs_half("int8", bits, m, LARGE[0]) else "int8"
         return us(f"{bits} bits, {kind}", LARGE, m) / us("bf16 (cuBLAS)", LARGE, m)
 
     three, four = "3 bits, int8", "4 bits, int8"

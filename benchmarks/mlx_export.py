@@ -25,8 +25,8 @@ from transformers import Qwen3_5MoeTextConfig
 
 from benchmarks.environment import environment, save
 from benchmarks.quantize_cost import command_cost, write_random
+from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats import affine
-from kappaquant.formats.codebook import TensorInfo
 from kappaquant.models.skeleton import parameter_shapes
 
 GIB_RESIDENT = 2.0

@@ -18,9 +18,9 @@ from rich.table import Table
 from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
 from benchmarks.environment import environment, save
-from kappaquant.checkpoints.layout import output_bytes
-from kappaquant.formats.codebook import TensorInfo
-from kappaquant.planning.plan import make_plan
+from kappaquant.checkpoints.open import container_by_id
+from kappaquant.files.safetensors import TensorInfo
+from kappaquant.planning.make import make_plan
 from kappaquant.planning.sizes import summary
 
 PLANS: dict[str, dict[str, Any]] = {
@@ -60,7 +60,7 @@ def measure(options: dict[str, Any], tensors: dict[str, TensorInfo], config: dic
     plan = make_plan(tensors, config, **options)
     sizes = summary(plan, tensors, config)
     return {
-        "bytes": output_bytes({"model.safetensors": tensors}, plan.format_of),
+        "bytes": container_by_id("kappaquant").output_bytes({"model.safetensors": tensors}, plan.format_of),
         "bits_per_weight": round(sizes.bits_per_weight, 4),
         "active_bytes_per_token": sizes.active_bytes_per_token,
     }

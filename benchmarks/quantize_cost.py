@@ -28,8 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment, save
-from kappaquant.files.safetensors import build_header
-from kappaquant.formats.codebook import TensorInfo
+from kappaquant.files.safetensors import TensorInfo, build_header
 
 SECONDS_PER_GB = {"fast": 4.0, "best": 20.0}
 GIB_RESIDENT = 1.5

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kappaquant.formats import codec
-from kappaquant.formats.codebook import Format, TensorInfo
+from kappaquant.files.safetensors import TensorInfo
+from kappaquant.formats.base import Encoded, Format
 from kappaquant.models.skeleton import model_class
-from kappaquant.planning.plan import Plan, make_plan
+from kappaquant.planning.make import make_plan
+from kappaquant.planning.plan import Plan
 from kappaquant.runtime.assemble import Assembler
 
 _SAMPLE = 256  # rows that are encoded; a large weight repeats them in random order, as fast to read as any
@@ -26,7 +27,7 @@ class RandomCheckpoint:
         self.shapes = shapes
         self.plan = plan
         self.device = device
-        self._encoded: tuple[str, codec.Encoded] | None = None
+        self._encoded: tuple[str, Encoded] | None = None
 
     def keys(self) -> list[str]:
         return list(self.shapes)
@@ -37,33 +38,19 @@ class RandomCheckpoint:
     def format_of(self, name: str) -> Format | None:
         return self.plan.format_of(name)
 
-    def codebook(self, name: str) -> tuple[float, ...]:
-        fmt = self.format_of(name)
-        return fmt.codebook if fmt else ()
-
-    def norm_dtype(self, name: str) -> torch.dtype:
-        return torch.float16
-
-    def packed(self, name: str) -> Tensor:
-        return self._part(name, "packed")
-
-    def norms(self, name: str) -> Tensor:
-        return self._part(name, "norms")
-
-    def tensor(self, name: str) -> Tensor:
-        shape = self.shapes[name]
-        return torch.randn(shape, dtype=torch.bfloat16, device=self.device) * shape[-1] ** -0.5
-
-    def _part(self, name: str, part: str) -> Tensor:
+    def parts(self, name: str) -> dict[str, Tensor]:
         if self._encoded is None or self._encoded[0] != name:
             fmt = self.format_of(name)
             assert fmt is not None
             wide = self.shapes[name][-1]
             weight = torch.randn(_SAMPLE, wide, device=self.device) * wide**-0.5
-            self._encoded = name, codec.encode(weight, fmt, "fast")
-        sample: Tensor = getattr(self._encoded[1], part)
-        rows = self.shapes[name][:-1]
-        return sample[torch.randint(_SAMPLE, rows, device=self.device)]
+            self._encoded = name, fmt.encode(weight, "fast")
+        rows = torch.randint(_SAMPLE, self.shapes[name][:-1], device=self.device)
+        return {suffix: part[rows] for suffix, part in self._encoded[1].parts.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        return torch.randn(shape, dtype=torch.bfloat16, device=self.device) * shape[-1] ** -0.5
 
 
 def plain(config: Any, device: str) -> Any:

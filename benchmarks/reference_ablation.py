@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kappaquant.formats.codebook import TensorInfo
-from kappaquant.planning.plan import Choice, Plan
-from kappaquant.planning.policies import KEPT
+from kappaquant.files.safetensors import TensorInfo
+from kappaquant.formats.entry import KEPT_BITS
+from kappaquant.planning.plan import KEPT, Choice, Plan
+from kappaquant.planning.policies.base import Budget, choice_bytes
 from kappaquant.planning.sizes import summary
 
-THRESHOLDS, LADDER = (4.0, 8.0, 15.0), (3, 4, 5, KEPT)  # the kurtosis policy's defaults
+THRESHOLDS, LADDER = (4.0, 8.0, 15.0), (3, 4, 5, KEPT_BITS)  # the kurtosis policy's defaults
 TOLERANCE = 0.005
 
 
@@ -33,7 +34,7 @@ class Deciding:
 
     @property
     def names(self) -> list[str]:
-        return [name for name, choice in self.base.choices.items() if choice.bits != KEPT]
+        return [name for name, choice in self.base.choices.items() if choice.format != KEPT]
 
     def nbytes(self, plan: Plan) -> int:
         """Exact bytes of all tensors under a plan."""
@@ -61,13 +62,14 @@ class Deciding:
             if used + cost <= budget:
                 bits[name] = LADDER[step + 1]
                 used += cost
-        choices = {**self.base.choices, **{name: Choice(b, why) for name, b in bits.items()}}
+        choices = {**self.base.choices, **{name: self._choice(name, b, why) for name, b in bits.items()}}
         return Plan(choices, self.base.group_size, why, {"budget": budget})
 
     def _cost(self, name: str, bits: int) -> int:
-        info = self.tensors[name]
-        fmt = Plan({name: Choice(bits, "")}, self.base.group_size, "", {}).format_of(name)
-        return fmt.nbytes(info.shape) if fmt else info.nbytes
+        return choice_bytes(self._choice(name, bits, ""), self.tensors[name])
+
+    def _choice(self, name: str, bits: int, why: str) -> Choice:
+        return Budget(group_size=self.base.group_size).choice(self.tensors[name], bits, why)
 
 
 def _steps(kappa: Mapping[str, float]) -> list[tuple[str, int]]:

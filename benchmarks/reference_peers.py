@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kappaquant.formats.codebook import TensorInfo
+from kappaquant.files.safetensors import TensorInfo
 
 BF16 = torch.bfloat16
 EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")

@@ -24,13 +24,12 @@ from benchmarks.environment import ROOT, environment, save
 from benchmarks.reference_ablation import Deciding, equal_bytes
 from benchmarks.reference_measure import Reading, Yardstick, answered, kld_difference, spread
 from benchmarks.reference_peers import PEERS, Peer, Weights, round_to_nearest
-from kappaquant.checkpoints.checkpoint import open_checkpoint
+from kappaquant.checkpoints.open import open_checkpoint
 from kappaquant.evaluate.documents.report import rounded
-from kappaquant.formats.codebook import TensorInfo
+from kappaquant.files.safetensors import TensorInfo
 from kappaquant.planning import profile as scanner
-from kappaquant.planning.plan import Plan
-from kappaquant.planning.policies import KEPT
-from kappaquant.sources.folder import Source
+from kappaquant.planning.plan import KEPT, Plan
+from kappaquant.sources.source import Source
 
 MODEL = ROOT / "reference" / "model"
 OWN: dict[str, dict[str, Any]] = {
@@ -96,7 +95,7 @@ def rounding_rows(bench: Bench) -> Iterator[Row]:
     tensors = bench.source_tensors()
     plan = bench.plan(policy="uniform", bits=3)
     for bits in (3, 4):
-        packed = {n: round_to_nearest(tensors[n], bits) for n, choice in plan.choices.items() if choice.bits != KEPT}
+        packed = {n: round_to_nearest(tensors[n], bits) for n, choice in plan.choices.items() if choice.format != KEPT}
         setting = f"round to nearest, groups of 128, float16 scale and {bits}-bit zero point"
         yield bench.row(f"RTN int{bits} g128", "rounding", packed, setting)
 
@@ -156,7 +155,7 @@ class Ablation:
         yield self.at("kurtosis", None, self.deciding.nbytes(self.bench.plan(policy="kurtosis")))
 
     def _read(self, plan: Plan) -> Reading:
-        bits = {name: choice.bits for name, choice in plan.choices.items() if choice.bits != KEPT}
+        bits = {name: plan.bits(name) for name, choice in plan.choices.items() if choice.format != KEPT}
         return self.bench.yardstick.read({name: self._by_bits[b][name][0] for name, b in bits.items()})
 
     @staticmethod

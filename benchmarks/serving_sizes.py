@@ -17,9 +17,9 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.environment import environment, save
 from benchmarks.plan_sizes import qwen3_6_35b_a3b
-from kappaquant.formats.codebook import TensorInfo
+from kappaquant.files.safetensors import TensorInfo
 from kappaquant.models import sharding as parallel
-from kappaquant.planning.plan import make_plan
+from kappaquant.planning.make import make_plan
 
 CARDS = (1, 2, 4, 8)
 GROUPS = (128, 64)

@@ -31,7 +31,7 @@ from kappaquant.commands.tables import profile_table
 from kappaquant.planning import profile as scanner
 from kappaquant.planning.sizes import summary
 from kappaquant.runtime.generate import stream
-from kappaquant.sources.folder import Source
+from kappaquant.sources.source import Source
 from reference.text import extract_answer, problems, scenes
 
 MODEL = ROOT / "reference" / "model"
