@@ -105,7 +105,8 @@ class Kernel(ABC):
         """down(silu(gate) * up) of each token's experts, weighted and added: x [tokens, hidden] -> [tokens, hidden].
 
         Args:
-            index: int64 [tokens, top_k], the experts of each token.
+            index: int64 [tokens, top_k], the experts of each token. What lies outside [0, E) counts nothing: another card's
+                expert, or what a router makes of values that are no numbers.
             weights: [tokens, top_k].
             gate_up: [E, 2 * inner, hidden], gate first.
             down: [E, hidden, inner].

@@ -47,6 +47,7 @@ class ExpertBlock(nn.Module):
         super().__init__()
         self.weight = weight
         self.experts = tuple(experts)
+        self.num_experts = num_experts
         self.row = row
         self.everyone = self.experts == tuple(range(num_experts))
         if not self.everyone:
@@ -75,6 +76,7 @@ class ExpertWeights(nn.Module):
     def __init__(self, blocks: Sequence[ExpertBlock], out_features: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
+        self.num_experts = blocks[0].num_experts
         self.out_features = out_features
 
     def forward(self, x: Tensor, rows: Tensor, experts: Tensor, shared: SharedInput) -> Tensor:
@@ -134,7 +136,10 @@ class QuantExperts(nn.Module):
         return None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden]."""
+        """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden].
+
+        Ids outside [0, E) count nothing; see ``Kernel.experts``.
+        """
         whole = self.in_one_kernel()
         if whole:
             gate_up, down = whole
@@ -144,8 +149,11 @@ class QuantExperts(nn.Module):
             )  # fmt: skip
         tokens, k = top_k_index.shape
         experts = top_k_index.reshape(-1)
-        every = torch.arange(tokens * k, device=experts.device)
-        gate, up = self.gate_up_proj(hidden_states, every // k, experts, self.shared).chunk(2, dim=-1)
+        slots = ((experts >= 0) & (experts < self.gate_up_proj.num_experts)).nonzero().squeeze(1)
+        experts, every = experts[slots], torch.arange(len(slots), device=experts.device)
+        gate, up = self.gate_up_proj(hidden_states, slots // k, experts, self.shared).chunk(2, dim=-1)
         inner = self.act_fn(gate) * up
-        out = self.down_proj(inner, every, experts, self.shared) * top_k_weights.reshape(-1, 1)
+        products = self.down_proj(inner, every, experts, self.shared) * top_k_weights.reshape(-1, 1)[slots]
+        out = products.new_zeros(tokens * k, products.shape[1])
+        out[slots] = products
         return out.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)

@@ -192,3 +192,21 @@ def test_experts_rotate_tokens_once_not_once_per_expert(rotations: list[int]) ->
     )
     module(torch.randn(5, 32), torch.arange(10).view(5, 2) % 8, torch.rand(5, 2))
     assert rotations == [32, 32]
+
+
+def test_ids_that_are_no_expert_count_nothing() -> None:
+    gate_up, _ = held(torch.randn(8, 64, 32), CodebookFormat(3, 32))
+    down, _ = held(torch.randn(8, 32, 32), CodebookFormat(3, 32))
+    module = QuantExperts(
+        ExpertWeights([ExpertBlock(gate_up, range(8), 0, 8)], 64),
+        ExpertWeights([ExpertBlock(down, range(8), 0, 8)], 32),
+        nn.SiLU(),
+        SharedInput(),
+    )
+    x, index, weights = torch.randn(5, 32), torch.arange(10).view(5, 2) % 8, torch.rand(5, 2)
+    nobody = torch.arange(10).view(5, 2) % 3 == 1
+    hostile = index.masked_fill(nobody, 2**31 - 1)
+    hostile[0, 1], hostile[2, 0] = -1, 8
+    expected = module(x, index, weights.masked_fill(nobody | (hostile != index), 0))
+    torch.testing.assert_close(module(x, hostile, weights.masked_fill(nobody, torch.nan)), expected)
+    assert torch.equal(module(x, torch.full_like(index, -1), weights), torch.zeros_like(x))

@@ -131,10 +131,9 @@ def run(layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor
     """x [tokens, hidden] through this rank's share of each token's experts, weighted and added: [tokens, hidden]."""
     ids = topk_ids.long()
     here = layer.expert_map
-    if here is not None:  # an expert of another rank: -1 there; counts nothing here
-        ids = here[ids]
-        topk_weights = topk_weights.masked_fill(ids < 0, 0.0)
-        ids = ids.clamp(min=0)
+    if here is not None:  # -1 for experts of other ranks, which count nothing here, as ids that are none do
+        known = (ids >= 0) & (ids < len(here))
+        ids = here[ids.clamp(0, len(here) - 1)].long().masked_fill(~known, -1)
     return layer.packed_experts(x, ids, topk_weights)
 
 

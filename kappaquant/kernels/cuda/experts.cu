@@ -1,8 +1,10 @@
 // Routed experts for few tokens, and the shared expert beside them: every (token, expert) slot is a product of its own.
 //
 // gate_up: a block per tile of 32 rows and slot, its warps split the input axis. down: a block per tile and token, its warps
-// take the token's experts, so that they are weighted and added, in a fixed order, where they meet.
+// take the token's experts, so that they are weighted and added, in a fixed order, where they meet. Ids outside [0, experts),
+// another card's or what a router makes of NaN, count nothing.
 
+#include "experts.cuh"
 #include "product.cuh"
 
 struct Part {
@@ -15,7 +17,7 @@ struct GateUp {
     Inputs in;            // [tokens, hidden]
     const long long* experts;  // [tokens, top_k]
     void* out;            // [slots + tokens, width]: the shared expert's rows are the last
-    int tokens, top_k, width, out_kind;
+    int tokens, top_k, width, out_kind, expert_count;
 };
 
 struct Down {
@@ -26,7 +28,7 @@ struct Down {
     const void* gate;     // [tokens] logits of the shared expert's gate, or null
     const void* residual; // [tokens, rows], or null
     void* out;            // [tokens, rows]
-    int shared_first, tokens, top_k, rows, splits, kind;
+    int shared_first, tokens, top_k, rows, splits, kind, expert_count;
 };
 
 // codes of one expert among those that lie one after another
@@ -65,6 +67,7 @@ __global__ void __launch_bounds__(32 * WARPS) gate_up(const __grid_constant__ Ga
     float out[2][1][4] = {};
     if (mine == 0) {
         wait_for_earlier();  // for the router
+        if (!is_expert(p.experts[slot], p.expert_count)) return;  // nobody uses this row
         copy_table<B1, HALF, 32 * WARPS>(part.weight.table, lut);
         Codes w = expert_of<B1, GROUP>(part.weight, p.experts[slot], (part.rows + 31) / 32, p.in.k);
         accumulate<B1, GROUP, HALF, 1, true>(w, p.in, lut, tile, token, p.tokens, warp, WARPS, out);
@@ -113,6 +116,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS) down(const __grid_constant__ 
     for (int job = warp; job < jobs; job += warps) {
         if (job < routed_jobs) {
             int slot = token * p.top_k + job / p.splits;
+            if (!is_expert(p.experts[slot], p.expert_count)) continue;
             float weight = load(p.weights, slot, p.kind), out[2][1][4] = {};
             Codes w = expert_of<B1, GROUP>(p.routed, p.experts[slot], tiles, p.in.k);
             accumulate<B1, GROUP, HALF, 1, true>(w, p.in, lut, tile, slot, 0, job % p.splits, p.splits, out);

@@ -29,6 +29,7 @@ class _GateUp(ctypes.Structure):
     _fields_ = (
         ("parts", _Part * 3), ("inputs", Inputs), ("experts", ctypes.c_void_p), ("out", ctypes.c_void_p),
         ("tokens", ctypes.c_int), ("top_k", ctypes.c_int), ("width", ctypes.c_int), ("out_kind", ctypes.c_int),
+        ("expert_count", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ class _Down(ctypes.Structure):
         ("experts", ctypes.c_void_p), ("weights", ctypes.c_void_p), ("gate", ctypes.c_void_p),
         ("residual", ctypes.c_void_p), ("out", ctypes.c_void_p), ("shared_first", ctypes.c_int),
         ("tokens", ctypes.c_int), ("top_k", ctypes.c_int), ("rows", ctypes.c_int), ("splits", ctypes.c_int),
-        ("kind", ctypes.c_int),
+        ("kind", ctypes.c_int), ("expert_count", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def gate_up(
     """x times each token's experts: [slots, 2 * intermediate], gate first; with a shared expert [slots + tokens, ...].
 
     Args:
-        experts: int64 [tokens, top_k].
+        experts: int64 [tokens, top_k]; rows of those outside [0, E) are not defined.
         routed: [E, 2 * intermediate, hidden].
         shared: gate and up projections [intermediate, hidden] of the shared expert.
     """
@@ -75,7 +76,7 @@ def gate_up(
     parts = (routed, *(shared or ()))
     parameters = _GateUp(
         inputs=Inputs.of(x), experts=experts.data_ptr(), out=out.data_ptr(), tokens=tokens, top_k=top_k, width=width,
-        out_kind=KINDS[dtype],
+        out_kind=KINDS[dtype], expert_count=routed.tiled.codes.shape[0],
     )  # fmt: skip
     blocks = column = 0
     for i, part in enumerate(parts):
@@ -103,6 +104,7 @@ def down(
 
     Args:
         x: rotated [slots, intermediate], the shared expert's rows behind them.
+        experts: int64 [tokens, top_k]; those outside [0, E) count nothing.
         weights: [tokens, top_k].
         routed: [E, hidden, intermediate].
         shared: [hidden, intermediate]; its output times sigmoid(shared_gate [tokens]) is added.
@@ -121,7 +123,7 @@ def down(
     parameters = _Down(
         codes, shared.parameters(x.half) if shared else codes, inputs, inputs, experts.data_ptr(), weights.data_ptr(),
         address(shared_gate), address(residual), out.data_ptr(), tokens * top_k, tokens, top_k, routed.rows, splits,
-        KINDS[out.dtype],
+        KINDS[out.dtype], routed.tiled.codes.shape[0],
     )  # fmt: skip
     bits = (routed.fmt.bits, shared.fmt.bits if shared else 0)
     tables = sum(TABLE_BYTES.get(b, 0) for b in bits) if x.half else 0

@@ -145,7 +145,7 @@ def rotate_tokens(
     """What ``rotate`` does, for products of many tokens.
 
     Args:
-        positions: int32 [tokens, copies]: where in 8 * ``blocks`` places each copy of a token goes; by default its own place.
+        positions: int32 [tokens, copies]: where in 8 * ``blocks`` places each copy of a token goes, -1 for nowhere; by default its own place.
     """
     _check_input(x, residual, gain, gate_of, None)
     tokens, width = x.shape

@@ -20,6 +20,7 @@ _FOLDER = resources.files("kappaquant.kernels.cuda")
 _HEADERS = (
     "numbers.cuh",
     "launch.cuh",
+    "experts.cuh",
     "decode.cuh",
     "product.cuh",
     "wgmma.cuh",

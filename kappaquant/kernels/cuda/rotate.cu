@@ -20,7 +20,7 @@ struct Rotate {
     long long stride;      // elements from one token to the next in x and other
     int width, k, tokens_padded, aligned;  // aligned: a lane's inputs lie in one run of memory that it may read at once
     float epsilon;
-    const int* positions;  // TOKENS: [tokens, copies] where each token goes, or null: its own place
+    const int* positions;  // TOKENS: [tokens, copies] where each token goes, -1 for nowhere, or null: its own place
     int copies, blocks;
 };
 
@@ -198,6 +198,7 @@ __global__ void __launch_bounds__(1024) rotate(const __grid_constant__ Rotate p)
             for (int i = lane; i < CHUNKS * p.copies; i += 32) {
                 const int chunk = group * CHUNKS + i % CHUNKS, copy = token * p.copies + i / CHUNKS;
                 const int position = p.positions ? p.positions[copy] : token, in_block = position % 8;
+                if (position < 0) continue;
                 const size_t block = (size_t)(chunk / UNIT_CHUNKS) * p.blocks + position / 8;
                 const int row = chunk / 8 % (UNIT_CHUNKS / 8) * 8 + in_block;  // eight tokens of 128 bytes, once or twice
                 reinterpret_cast<uint4*>(p.out)[block * (8 * UNIT_CHUNKS) + row * 8 + (chunk % 8 ^ in_block)] =

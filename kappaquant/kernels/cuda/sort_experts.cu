@@ -1,30 +1,34 @@
 // Around products of many tokens with routed experts: slots (token, choice) in the order of their experts, and the weighted
 // sum of a token's outputs. A slot's place among those of its expert may change from run to run; no product depends on it.
+// Slots whose expert is none of these (another card's, or what a router makes of NaN) have no place and count nothing.
 
+#include "experts.cuh"
 #include "numbers.cuh"
 #include "wgmma.cuh"
 
 struct Sort {
     const long long* experts;  // [slots]
-    int* positions;            // [slots] where each slot goes; an expert begins at a multiple of 8
+    int* positions;            // [slots] where each slot goes, -1 for none; an expert begins at a multiple of 8
     int* rows_of;              // the inverse
     int4* work;                // [items] (expert, first position, positions, 0), up to `each` positions; the rest is empty
     int slots, expert_count, items, each;
 };
 
-// act(slot, expert) for this block's share of the slots; several experts are read at once
+// act(slot, expert) for this block's share of the slots, with -1 for an expert that is none; several are read at once
 template <int BLOCKS, typename F> __device__ __forceinline__ void for_slots(const Sort& p, F act) {
     constexpr int MANY = 8;
     for (int begin = blockIdx.x * blockDim.x + threadIdx.x; begin < p.slots; begin += MANY * BLOCKS * blockDim.x) {
-        int experts[MANY];
+        long long experts[MANY];
 #pragma unroll
         for (int j = 0; j < MANY; j++) {
             int i = begin + j * BLOCKS * blockDim.x;
-            experts[j] = i < p.slots ? (int)__ldg(p.experts + i) : -1;
+            experts[j] = i < p.slots ? __ldg(p.experts + i) : -1;
         }
 #pragma unroll
-        for (int j = 0; j < MANY; j++)
-            if (experts[j] >= 0) act(begin + j * BLOCKS * blockDim.x, experts[j]);
+        for (int j = 0; j < MANY; j++) {
+            int i = begin + j * BLOCKS * blockDim.x;
+            if (i < p.slots) act(i, is_expert(experts[j], p.expert_count) ? (int)experts[j] : -1);
+        }
     }
 }
 
@@ -35,7 +39,7 @@ __global__ void __launch_bounds__(1024) __cluster_dims__(BLOCKS, 1, 1) sort_expe
     int *totals = counts + p.expert_count, *next = totals + p.expert_count;
     for (int e = threadIdx.x; e < p.expert_count; e += blockDim.x) counts[e] = 0;
     __syncthreads();
-    for_slots<BLOCKS>(p, [&](int, int e) { atomicAdd(counts + e, 1); });
+    for_slots<BLOCKS>(p, [&](int, int e) { if (e >= 0) atomicAdd(counts + e, 1); });
     cluster_sync();
     for (int e = threadIdx.x; e < p.expert_count; e += blockDim.x) {
         int total = 0, before = 0;
@@ -72,15 +76,16 @@ __global__ void __launch_bounds__(1024) __cluster_dims__(BLOCKS, 1, 1) sort_expe
     }
     __syncthreads();
     for_slots<BLOCKS>(p, [&](int slot, int e) {
-        int position = atomicAdd(next + e, 1);
+        int position = e < 0 ? -1 : atomicAdd(next + e, 1);
         p.positions[slot] = position;
-        p.rows_of[position] = slot;
+        if (e >= 0) p.rows_of[position] = slot;
     });
 }
 
 struct Combine {
     const void* y;        // [tokens, top_k, width]
     const void* weights;  // [tokens, top_k]
+    const int* positions; // [tokens, top_k], -1 where there is nothing in y
     void* out;            // [tokens, width]
     int top_k, width;
 };
@@ -95,6 +100,7 @@ __global__ void __launch_bounds__(256) combine(const __grid_constant__ Combine p
     for (int i = threadIdx.x * EACH; i < p.width; i += blockDim.x * EACH) {
         float sums[EACH] = {};
         for (int k = 0; k < p.top_k; k++) {
+            if (__ldg(p.positions + token * p.top_k + k) < 0) continue;
             float weight = widen<WEIGHT_KIND>(as<WEIGHT_KIND>(p.weights)[token * p.top_k + k]);
             Values v = *reinterpret_cast<const Values*>(as<KIND>(p.y) + (token * p.top_k + k) * p.width + i);
 #pragma unroll

@@ -33,8 +33,8 @@ class _Sort(ctypes.Structure):
 
 class _Combine(ctypes.Structure):
     _fields_ = (
-        ("y", ctypes.c_void_p), ("weights", ctypes.c_void_p), ("out", ctypes.c_void_p), ("top_k", ctypes.c_int),
-        ("width", ctypes.c_int),
+        ("y", ctypes.c_void_p), ("weights", ctypes.c_void_p), ("positions", ctypes.c_void_p), ("out", ctypes.c_void_p),
+        ("top_k", ctypes.c_int), ("width", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ class Sorted:
     """Slots in the order of their experts.
 
     Attributes:
-        positions: int32 [tokens, top_k] where each slot goes; an expert begins at a multiple of 8.
+        positions: int32 [tokens, top_k] where each slot goes, -1 where its expert is none; an expert begins at a multiple of 8.
         blocks: blocks of 8 positions that any routing fits in.
         items: the work of thread blocks.
     """
@@ -57,7 +57,7 @@ class Sorted:
 
 
 def sort(experts: Tensor, expert_count: int, each: int) -> Sorted:
-    """Slots of int64 experts [tokens, top_k], all below ``expert_count``; an item has up to ``each`` of them."""
+    """Slots of int64 experts [tokens, top_k], those in [0, expert_count); an item has up to ``each`` of them."""
     slots, occupied = experts.numel(), min(expert_count, experts.numel())
     blocks = (slots + 7 * occupied) // 8
     positions = torch.empty(experts.shape, dtype=torch.int32, device=experts.device)
@@ -75,14 +75,23 @@ def sort(experts: Tensor, expert_count: int, each: int) -> Sorted:
     return Sorted(positions, blocks, gemm.Items(work, rows_of, slots))
 
 
-def combine(y: Tensor, weights: Tensor) -> Tensor:
-    """Sum over a token's choices of weight * y: y [tokens * top_k, width], weights [tokens, top_k] -> [tokens, width]."""
+def combine(y: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
+    """Sum of weight * y over those of a token's choices that have a position: y [tokens * top_k, width] -> [tokens, width].
+
+    Args:
+        weights: [tokens, top_k].
+        positions: int32 [tokens, top_k], see ``Sorted``.
+    """
     tokens, top_k = weights.shape
     out = y.new_empty(tokens, y.shape[1])
     each = math.gcd(y.shape[1], 16 // y.element_size())
     instance = f"combine<{KINDS[y.dtype]}, {KINDS[weights.dtype]}, {each}>"
     run = nvrtc.kernel("sort_experts.cu", instance, y.device.index)
-    run((tokens, 1, 1), 256, _Combine(y.data_ptr(), weights.data_ptr(), out.data_ptr(), top_k, y.shape[1]))
+    run(
+        (tokens, 1, 1),
+        256,
+        _Combine(y.data_ptr(), weights.data_ptr(), positions.data_ptr(), out.data_ptr(), top_k, y.shape[1]),
+    )
     return out
 
 
@@ -107,7 +116,7 @@ def forward(
     """down(silu(gate) * up) of each token's experts, weighted and added: x [tokens, hidden] -> [tokens, hidden].
 
     Args:
-        top_k_index: int64 [tokens, top_k], experts below E.
+        top_k_index: int64 [tokens, top_k]; what lies outside [0, E) counts nothing.
         top_k_weights: [tokens, top_k], in float32, float16 or bfloat16.
         gate_up: [E, 2 * intermediate, hidden], gate first.
         down: [E, hidden, intermediate].
@@ -131,4 +140,4 @@ def forward(
         gate, down.fmt, True, gate_of=up, positions=plan.positions.view(-1, 1), blocks=plan.blocks
     )
     (y,) = gemm.linear(rotated, [down], x.dtype, launch=second, items=plan.items)
-    return combine(y, top_k_weights.contiguous())
+    return combine(y, top_k_weights.contiguous(), plan.positions)

@@ -8,9 +8,12 @@ from gpu_products import gpu, needs_compiler, random
 
 from kappaquant.formats import codec
 from kappaquant.formats.codebook import BITS, CodebookFormat
+from kappaquant.kernels.base import Arranged
 from kappaquant.kernels.cuda import experts, inputs, nvrtc, tensor_cores
+from kappaquant.kernels.cuda.tiled import Tiled
 
 EXPERTS, TOP_K = 7, 3
+NO_EXPERTS = (-1, EXPERTS, 2**31 - 1, -(2**31), 2**32, 2**32 + 1, 2**63 - 1)
 
 
 @needs_compiler
@@ -81,6 +84,46 @@ def test_experts(bits: int, half: bool, group: int) -> None:
 
 def close(y: torch.Tensor, expected: torch.Tensor, half: bool, layers: int = 1) -> None:
     assert float((y.double() - expected).norm() / expected.norm()) < layers * (5e-3 if half else 0.02)
+
+
+def block(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[Arranged]]:
+    """Inputs, experts and weights of tokens, and both projections of the experts."""
+    hidden, inner = 256, 128
+    arranged = []
+    for bits, n, k in ((3, 2 * inner, hidden), (4, hidden, inner)):
+        weight, _ = prepared(bits, EXPERTS, n, k, seed=bits)
+        arranged.append(Arranged(weight.fmt, (EXPERTS, n, k), (weight.tiled.codes, weight.tiled.norms)))
+    index = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)]).cuda()
+    weights = torch.rand(tokens, TOP_K, device="cuda").bfloat16()
+    return random(tokens, hidden, seed=3).cuda().bfloat16(), index, weights, arranged
+
+
+@gpu
+@pytest.mark.parametrize("activations", ["int8", "bf16"])
+@pytest.mark.parametrize("tokens", [1, 5, 200, 700])  # 85 tokens fill what is run slot by slot
+def test_ids_that_are_no_expert_count_nothing(tokens: int, activations: str) -> None:
+    x, index, weights, arranged = block(tokens)
+    nobody = torch.arange(tokens * TOP_K, device="cuda").view(tokens, TOP_K) % 4 == 1
+    ids = torch.tensor(NO_EXPERTS, device="cuda")[torch.arange(tokens * TOP_K, device="cuda") % len(NO_EXPERTS)]
+    hostile = torch.where(nobody, ids.view(tokens, TOP_K), index)
+    expected = Tiled().experts(x, index, weights.masked_fill(nobody, 0), *arranged, activations)
+    spoilt = weights.masked_fill(nobody, torch.nan)
+    assert torch.equal(Tiled().experts(x, hostile, spoilt, *arranged, activations), expected)
+    none = Tiled().experts(x, torch.full_like(index, 2**31 - 1), spoilt, *arranged, activations)
+    assert torch.equal(none, torch.zeros_like(x))
+
+
+@gpu
+@pytest.mark.parametrize("activations", ["int8", "bf16"])
+@pytest.mark.parametrize("tokens", [5, 200])
+def test_a_token_that_is_no_number_spoils_no_other(tokens: int, activations: str) -> None:
+    x, index, weights, arranged = block(tokens)
+    expected = Tiled().experts(x, index, weights, *arranged, activations)
+    x[1], x[3, 7], weights[4] = torch.nan, torch.inf, torch.nan
+    y = Tiled().experts(x, index, weights, *arranged, activations)
+    others = [t for t in range(tokens) if t not in (1, 3, 4)]
+    assert torch.equal(y[others], expected[others])
+    assert y[4].isnan().all()
 
 
 @gpu

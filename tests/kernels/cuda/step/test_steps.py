@@ -273,6 +273,21 @@ def test_route_equals_torch(experts: int, hidden: int, top_k: int, tokens: int, 
 
 
 @gpu
+@pytest.mark.parametrize(
+    "bits", [0x7FFF, -1, 0x7F80, -0x80, 0x7F01]
+)  # NaN of both signs, both infinities, a signalling NaN
+@pytest.mark.parametrize(("experts", "top_k"), [(256, 8), (8, 8), (33, 2)])
+def test_route_names_experts_whatever_the_router_says(experts: int, top_k: int, bits: int) -> None:
+    x, weight = random(5, 64, dtype=torch.bfloat16), random(experts, 64, dtype=torch.bfloat16)
+    expected, *_ = route.route(x, weight, top_k)
+    x.view(torch.int16)[1] = bits
+    index, *_ = route.route(x, weight, top_k)
+    assert ((index >= 0) & (index < experts)).all()
+    assert (index.sort(-1).values.diff(dim=-1) > 0).all()
+    assert torch.equal(index[[0, 2, 3, 4]], expected[[0, 2, 3, 4]])
+
+
+@gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16, 17])
 def test_dense_equals_torch(tokens: int, dtype: torch.dtype) -> None:
