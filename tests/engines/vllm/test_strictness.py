@@ -4,64 +4,28 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX
-
 pytest.importorskip("vllm", reason="vLLM is not installed here; make test-vllm sets up an environment with it")
 
-import vllm_checkpoints as tiny
 from safetensors.torch import load_file, save_file
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers import linear as vllm_linear
-from vllm.model_executor.layers.fused_moe import layer as vllm_moe
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm_layers import ATTENTION, QKV, config_of, stored
 
-import kappaquant
 from kappaquant.engines.vllm.config import KappaquantConfig
 from kappaquant.errors import FormatError, UnsupportedError
 
 Edit = Callable[[dict[str, torch.Tensor]], Any]
-ATTENTION, MLP, MOE = "model.layers.0.self_attn.", "model.layers.1.mlp.", "model.layers.0.mlp."
-QKV = ["q_proj", "k_proj", "v_proj"]
-WIDTHS = ((f"{ATTENTION}q_proj.weight", 3), (f"{ATTENTION}k_proj.weight", 16), (f"{ATTENTION}v_proj.weight", 5))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("strict")
-    source = tiny.save_source("qwen3_moe", root / "source")
-    return tiny.quantize(
-        source, root / "quantized", "apex2", (*WIDTHS, ("*embed_tokens.weight", 8), ("lm_head.weight", 6))
-    )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def engine_of_one() -> Iterator[None]:
-    """vLLM's layers want a process group and a configuration to exist."""
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, "tcp://127.0.0.1:29517", 0, "gloo")
-        initialize_model_parallel(1)
-        yield
-
-
-@pytest.fixture
-def config(folder: Path) -> KappaquantConfig:
-    return config_of(folder)
-
-
-def config_of(folder: Path) -> KappaquantConfig:
-    made = KappaquantConfig.from_config(json.loads((folder / "config.json").read_text())["quantization_config"])
-    made.packed_modules_mapping = {"qkv_proj": QKV}
-    made.maybe_update_config(str(folder))
-    return made
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def edited(folder: Path, target: Path, edit: Edit) -> Path:
@@ -138,17 +102,6 @@ def qkv(config: KappaquantConfig) -> Any:
     return vllm_linear.QKVParallelLinear(
         128, 32, 4, 2, bias=False, quant_config=config, prefix=f"{ATTENTION}qkv_proj", params_dtype=torch.float32
     )
-
-
-def stored(config: KappaquantConfig, name: str) -> list[tuple[str, torch.Tensor]]:
-    """(what vLLM calls the layer's parameter, the tensor) for the tensors of one parameter."""
-    checkpoint = config.checkpoint
-    if checkpoint.format_of(name) is None:
-        return [("weight", checkpoint.tensor(name))]
-    return [
-        ("weight_tq_packed", checkpoint.parts(name)[PACKED_SUFFIX]),
-        ("weight_tq_norms", checkpoint.parts(name)[NORMS_SUFFIX]),
-    ]
 
 
 def load(layer: Any, config: KappaquantConfig, shards: dict[Any, str], without: str = "") -> None:
@@ -268,81 +221,3 @@ def test_names_are_read_as_vllm_wants_them(config: KappaquantConfig) -> None:
     assert mapper.map_name("experts.gate_up_proj.tq_norms") == "experts.gate_up_proj_tq_norms"
     assert mapper.map_name(mapper.map_name("model.x.weight.tq_packed")) == "model.x.weight_tq_packed"
     assert mapper.map_name("model.norm.weight") == "model.norm.weight"
-
-
-def moe(config: KappaquantConfig, **more: Any) -> Any:
-    runner = vllm_moe.FusedMoEFactory(
-        num_experts=5, top_k=2, hidden_size=128, intermediate_size=128, params_dtype=torch.float32,
-        quant_config=config, prefix=f"{MOE}experts", **more,
-    )  # fmt: skip
-    from vllm.config import get_current_vllm_config
-
-    get_current_vllm_config().compilation_config.static_forward_context.clear()
-    return runner.routed_experts
-
-
-def load_experts(layer: Any, config: KappaquantConfig, without: str = "") -> None:
-    for name in config.checkpoint.keys():
-        if name.startswith(f"{MOE}experts."):
-            for parameter, tensor in stored(config, name):
-                key = f"{name}{parameter.removeprefix('weight').replace('_', '.', 1)}"
-                if key != without:
-                    ending = parameter.removeprefix("weight")
-                    list(layer.load_weights([(name.removeprefix(f"{MOE}experts.") + ending, tensor)]))
-
-
-def test_experts(config: KappaquantConfig) -> None:
-    layer = moe(config)
-    load_experts(layer, config)
-    layer.quant_method.process_weights_after_loading(layer)
-    x, ids, weights = torch.randn(4, 128), torch.tensor([[0, 3], [4, 1], [2, 2], [3, 0]]), torch.rand(4, 2)
-    expected = torch.zeros(4, 128)
-    for token in range(4):
-        for slot in range(2):
-            gate, up, down = (
-                config.checkpoint.dequantize(f"{MOE}experts.{ids[token, slot]}.{part}_proj.weight")
-                for part in ("gate", "up", "down")
-            )
-            inner = torch.nn.functional.silu(x[token] @ gate.t()) * (x[token] @ up.t())
-            expected[token] += weights[token, slot] * (inner @ down.t())
-    torch.testing.assert_close(layer.quant_method.apply(layer, x, weights, ids), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "ending", ["gate_proj.weight.tq_packed", "up_proj.weight.tq_norms", "down_proj.weight.tq_packed"]
-)
-def test_an_expert_that_never_came(config: KappaquantConfig, ending: str) -> None:
-    layer = moe(config)
-    name = f"{MOE}experts.3.{ending}"
-    load_experts(layer, config, without=name)
-    with pytest.raises(FormatError, match=f"{name}: vLLM's layer .* needs it for expert 3, but was not given it"):
-        layer.quant_method.process_weights_after_loading(layer)
-
-
-def test_an_expert_that_the_checkpoint_does_not_have(config: KappaquantConfig) -> None:
-    del config.names[f"{MOE}experts.2.up_proj.weight"]
-    with pytest.raises(FormatError, match=rf"{MOE}experts\.2\.up_proj\.weight: vLLM needs it"):
-        moe(config)
-
-
-def test_experts_of_another_shape(config: KappaquantConfig) -> None:
-    config.checkpoint = kappaquant.open_checkpoint(config.checkpoint.path)
-    entry = config.checkpoint.entries[f"{MOE}experts.1.down_proj.weight"]
-    object.__setattr__(entry.info, "shape", (128, 64))
-    with pytest.raises(
-        FormatError, match=r"experts\.1\.down_proj\.weight: has shape \[128, 64\] .* wants \[128, 128\]"
-    ):
-        moe(config)
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"activation": "relu2"}, "their activation is relu2"),
-        ({"apply_router_weight_on_input": True}, "the router's weights multiply their inputs"),
-        ({"has_bias": True}, "they have biases"),
-    ],
-)
-def test_experts_that_are_not_served(config: KappaquantConfig, options: dict[str, Any], reason: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"packed experts are not served: {reason}"):
-        moe(config, **options)
