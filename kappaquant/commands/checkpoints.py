@@ -10,6 +10,7 @@ import typer
 
 from kappaquant.commands.options import CheckpointArg, JsonOpt, OriginalOpt, OutputArg, OutputOpt, destination
 from kappaquant.commands.terminal import console, errors, progress, show
+from kappaquant.errors import PlanError
 
 if TYPE_CHECKING:
     from kappaquant.checkpoints.checkpoint import Checkpoint
@@ -20,7 +21,8 @@ def inspect(
     source: OriginalOpt = None,
     plot: Annotated[Path | None, typer.Option(help="Draw bits by layer and family (PNG; needs matplotlib).")] = None,
     tp: Annotated[
-        int | None, typer.Option("--tp", help="Check that so many cards can share it; exit code 1 says what cannot.")
+        int | None,
+        typer.Option("--tp", help="Check that so many cards can share it; exit code 1 says what cannot."),
     ] = None,
     expert_parallel: Annotated[
         bool, typer.Option("--expert-parallel", help="With --tp: routed experts are dealt out whole.")
@@ -31,6 +33,10 @@ def inspect(
     from kappaquant.checkpoints.open import open_checkpoint
     from kappaquant.commands.tables import checkpoint_json, checkpoint_table
 
+    if tp is not None and tp < 1:
+        raise PlanError(f"--tp {tp}: must be 1 or more cards")
+    if expert_parallel and tp is None:
+        raise PlanError("--expert-parallel: says how --tp cards share a checkpoint; give --tp too")
     if plot:
         from kappaquant.commands.plots import bits_map, png_figure
 

@@ -10,7 +10,6 @@ import typer
 
 from kappaquant.commands.options import ActivationsOpt, DeviceOpt, JsonOpt, RevisionOpt
 from kappaquant.commands.terminal import errors, progress
-from kappaquant.commands.text import default_device
 from kappaquant.errors import OutputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -85,11 +84,12 @@ def evaluate(
     from kappaquant.evaluate.runs.pair import content_digest, open_pair
     from kappaquant.evaluate.runs.questions import parse_task
     from kappaquant.files.documents import write_whole
+    from kappaquant.files.processes import choose_device
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # there is one
     options = Options(
-        window, tokens, top_k, dtype, device or default_device(), activations, noise_floor=noise_floor, by_layer=by_layer
+        window, tokens, top_k, dtype, choose_device(device), activations, noise_floor=noise_floor, by_layer=by_layer
     )  # fmt: skip
     pair = open_pair(checkpoint, against, revision)
     for notice in pair.notices:

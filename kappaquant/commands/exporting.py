@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kappaquant.commands.options import JobsOpt, JsonOpt, ProfileOpt, RevisionOpt, policy_of
+from kappaquant.commands.options import JobsOpt, JsonOpt, ProfileOpt, RevisionOpt, kurtosis_of, policy_of
 from kappaquant.commands.terminal import console, errors, progress
 from kappaquant.errors import PlanError
 from kappaquant.exports.targets import target_by_name, targets
@@ -121,7 +121,6 @@ def _plan(
     from kappaquant.checkpoints.checkpoint import Checkpoint
     from kappaquant.planning.make import make_plan, overridden
     from kappaquant.planning.plan import Plan
-    from kappaquant.planning.profile import Profile
 
     if plan_file or (isinstance(opened, Checkpoint) and policy is None):
         if (
@@ -138,7 +137,5 @@ def _plan(
 
             made = plan_of(opened)  # type: ignore[arg-type]
         return overridden(made, opened.tensors, opened.config, overrides) if overrides else made
-    return make_plan(
-        opened.tensors, opened.config, policy_of(policy or "recipe", policy_options),
-        profile=Profile.load(profile).kurtosis() if profile else None, overrides=overrides,
-    )  # fmt: skip
+    chosen = policy_of(policy or "recipe", policy_options)
+    return make_plan(opened.tensors, opened.config, chosen, profile=kurtosis_of(profile, chosen), overrides=overrides)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from kappaquant.errors import OutputError, PlanError
+from kappaquant.errors import OutputError, PlanError, RegistrationError
 from kappaquant.formats.codebook import AUTO, GroupSize
 from kappaquant.formats.signs import check_group_size
 from kappaquant.planning.policies.base import Policy
@@ -101,6 +101,8 @@ def with_policy_options(command: Callable[..., None]) -> Callable[..., None]:
     """
     signature = inspect.signature(command, eval_str=True)
     flags = policy_flags()
+    for name in flags.keys() & signature.parameters.keys():
+        raise RegistrationError(f"a policy's option {name!r} is one of the command's own; give it another name")
     added = [
         inspect.Parameter(
             name,
@@ -156,6 +158,19 @@ def policy_of(name: str, given: Mapping[str, str]) -> Policy:
             if text is not None:
                 values[option.name] = _read(option, text)
     return policy_by_name(name, values)
+
+
+def kurtosis_of(path: Path | None, policy: Policy) -> dict[str, float | None] | None:
+    """The κ that a profile's file holds, for a policy that reads it. Raises PlanError."""
+    from kappaquant.planning.profile import Profile
+
+    if path is None:
+        return None
+    if not policy.reads_profile:
+        raise PlanError(
+            f"--profile {path}: the {policy.name} policy reads no profile; take --policy kurtosis, or leave it out"
+        )
+    return Profile.load(path).kurtosis()
 
 
 def _read(option: Field[Any], text: str) -> Any:

@@ -24,11 +24,13 @@ from kappaquant.commands.options import (
     byte_count,
     destination,
     group_choice,
+    kurtosis_of,
     numbers,
     policy_of,
 )
 from kappaquant.commands.terminal import console, progress, show
 from kappaquant.errors import PlanError
+from kappaquant.files.documents import check_file
 
 if TYPE_CHECKING:
     from kappaquant.planning.plan import Plan
@@ -55,6 +57,8 @@ def scan(
     from kappaquant.planning import profile as scanner
     from kappaquant.sources.open import open_source
 
+    for file in filter(None, (output, plot)):
+        check_file(file)
     if plot:
         png_figure(plot)
     opened = open_source(source, revision, stream=stream)
@@ -96,6 +100,8 @@ def plan(
     from kappaquant.planning.sizes import summary
     from kappaquant.sources.open import open_source
 
+    if output:
+        check_file(output)
     opened = open_source(source, revision, stream=True)
     settings = PlanSettings(policy, policy_options, profile, size, group_size, overrides)
     made = settings.plan(opened, fuse, target)
@@ -194,11 +200,10 @@ class PlanSettings:
 
     def plan(self, source: Source, fuse: bool, target: str | None = None) -> Plan:
         from kappaquant.planning.make import make_plan, parse_override
-        from kappaquant.planning.profile import Profile
 
+        policy = policy_of(self.policy, self.policy_options)
         return make_plan(
-            source.tensors, source.config, policy_of(self.policy, self.policy_options),
-            profile=Profile.load(self.profile).kurtosis() if self.profile else None, size=byte_count(self.size),
+            source.tensors, source.config, policy, profile=kurtosis_of(self.profile, policy), size=byte_count(self.size),
             group_size=group_choice(self.group_size), overrides=[parse_override(text) for text in self.overrides or []],
             fuse=fuse, target=target,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import typer
 
 from kappaquant.commands.options import ActivationsOpt, CheckpointArg, DeviceOpt, JsonOpt
 from kappaquant.commands.terminal import show
-from kappaquant.commands.text import default_device, load_quantized
+from kappaquant.commands.text import load_quantized
 
 if TYPE_CHECKING:
     from kappaquant.runtime.bench import Row
@@ -35,10 +35,11 @@ def bench(
     import torch
     import transformers
 
+    from kappaquant.files.processes import choose_device
     from kappaquant.runtime.bench import load_original, measure
     from kappaquant.version import __version__
 
-    where = device or default_device()
+    where = choose_device(device)
     cases = [(rows, tokens) for rows in batch or [1] for tokens in context or [32, 2048]]
     found: list[tuple[str, Row]] = []
     model, _ = load_quantized(checkpoint, where, activations)

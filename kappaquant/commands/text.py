@@ -84,12 +84,7 @@ def load_quantized(checkpoint: Path, device: str | None, activations: str) -> tu
     from transformers.utils import logging as transformers_logging
 
     from kappaquant.engines.transformers.load import load
+    from kappaquant.files.processes import choose_device
 
     transformers_logging.set_verbosity_error()  # hints at faster kernels would stand in the middle of the answer
-    return load(checkpoint, device=device or default_device(), activations=activations)
-
-
-def default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return load(checkpoint, device=choose_device(device), activations=activations)

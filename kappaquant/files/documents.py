@@ -17,7 +17,7 @@ def read_json(path: Path, error: type[KappaquantError]) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise error(f"{path}: missing; a checkpoint folder needs it") from None
+        raise error(f"{path}: no such file") from None
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror})") from None
     except (ValueError, RecursionError) as problem:
@@ -39,6 +39,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def digest(*parts: Any) -> str:
     """SHA-256 (hexadecimal) over JSON values, in the order given."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def check_file(path: Path) -> None:
+    """Raise OutputError where a file can not be written at the end of the work that it is for."""
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: {path.parent} is no folder; create it first")
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; name a file")
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -144,7 +144,8 @@ def check_bits(bits: int) -> None:
 
 def check_group_choice(group_size: object) -> None:
     """Raise PlanError for what is neither a group size nor "auto"."""
-    if group_size != AUTO and group_size not in GROUP_SIZES:
+    whole = isinstance(group_size, int) and not isinstance(group_size, bool)
+    if group_size != AUTO and not (whole and group_size in GROUP_SIZES):
         allowed = ", ".join(map(str, GROUP_SIZES))
         raise PlanError(
             f"group size {group_size!r}: must be auto, or a power of two for the Hadamard rotation: {allowed}"

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from kappaquant.errors import FormatError, RegistrationError
+from kappaquant.files.safetensors import DTYPE_BYTES
 from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import FORMATS
 
 _FORMATS: dict[str, Format] = {**FORMATS}
+_OTHER_WORDS = ("kept", *DTYPE_BYTES)  # stand in plans and checkpoints where an id could
 
 
 def register(fmt: Format) -> None:
     """Let plans and checkpoints name a format by its id, in this process.
 
     Raises:
-        RegistrationError: the id is another format's already.
+        RegistrationError: no id that plans can tell from bits and dtypes, bits out of range, or the id is another format's.
     """
+    format_id, bits = getattr(fmt, "id", None), getattr(fmt, "bits", None)
+    if not isinstance(format_id, str) or not re.fullmatch(r"[A-Za-z][\w.+-]*", format_id) or format_id in _OTHER_WORDS:
+        raise RegistrationError(
+            f"format id {format_id!r}: must be a word that begins with a letter, and none of {', '.join(_OTHER_WORDS)}"
+        )
+    if not isinstance(bits, int) or not 1 <= bits <= 15:
+        raise RegistrationError(f"format {format_id!r}: has {bits!r} bits; a code has 1 to 15")
     held = _FORMATS.setdefault(fmt.id, fmt)
     if held != fmt:
         raise RegistrationError(f"format id {fmt.id!r} is taken by {held}; give {fmt} another id")

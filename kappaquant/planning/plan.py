@@ -125,10 +125,11 @@ class Plan:
         """Read what :meth:`to_json` or :meth:`record` wrote. Raises PlanError; ``label`` (a file name) opens its message."""
         try:
             data = json.loads(text, object_pairs_hook=_no_duplicates)
+            _json(data).encode()  # NaN, and halves of characters, are not JSON that could be written again
         except (ValueError, RecursionError) as problem:
             raise PlanError(f"{label}: not JSON ({problem})") from problem
         version = data.get("plan_version") if isinstance(data, dict) else None
-        if version not in (1, PLAN_VERSION):
+        if type(version) is not int or version not in (1, PLAN_VERSION):
             raise PlanError(
                 f"{label}: plan_version is {version!r}, this version reads 1 and {PLAN_VERSION}; make the plan anew"
             )
@@ -138,10 +139,18 @@ class Plan:
             if not isinstance(data.get(key), kind):
                 name = getattr(kind, "__name__", "number, or auto")
                 raise PlanError(f"{label}: {key!r} must be a JSON {name}, not {data.get(key)!r}")
-        check_group_choice(data["group_size"])
+        if not isinstance(data["inputs"].get("overrides", []), list):
+            raise PlanError(f"{label}: the overrides of 'inputs' must be a list, not {data['inputs']['overrides']!r}")
+        try:
+            check_group_choice(data["group_size"])
+        except PlanError as problem:
+            raise PlanError(f"{label}: {problem}") from None
         read = _choice_of_bits if version == 1 else _choice_of_format
         choices = {name: read(entry, data["group_size"], f"{label}: {name}") for name, entry in data["tensors"].items()}
-        return cls(choices, data["group_size"], data["policy"], data["inputs"], tuple(data["warnings"]))
+        try:
+            return cls(choices, data["group_size"], data["policy"], data["inputs"], tuple(data["warnings"]))
+        except PlanError as problem:
+            raise PlanError(f"{label}: {problem}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON to ``path``, whole or not at all."""

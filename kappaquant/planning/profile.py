@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kappaquant.errors import NonFiniteError, PlanError
-from kappaquant.files.documents import read_json
+from kappaquant.files.documents import read_json, write_whole
 from kappaquant.files.processes import ItemError, choose_device, choose_jobs, each, pool
 from kappaquant.files.safetensors import Stored
 from kappaquant.files.tensors import FLOATS, ranges, read_elements
@@ -106,9 +106,7 @@ class Profile:
 
     def save(self, path: str | Path) -> None:
         """Write the JSON to ``path``, whole or not at all."""
-        partial = Path(f"{path}.partial")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        partial.replace(path)
+        write_whole(Path(path), self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:

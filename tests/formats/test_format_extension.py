@@ -119,6 +119,13 @@ def test_it_resumes_and_takes_workers(source: Path, quantized: Path, tmp_path: P
         assert path.read_bytes() == (again / path.name).read_bytes()
 
 
+@pytest.mark.parametrize(("format_id", "bits"), [("kept", 8), ("BF16", 8), ("4", 4), ("", 4), (None, 4), ("wide", 16), ("none", 0)])  # fmt: skip
+def test_ids_that_mean_something_else_and_bits_out_of_range_are_refused(format_id: str, bits: int) -> None:
+    other = type("Other", (RowInt8,), {"id": format_id, "bits": bits})()
+    with pytest.raises(RegistrationError, match=r"must be a word that begins|a code has 1 to 15"):
+        register(other)
+
+
 def test_what_does_not_know_it_says_so(source: Path, quantized: Path, tmp_path: Path) -> None:
     opened, plan = kappaquant.open_source(source), kappaquant.Plan.load(tmp_path / "plan.json")
     with pytest.raises(PlanError, match=r"int8row is no format of tq3_native; write the kappaquant container"):

@@ -66,6 +66,17 @@ class Architecture:
     def __post_init__(self) -> None:
         if not self.model_type:
             raise RegistrationError("an architecture without model_type; give the one of its config.json")
+        if isinstance(self.classes, str):
+            raise RegistrationError(
+                f"architecture {self.model_type!r}: classes is {self.classes!r}; give a tuple of names"
+            )
+        strange = [
+            role
+            for role in (*self.in_layer.values(), *self.anywhere.values(), *self.keep)
+            if not isinstance(role, Role)
+        ]
+        if strange:
+            raise RegistrationError(f"architecture {self.model_type!r}: {strange[0]!r} is no Role")
         for pattern in (*self.in_layer, *self.anywhere, *self.vision_linear):
             try:
                 groups = re.compile(pattern).groups

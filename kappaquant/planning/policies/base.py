@@ -63,7 +63,14 @@ def option(default: Any, help: str, read: Callable[[str], Any] | None = None) ->
         help: what the command line says of it.
         read: from the command line's text to the value; by default the type of the default value.
     """
-    return field(default=default, metadata={"help": help, "read": read or type(default)})
+    default_read = _flag if isinstance(default, bool) else type(default)
+    return field(default=default, metadata={"help": help, "read": read or default_read})
+
+
+def _flag(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(text)
+    return text == "true"
 
 
 class Policy(ABC):
@@ -72,10 +79,12 @@ class Policy(ABC):
     Attributes:
         name: what plans and the command line call it.
         takes_size: it keeps to ``Budget.size``; others refuse a size.
+        reads_profile: it looks at ``Evidence.kurtosis``; with others the command line refuses a profile.
     """
 
     name: ClassVar[str]
     takes_size: ClassVar[bool] = False
+    reads_profile: ClassVar[bool] = False
 
     @abstractmethod
     def choose(self, inventory: Inventory, evidence: Evidence, budget: Budget) -> dict[str, Choice]:

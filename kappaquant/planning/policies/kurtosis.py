@@ -33,6 +33,7 @@ class Kurtosis(Policy):
     """
 
     name = "kurtosis"
+    reads_profile = True
     thresholds: tuple[float, ...] = option((4, 8, 15), "κ at which each width of the ladder ends, ascending.", _floats)
     ladder: tuple[int, ...] = option((3, 4, 5), "widths, one per threshold; 16 bits above the last.", _ints)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from kappaquant.errors import PlanError, RegistrationError
@@ -18,8 +19,16 @@ def register(policy: type[Policy]) -> None:
     """Let ``make_plan`` and the command line know a policy, in this process.
 
     Raises:
-        RegistrationError: the name is another policy's already.
+        RegistrationError: no dataclass with a name, a field that ``option`` did not make, or the name is another policy's already.
     """
+    what = f"policy {policy.__name__}"
+    if not is_dataclass(policy) or not isinstance(getattr(policy, "name", None), str):
+        raise RegistrationError(f"{what}: must be a frozen dataclass, and have a name")
+    for parameter in fields(policy):
+        if "help" not in parameter.metadata:
+            raise RegistrationError(
+                f"{what}: its field {parameter.name!r} is no option; make it by option(default, help)"
+            )
     if _POLICIES.setdefault(policy.name, policy) is not policy:
         raise RegistrationError(
             f"policy {policy.name!r} is taken by {_POLICIES[policy.name].__name__}; give yours another name"

@@ -68,6 +68,8 @@ def test_what_is_not_registered_cannot_be_unregistered():
     ("change", "message"),
     [
         ({"model_type": ""}, "without model_type"),
+        ({"classes": "ToyForCausalLM"}, "classes is 'ToyForCausalLM'; give a tuple"),
+        ({"in_layer": {"q": "attention.q"}}, "'attention.q' is no Role"),
         ({"in_layer": {"(": Role.ATTENTION_Q}}, "no regular expression"),
         ({"anywhere": {"*": Role.NORM}}, "no regular expression"),
         ({"vision_linear": ("[",)}, "no regular expression"),

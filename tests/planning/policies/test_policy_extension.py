@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import kappaquant
 from kappaquant import cli
+from kappaquant.commands.options import policy_of
 from kappaquant.errors import PlanError, RegistrationError
 from kappaquant.models.inventory import Inventory
 from kappaquant.planning.plan import Choice
@@ -122,3 +123,47 @@ def test_a_name_is_given_once() -> None:
 
     with pytest.raises(RegistrationError, match="policy 'uniform' is taken by Uniform"):
         register(Other)
+
+
+def test_what_is_no_policy_is_refused() -> None:
+    class Nameless(Filling):
+        name = None  # type: ignore[assignment]
+
+    class Bare(Policy):
+        name = "bare"
+
+    @dataclass(frozen=True)
+    class Loose(Filling):
+        name = "loose"
+        more: int = 3
+
+    for policy, message in ((Nameless, "have a name"), (Bare, "frozen dataclass"), (Loose, "'more' is no option")):
+        with pytest.raises(RegistrationError, match=message):
+            register(policy)
+
+
+def test_options_of_a_policy_are_read_as_what_they_are_and_are_not_the_commands_own() -> None:
+    @dataclass(frozen=True)
+    class Flagged(Filling):
+        name = "flagged"
+        loud: bool = option(False, "says more.")
+
+    @dataclass(frozen=True)
+    class Clashing(Filling):
+        name = "clashing"
+        size: int = option(3, "is the command's.")
+
+    register(Flagged)
+    try:
+        assert policy_of("flagged", {"loud": "false"}).inputs()["loud"] is False
+        assert policy_of("flagged", {"loud": "true"}).inputs()["loud"] is True
+        with pytest.raises(PlanError, match="--loud 'yes': cannot be read"):
+            policy_of("flagged", {"loud": "yes"})
+    finally:
+        unregister("flagged")
+    register(Clashing)
+    try:
+        with pytest.raises(RegistrationError, match="option 'size' is one of the command's own"):
+            cli.build()
+    finally:
+        unregister("clashing")
