@@ -101,8 +101,8 @@ def with_policy_options(command: Callable[..., None]) -> Callable[..., None]:
     """
     signature = inspect.signature(command, eval_str=True)
     flags = policy_flags()
-    for name in flags.keys() & signature.parameters.keys():
-        raise RegistrationError(f"a policy's option {name!r} is one of the command's own; give it another name")
+    if clash := sorted(flags.keys() & signature.parameters.keys()):
+        raise RegistrationError(f"a policy's option {clash[0]!r} is one of the command's own; give it another name")
     added = [
         inspect.Parameter(
             name,
@@ -167,8 +167,9 @@ def kurtosis_of(path: Path | None, policy: Policy) -> dict[str, float | None] | 
     if path is None:
         return None
     if not policy.reads_profile:
+        readers = " or ".join(name for name, other in policies().items() if other.reads_profile)
         raise PlanError(
-            f"--profile {path}: the {policy.name} policy reads no profile; take --policy kurtosis, or leave it out"
+            f"--profile {path}: the {policy.name} policy reads no profile; take --policy {readers}, or leave it out"
         )
     return Profile.load(path).kurtosis()
 

@@ -12,7 +12,12 @@ from kappaquant.files.documents import digest, json_text, read_json, write_json,
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), ("{", "not JSON"), ("[" * 100_000, "not JSON"), ("[1]", "a JSON list where an object belongs")],
+    [
+        (None, "no such file"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[1]", "a JSON list where an object belongs"),
+    ],
 )
 def test_what_cannot_be_read_is_named(content: str | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "about.json"
