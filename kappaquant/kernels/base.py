@@ -44,10 +44,12 @@ class Kernel(ABC):
     Attributes:
         name: in messages, and to force it.
         uses: what it serves.
+        waits_for_host: those of its uses whose products look at values on the host, so that no CUDA graph can hold them.
     """
 
     name: str
     uses: frozenset[Use]
+    waits_for_host: frozenset[Use] = frozenset()
 
     @abstractmethod
     def refusal(self, fmt: Format, parts: Mapping[str, Tensor]) -> str | None:
@@ -89,10 +91,14 @@ class Kernel(ABC):
     ) -> Tensor:
         """x [tokens, in], and what was prepared of it, times a weight [out, in]: [tokens, out] in x's dtype."""
 
-    def grouped_linear(
-        self, x: Tensor, prepared: Sequence[Tensor], rows: Tensor, experts: Tensor, weight: Arranged
-    ) -> Tensor:
-        """out[i] = weight[experts[i]] @ x[rows[i]], float32 [len(rows), out], for a weight [E, out, in]; use "grouped"."""
+    def grouped_linear(self, x: Tensor, index: Tensor, weight: Arranged) -> Tensor:
+        """x [tokens, in] times the matrices of each token's experts, float32 [tokens, k, out], for a weight [E, out, in].
+
+        Use "grouped".
+
+        Args:
+            index: int64 [tokens, k], the experts of each token. The result is 0 for what lies outside [0, E).
+        """
         raise UnsupportedError(f"{self.name}: does not multiply by single experts")
 
     def experts_refusal(self, gate_up: Arranged, down: Arranged) -> str | None:

@@ -206,34 +206,19 @@ def _resolved(specs: str) -> tuple[tuple[Kernel, Format, int] | None, ...]:
     return tuple(found)
 
 
-def _grouped_fake(
-    x: Tensor,
-    prepared: Sequence[Tensor],
-    rows: Tensor,
-    experts: Tensor,
-    tensors: Sequence[Tensor],
-    spec: str,
-    shape: Sequence[int],
-) -> Tensor:
-    return x.new_empty(rows.shape[0], shape[-2], dtype=torch.float32)
+def _grouped_fake(x: Tensor, index: Tensor, tensors: Sequence[Tensor], spec: str, shape: Sequence[int]) -> Tensor:
+    return x.new_empty(*index.shape, shape[-2], dtype=torch.float32)
 
 
 @_op(_grouped_fake)
-def grouped_linear(
-    x: Tensor,
-    prepared: Sequence[Tensor],
-    rows: Tensor,
-    experts: Tensor,
-    tensors: Sequence[Tensor],
-    spec: str,
-    shape: Sequence[int],
-) -> Tensor:
-    """out[i] = weight[experts[i]] @ x[rows[i]]: x [m, in], rows and experts int64 [s], a weight [E, n, in] -> float32 [s, n]."""
+def grouped_linear(x: Tensor, index: Tensor, tensors: Sequence[Tensor], spec: str, shape: Sequence[int]) -> Tensor:
+    """Products of single experts, see ``Kernel.grouped_linear``: x [tokens, in], index int64 [tokens, k] -> float32 [tokens, k, n].
+
+    Args:
+        shape: of the weight, [E, n, in].
+    """
     kernel, fmt = _SERVED[spec]
-    if not prepared:
-        kind = kernel.input_kind(fmt, x.shape[0], shape[-2], "", x.device)
-        prepared = [] if kind is None else kernel.prepare(x, fmt, kind)
-    return kernel.grouped_linear(x, prepared, rows, experts, Arranged(fmt, tuple(shape), tuple(tensors)))
+    return kernel.grouped_linear(x, index, Arranged(fmt, tuple(shape), tuple(tensors)))
 
 
 def _experts_fake(

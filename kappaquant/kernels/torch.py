@@ -30,6 +30,7 @@ class AnyFormat(Kernel):
 
     name = "any format"
     uses: frozenset[Use] = frozenset({"linear", "grouped", "rows"})
+    waits_for_host: frozenset[Use] = frozenset({"grouped"})
 
     def refusal(self, fmt: Format, parts: Mapping[str, Tensor]) -> str | None:
         return None
@@ -48,16 +49,15 @@ class AnyFormat(Kernel):
         y = self._product(_rotated(x, prepared), weight).to(x.dtype)
         return y if bias is None else y + bias
 
-    def grouped_linear(
-        self, x: Tensor, prepared: Sequence[Tensor], rows: Tensor, experts: Tensor, weight: Arranged
-    ) -> Tensor:
+    def grouped_linear(self, x: Tensor, index: Tensor, weight: Arranged) -> Tensor:
         """Only experts that occur are decoded, each once."""
-        source = _rotated(x, prepared)
-        out = source.new_empty(rows.shape[0], weight.shape[-2])
-        for expert in experts.unique().tolist():
-            mine = (experts == expert).nonzero().squeeze(1)
-            one = Arranged(weight.fmt, weight.shape[1:], tuple(part[expert] for part in weight.tensors))
-            out[mine] = self._product(source[rows[mine]], one)
+        source = weight.fmt.rotate(x) if weight.fmt.rotation else x.float()
+        out = source.new_zeros(*index.shape, weight.shape[-2])
+        for expert in index.unique().tolist():
+            if 0 <= expert < weight.shape[0]:
+                mine = (index == expert).nonzero(as_tuple=True)
+                one = Arranged(weight.fmt, weight.shape[1:], tuple(part[expert] for part in weight.tensors))
+                out[mine] = self._product(source[mine[0]], one)
         return out
 
     def _product(self, x: Tensor, weight: Arranged) -> Tensor:

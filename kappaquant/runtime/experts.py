@@ -29,13 +29,36 @@ class KeptWeight(nn.Module):
     def finish(self) -> None:
         self._non_persistent_buffers_set -= {"tensor"}
 
-    def grouped_linear(self, x: Tensor, rows: Tensor, experts: Tensor, shared: SharedInput) -> Tensor:
-        """out[i] = tensor[experts[i]] @ x[rows[i]], [len(rows), out]."""
-        out = x.new_empty(rows.shape[0], self.tensor.shape[1])
-        for expert in experts.unique().tolist():
-            mine = (experts == expert).nonzero().squeeze(1)
-            out[mine] = nn.functional.linear(x[rows[mine]], self.tensor[expert])
-        return out
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether its products do, so that no CUDA graph can hold them."""
+        # torch's grouped product wants whole 16 bytes of both axes; where it is not, or not for this dtype, experts take turns
+        aligned = all(size % 8 == 0 for size in self.tensor.shape[1:])
+        fits = self.tensor.is_cuda and self.tensor.dtype == torch.bfloat16 and aligned
+        return not (
+            fits
+            and hasattr(nn.functional, "grouped_mm")
+            and torch.cuda.get_device_capability(self.tensor.device) >= (8, 0)
+        )
+
+    def grouped_linear(self, x: Tensor, index: Tensor) -> Tensor:
+        """x [tokens, in] times tensor[index], [tokens, k, out]; 0 for what lies outside [0, E). ``index`` is int64 [tokens, k]."""
+        experts, k = len(self.tensor), index.shape[1]
+        out = x.new_zeros(*index.shape, self.tensor.shape[1])
+        if self.waits_for_host:
+            for expert in index.unique().tolist():
+                if 0 <= expert < experts:
+                    mine = (index == expert).nonzero(as_tuple=True)
+                    out[mine] = nn.functional.linear(x[mine[0]], self.tensor[expert])
+            return out
+        known = (index >= 0) & (index < experts)
+        ids, order = (
+            index.masked_fill(~known, experts).flatten().sort()
+        )  # what is none comes last, and is not multiplied
+        ends = torch.searchsorted(ids, torch.arange(experts, device=ids.device), right=True, out_int32=True)
+        products = nn.functional.grouped_mm(x[order // k], self.tensor.mT, offs=ends)
+        out.view(-1, out.shape[-1])[order] = products
+        return out.masked_fill_(~known[..., None], 0)
 
 
 class ExpertBlock(nn.Module):
@@ -53,13 +76,12 @@ class ExpertBlock(nn.Module):
         if not self.everyone:
             self.register_buffer("slots", torch.empty(num_experts, dtype=torch.int64, device="meta"), persistent=False)
 
-    def find(self, experts: Tensor) -> tuple[Tensor | slice, Tensor]:
-        """(which of ``experts`` [s] are here, their places in this block)."""
+    def places(self, index: Tensor) -> Tensor:
+        """Where experts are in this block; outside of it for those that are elsewhere, or none."""
         if self.everyone:
-            return slice(None), experts
-        local = self.slots[experts]
-        mine = (local >= 0).nonzero().squeeze(1)
-        return mine, local[mine]
+            return index
+        known = (index >= 0) & (index < self.num_experts)
+        return self.slots[index.clamp(0, self.num_experts - 1)].masked_fill(~known, -1)
 
     def finish(self) -> None:
         self.weight.finish()
@@ -79,14 +101,21 @@ class ExpertWeights(nn.Module):
         self.num_experts = blocks[0].num_experts
         self.out_features = out_features
 
-    def forward(self, x: Tensor, rows: Tensor, experts: Tensor, shared: SharedInput) -> Tensor:
-        """out[i] = weight[experts[i]] @ x[rows[i]]: x [m, in], rows and experts int64 [s] -> [s, out] in x's dtype."""
-        out = x.new_empty(rows.shape[0], self.out_features)
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether its products do, so that no CUDA graph can hold them."""
+        return any(block.weight.waits_for_host for block in self.blocks if isinstance(block, ExpertBlock))
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        """x [tokens, in] times weight[index], for index int64 [tokens, k]: [tokens, k, out] in x's dtype.
+
+        0 for what lies outside [0, E).
+        """
+        out = x.new_zeros(*index.shape, self.out_features)
         for block in self.blocks:
             assert isinstance(block, ExpertBlock)
-            mine, local = block.find(experts)
-            y = block.weight.grouped_linear(x, rows[mine], local, shared)
-            out[mine, block.row : block.row + y.shape[1]] = y.to(x.dtype)
+            y = block.weight.grouped_linear(x, block.places(index))
+            out[..., block.row : block.row + y.shape[-1]] += y.to(x.dtype)
         return out
 
 
@@ -135,6 +164,10 @@ class QuantExperts(nn.Module):
             weight.serve("grouped")
         return None
 
+    def waits_for_host(self) -> bool:
+        """Whether something in them does, so that no CUDA graph can hold them."""
+        return self.in_one_kernel() is None and (self.gate_up_proj.waits_for_host or self.down_proj.waits_for_host)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden].
 
@@ -147,13 +180,8 @@ class QuantExperts(nn.Module):
                 hidden_states, top_k_index, top_k_weights, gate_up.tensors, down.tensors,
                 f"{gate_up.spec}\n{down.spec}", [*gate_up.shape, *down.shape], self.shared.activations,
             )  # fmt: skip
-        tokens, k = top_k_index.shape
-        experts = top_k_index.reshape(-1)
-        slots = ((experts >= 0) & (experts < self.gate_up_proj.num_experts)).nonzero().squeeze(1)
-        experts, every = experts[slots], torch.arange(len(slots), device=experts.device)
-        gate, up = self.gate_up_proj(hidden_states, slots // k, experts, self.shared).chunk(2, dim=-1)
+        gate, up = self.gate_up_proj(hidden_states, top_k_index).chunk(2, dim=-1)
         inner = self.act_fn(gate) * up
-        products = self.down_proj(inner, every, experts, self.shared) * top_k_weights.reshape(-1, 1)[slots]
-        out = products.new_zeros(tokens * k, products.shape[1])
-        out[slots] = products
-        return out.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+        products = self.down_proj(inner.flatten(0, 1), top_k_index.reshape(-1, 1)).view(*top_k_index.shape, -1)
+        known = (top_k_index >= 0) & (top_k_index < self.gate_up_proj.num_experts)
+        return (products * top_k_weights.masked_fill(~known, 0)[..., None]).sum(dim=1).to(hidden_states.dtype)

@@ -151,10 +151,17 @@ class PackedWeight(nn.Module):
         rows = [self.shape[0]]
         return dispatch.linear(x, prepared, self.tensors, self.spec, rows, bias, shared.activations)
 
-    def grouped_linear(self, x: Tensor, rows: Tensor, experts: Tensor, shared: SharedInput) -> Tensor:
-        """out[i] = weight[experts[i]] @ x[rows[i]], float32 [len(rows), out], for a weight [E, out, in] that serves "grouped"."""
-        prepared = shared.prepared(x, self)
-        return dispatch.grouped_linear(x, prepared, rows, experts, self.tensors, self.spec, list(self.shape))
+    def grouped_linear(self, x: Tensor, index: Tensor) -> Tensor:
+        """x [tokens, in] times weight[index]: float32 [tokens, k, out], for a weight [E, out, in] that serves "grouped".
+
+        ``index`` is int64 [tokens, k]; the result is 0 for what lies outside [0, E).
+        """
+        return dispatch.grouped_linear(x, index, self.tensors, self.spec, list(self.shape))
+
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether its products do, so that no CUDA graph can hold them."""
+        return self.serves in self.kernel.waits_for_host
 
     def rows(self, index: Tensor) -> Tensor:
         """weight[index] in float32 [*index.shape, in], for a weight [out, in] that serves "rows"."""

@@ -14,7 +14,7 @@ from kappaquant.formats.codebook import FORMATS, CodebookFormat
 from kappaquant.kernels import dispatch
 from kappaquant.kernels import torch as torch_kernels
 from kappaquant.kernels.base import Kernel, Use
-from kappaquant.runtime.packed import PackedWeight, SharedInput
+from kappaquant.runtime.packed import PackedWeight
 
 ALL = list(FORMATS.values())
 
@@ -59,9 +59,10 @@ def test_the_torch_kernels_on_cuda(fmt: CodebookFormat, kernel: str) -> None:
     weight, decoded = held(random(6, 37, fmt.group_size + 3), fmt, "grouped", device="cuda")
     assert weight.kernel.name == kernel
     x = random(5, fmt.group_size + 3, seed=1)
-    rows, experts = torch.tensor([0, 3, 3, 1]), torch.tensor([5, 0, 2, 5])
-    y = weight.grouped_linear(x.cuda(), rows.cuda(), experts.cuda(), SharedInput())
-    assert relative(y.cpu(), torch.einsum("snk,sk->sn", decoded[experts], x[rows])) < 1e-5
+    index = torch.tensor([[0, 3], [3, 1], [5, 0], [2, 5], [-1, 6]])
+    y = weight.grouped_linear(x.cuda(), index.cuda()).cpu()
+    assert relative(y[:4], torch.einsum("tjnk,tk->tjn", decoded[index[:4]], x[:4])) < 1e-5
+    assert not y[4].any()
     one, plain = held(random(37, fmt.group_size + 3), fmt, device="cuda")
     assert relative(product(x.cuda(), one).cpu(), x @ plain.T) < 1e-5
 
@@ -105,19 +106,19 @@ def test_decoded_rows_stay_within_a_tile(tiles: list[torch.Size]) -> None:
 
 
 @pytest.mark.parametrize("fmt", ALL[::3], ids=lambda fmt: fmt.id)
-def test_grouped_linear_picks_each_rows_expert(fmt: CodebookFormat, kernel: str) -> None:
+def test_grouped_linear_picks_each_tokens_experts(fmt: CodebookFormat, kernel: str) -> None:
     k = fmt.group_size + 3
     weight, decoded = held(random(6, 9, k), fmt, "grouped")
     x = random(4, k, seed=1)
-    rows, experts = torch.tensor([0, 3, 3, 1, 2, 0]), torch.tensor([5, 0, 2, 2, 5, 5])
-    y = weight.grouped_linear(x, rows, experts, SharedInput())
-    assert relative(y, torch.einsum("snk,sk->sn", decoded[experts], x[rows])) < 1e-5
+    index = torch.tensor([[5, 0, 2], [2, 5, 5], [1, 1, 0], [-1, 6, 2**31 - 1]])
+    y = weight.grouped_linear(x, index)
+    assert relative(y[:3], torch.einsum("tjnk,tk->tjn", decoded[index[:3]], x[:3])) < 1e-5
+    assert not y[3].any()  # experts that are none
 
 
 def test_grouped_linear_decodes_only_experts_that_occur(tiles: list[torch.Size]) -> None:
     weight, _ = held(random(64, 8, 32), CodebookFormat(3, 32), "grouped")
-    rows, experts = torch.zeros(3, dtype=torch.int64), torch.tensor([7, 60, 7])
-    weight.grouped_linear(random(1, 32), rows, experts, SharedInput())
+    weight.grouped_linear(random(1, 32), torch.tensor([[7, 60, 7]]))
     assert [shape[0] for shape in tiles] == [8, 8]
 
 
@@ -129,11 +130,11 @@ def test_decode_is_the_codecs() -> None:
 def test_custom_ops_pass_opcheck() -> None:
     weight, _ = held(random(8, 60), CodebookFormat(3, 32))
     experts, _ = held(random(4, 8, 60), CodebookFormat(3, 32), "grouped")
-    x, (rows, index) = random(3, 60), (torch.tensor([0, 2, 1]), torch.tensor([3, 3, 0]))
+    x, index = random(3, 60), torch.tensor([[3, 0], [3, 2], [0, -1]])
     ops = torch.ops.kappaquant
     torch.library.opcheck(ops.linear, (x, [], list(weight.tensors), weight.spec, [8], None, "int8"))
     shape = list(experts.shape)
-    torch.library.opcheck(ops.grouped_linear, (x, [], rows, index, list(experts.tensors), experts.spec, shape))
+    torch.library.opcheck(ops.grouped_linear, (x, index, list(experts.tensors), experts.spec, shape))
     torch.library.opcheck(ops.decode, (list(weight.tensors), weight.spec, 60))
 
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from kappaquant.formats import codec
 from kappaquant.formats.codebook import CodebookFormat
-from kappaquant.runtime.experts import ExpertBlock, ExpertWeights, KeptWeight, QuantExperts
 from kappaquant.runtime.packed import PackedWeight, QuantEmbedding, QuantLinear, SharedInput, hold_packed
 
 
@@ -136,77 +135,3 @@ def test_any_module_can_hold_a_packed_weight() -> None:
     assert torch.equal(router.weight, decoded)
     assert "weight" not in dict(router.named_parameters())
     assert isinstance(router, nn.Bilinear)
-
-
-def _experts_reference(
-    x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
-) -> torch.Tensor:
-    out = torch.zeros_like(x)
-    for token in range(x.shape[0]):
-        for slot in range(index.shape[1]):
-            expert = index[token, slot]
-            gate, up = (gate_up[expert] @ x[token]).chunk(2)
-            out[token] += weights[token, slot] * (down[expert] @ (nn.functional.silu(gate) * up))
-    return out
-
-
-def test_experts_of_mixed_formats() -> None:
-    experts, hidden, inner = 4, 64, 40
-    gate_up, down = torch.randn(experts, 2 * inner, hidden), torch.randn(experts, hidden, inner)
-    gate_low, gate_up[0:2, :inner] = held(gate_up[0:2, :inner], CodebookFormat(3, 32))
-    gate_high, gate_up[2:4, :inner] = held(gate_up[2:4, :inner], CodebookFormat(5, 64))
-    up_some, up_decoded = held(gate_up[[0, 3], inner:], CodebookFormat(2, 32))
-    gate_up[[0, 3], inner:] = up_decoded
-    up_kept = KeptWeight((2, inner, hidden), torch.float32, "cpu")
-    up_kept.fill((), gate_up[[1, 2], inner:])
-    down_all, down = held(down, CodebookFormat(4, 32))
-    blocks = [
-        ExpertBlock(gate_low, [0, 1], 0, experts),
-        ExpertBlock(gate_high, [2, 3], 0, experts),
-        ExpertBlock(up_some, [0, 3], inner, experts),
-        ExpertBlock(up_kept, [1, 2], inner, experts),
-    ]
-    for block in blocks:
-        block.slots = torch.empty_like(block.slots, device="cpu")
-        block.finish()
-    module = QuantExperts(
-        ExpertWeights(blocks, 2 * inner),
-        ExpertWeights([ExpertBlock(down_all, range(experts), 0, experts)], hidden),
-        nn.SiLU(),
-        SharedInput(),
-    )
-    x = torch.randn(7, hidden)
-    index = torch.stack([torch.randperm(experts)[:2] for _ in range(7)])
-    weights = torch.rand(7, 2)
-    _close(module(x, index, weights), _experts_reference(x, index, weights, gate_up, down))
-
-
-def test_experts_rotate_tokens_once_not_once_per_expert(rotations: list[int]) -> None:
-    gate_up, _ = held(torch.randn(8, 64, 32), CodebookFormat(3, 32))
-    down, _ = held(torch.randn(8, 32, 32), CodebookFormat(3, 32))
-    module = QuantExperts(
-        ExpertWeights([ExpertBlock(gate_up, range(8), 0, 8)], 64),
-        ExpertWeights([ExpertBlock(down, range(8), 0, 8)], 32),
-        nn.SiLU(),
-        SharedInput(),
-    )
-    module(torch.randn(5, 32), torch.arange(10).view(5, 2) % 8, torch.rand(5, 2))
-    assert rotations == [32, 32]
-
-
-def test_ids_that_are_no_expert_count_nothing() -> None:
-    gate_up, _ = held(torch.randn(8, 64, 32), CodebookFormat(3, 32))
-    down, _ = held(torch.randn(8, 32, 32), CodebookFormat(3, 32))
-    module = QuantExperts(
-        ExpertWeights([ExpertBlock(gate_up, range(8), 0, 8)], 64),
-        ExpertWeights([ExpertBlock(down, range(8), 0, 8)], 32),
-        nn.SiLU(),
-        SharedInput(),
-    )
-    x, index, weights = torch.randn(5, 32), torch.arange(10).view(5, 2) % 8, torch.rand(5, 2)
-    nobody = torch.arange(10).view(5, 2) % 3 == 1
-    hostile = index.masked_fill(nobody, 2**31 - 1)
-    hostile[0, 1], hostile[2, 0] = -1, 8
-    expected = module(x, index, weights.masked_fill(nobody | (hostile != index), 0))
-    torch.testing.assert_close(module(x, hostile, weights.masked_fill(nobody, torch.nan)), expected)
-    assert torch.equal(module(x, torch.full_like(index, -1), weights), torch.zeros_like(x))

@@ -51,6 +51,11 @@ class ExpertsMethod(FusedMoEMethodBase):
         self.names = names
         self._captured = get_current_vllm_config().compilation_config.cudagraph_mode != CUDAGraphMode.NONE
 
+    @property
+    def topk_indices_dtype(self) -> torch.dtype:
+        """What the router is to write ids in: the kernels', so that nothing converts them."""
+        return torch.int64
+
     def get_fused_moe_quant_config(self, layer: nn.Module) -> FusedMoEQuantConfig | None:
         return None
 
@@ -116,14 +121,14 @@ class ExpertsMethod(FusedMoEMethodBase):
             raise UnsupportedError(f"{layer.layer_name}: packed experts are not served: {reason}")
 
     def _refuse_capture(self, layer: Any) -> None:
-        """Experts that differ in bits run in torch, which looks at the routing: no CUDA graph can hold that."""
+        """What runs in torch looks at the routing on the host: no CUDA graph can hold that."""
         experts = layer.packed_experts
         device = next(experts.buffers()).device
-        if device.type == "cpu" or experts.in_one_kernel() or not self._captured:
+        if device.type == "cpu" or not self._captured or not experts.waits_for_host():
             return
         raise UnsupportedError(
-            f"{layer.layer_name}: these experts differ in bits, or no GPU kernel takes them, and a CUDA graph cannot hold what "
-            "runs instead; pass --enforce-eager, which is slow, or plan with --fuse-legal"
+            f"{layer.layer_name}: no GPU kernel takes these experts as they are stored, and a CUDA graph cannot hold what runs "
+            "instead; pass --enforce-eager, which is slow"
         )
 
 

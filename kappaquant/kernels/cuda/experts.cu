@@ -28,7 +28,7 @@ struct Down {
     const void* gate;     // [tokens] logits of the shared expert's gate, or null
     const void* residual; // [tokens, rows], or null
     void* out;            // [tokens, rows]
-    int shared_first, tokens, top_k, rows, splits, kind, expert_count;
+    int shared_first, tokens, top_k, rows, splits, kind, weight_kind, expert_count;
 };
 
 // codes of one expert among those that lie one after another
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS) down(const __grid_constant__ 
         if (job < routed_jobs) {
             int slot = token * p.top_k + job / p.splits;
             if (!is_expert(p.experts[slot], p.expert_count)) continue;
-            float weight = load(p.weights, slot, p.kind), out[2][1][4] = {};
+            float weight = load(p.weights, slot, p.weight_kind), out[2][1][4] = {};
             Codes w = expert_of<B1, GROUP>(p.routed, p.experts[slot], tiles, p.in.k);
             accumulate<B1, GROUP, HALF, 1, true>(w, p.in, lut, tile, slot, 0, job % p.splits, p.splits, out);
 #pragma unroll

@@ -39,7 +39,7 @@ class _Down(ctypes.Structure):
         ("experts", ctypes.c_void_p), ("weights", ctypes.c_void_p), ("gate", ctypes.c_void_p),
         ("residual", ctypes.c_void_p), ("out", ctypes.c_void_p), ("shared_first", ctypes.c_int),
         ("tokens", ctypes.c_int), ("top_k", ctypes.c_int), ("rows", ctypes.c_int), ("splits", ctypes.c_int),
-        ("kind", ctypes.c_int), ("expert_count", ctypes.c_int),
+        ("kind", ctypes.c_int), ("weight_kind", ctypes.c_int), ("expert_count", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -99,19 +99,21 @@ def down(
     shared: Weight | None = None,
     shared_gate: Tensor | None = None,
     residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """[tokens, hidden]: the experts' outputs, weighted and added in the order of the slots, in the dtype of ``weights``.
+    """[tokens, hidden]: the experts' outputs, weighted and added in the order of the slots.
 
     Args:
         x: rotated [slots, intermediate], the shared expert's rows behind them.
         experts: int64 [tokens, top_k]; those outside [0, E) count nothing.
-        weights: [tokens, top_k].
+        weights: [tokens, top_k], in float32, float16 or bfloat16.
         routed: [E, hidden, intermediate].
         shared: [hidden, intermediate]; its output times sigmoid(shared_gate [tokens]) is added.
         residual: [tokens, hidden], added at the end.
+        dtype: of the result, and of ``shared_gate`` and ``residual``; by default that of ``weights``.
     """
     tokens, top_k = experts.shape
-    out = torch.empty(tokens, routed.rows, dtype=weights.dtype, device=weights.device)
+    out = torch.empty(tokens, routed.rows, dtype=dtype or weights.dtype, device=weights.device)
     if not tokens:
         return out
     units = x.values.shape[1] // tiles.INPUTS
@@ -123,7 +125,7 @@ def down(
     parameters = _Down(
         codes, shared.parameters(x.half) if shared else codes, inputs, inputs, experts.data_ptr(), weights.data_ptr(),
         address(shared_gate), address(residual), out.data_ptr(), tokens * top_k, tokens, top_k, routed.rows, splits,
-        KINDS[out.dtype], routed.tiled.codes.shape[0],
+        KINDS[out.dtype], KINDS[weights.dtype], routed.tiled.codes.shape[0],
     )  # fmt: skip
     bits = (routed.fmt.bits, shared.fmt.bits if shared else 0)
     tables = sum(TABLE_BYTES.get(b, 0) for b in bits) if x.half else 0
@@ -133,12 +135,14 @@ def down(
     return out
 
 
-def forward(x: Input, experts: Tensor, weights: Tensor, gate_up_proj: Weight, down_proj: Weight) -> Tensor:
-    """down(silu(gate) * up) of each token's experts, weighted and added: x rotated [tokens, hidden] -> [tokens, hidden]."""
+def forward(
+    x: Input, experts: Tensor, weights: Tensor, gate_up_proj: Weight, down_proj: Weight, dtype: torch.dtype
+) -> Tensor:
+    """down(silu(gate) * up) of each token's experts, weighted and added: x rotated [tokens, hidden] -> [tokens, hidden] in ``dtype``."""
     reason = refusal([gate_up_proj], x.half) or refusal([down_proj], x.half)  # each has a launch of its own
     if reason:
         raise UnsupportedError(f"{NAME}: {reason}")
-    inner = gate_up(x, experts, gate_up_proj, None, weights.dtype)
+    inner = gate_up(x, experts, gate_up_proj, None, dtype)
     gate, up = inner.chunk(2, dim=-1)
     rotated, _ = rotate(gate, down_proj.fmt, x.half, gate_of=up)
-    return down(rotated, experts, weights, down_proj)
+    return down(rotated, experts, weights, down_proj, dtype=dtype)

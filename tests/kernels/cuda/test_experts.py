@@ -78,7 +78,7 @@ def test_experts(bits: int, half: bool, group: int) -> None:
         close(y - residual, routed + beside, half, 2)
         assert torch.equal(y, experts.down(again, index, weights, down, shared_down, gate, residual))
 
-        alone = experts.forward(rotated, index, weights, gate_up, down)
+        alone = experts.forward(rotated, index, weights, gate_up, down, weights.dtype)
         close(alone, routed, half, 2)
 
 
@@ -100,7 +100,7 @@ def block(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[A
 
 @gpu
 @pytest.mark.parametrize("activations", ["int8", "bf16"])
-@pytest.mark.parametrize("tokens", [1, 5, 200, 700])  # 85 tokens fill what is run slot by slot
+@pytest.mark.parametrize("tokens", [1, 5, 200, 700])  # 64 tokens fill what is run slot by slot
 def test_ids_that_are_no_expert_count_nothing(tokens: int, activations: str) -> None:
     x, index, weights, arranged = block(tokens)
     nobody = torch.arange(tokens * TOP_K, device="cuda").view(tokens, TOP_K) % 4 == 1
@@ -127,9 +127,37 @@ def test_a_token_that_is_no_number_spoils_no_other(tokens: int, activations: str
 
 
 @gpu
+@pytest.mark.parametrize("tokens", [5, 200])
+def test_weights_need_not_be_in_the_dtype_of_the_tokens(tokens: int) -> None:
+    x, index, weights, arranged = block(tokens)
+    expected = Tiled().experts(x, index, weights, *arranged, "bf16")
+    wide = Tiled().experts(x, index, weights.float(), *arranged, "bf16")
+    assert wide.dtype == torch.bfloat16
+    assert torch.equal(wide, expected)
+
+
+@gpu
+@pytest.mark.parametrize("tokens", [1, 5, 100, 400])  # beyond 64 tokens slots are sorted
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+@pytest.mark.parametrize("bits", BITS)
+def test_grouped_linear(bits: int, group: int, tokens: int) -> None:
+    weight, plain = prepared(bits, EXPERTS, 200, 300, seed=bits, group=group)
+    arranged = Arranged(weight.fmt, (EXPERTS, 200, 300), (weight.tiled.codes, weight.tiled.norms))
+    x = random(tokens, 300, seed=3).cuda().bfloat16()
+    index = torch.randint(EXPERTS, (tokens, TOP_K), device="cuda")
+    nobody = torch.arange(tokens * TOP_K, device="cuda").view(tokens, TOP_K) % 4 == 1
+    ids = torch.tensor(NO_EXPERTS, device="cuda")[torch.arange(tokens * TOP_K, device="cuda") % len(NO_EXPERTS)]
+    hostile = torch.where(nobody, ids.view(tokens, TOP_K), index)
+    y = Tiled().grouped_linear(x, hostile, arranged)
+    expected = torch.einsum("th,tkih->tki", x.double(), plain[index]).masked_fill(nobody[..., None], 0)
+    close(y, expected, True)
+    assert not y[nobody].any()
+
+
+@gpu
 def test_no_tokens_give_no_rows() -> None:
     gate_up, _ = prepared(3, EXPERTS, 64, 128, seed=1)
     down, _ = prepared(3, EXPERTS, 128, 32, seed=2)
     rotated, _ = inputs.rotate(torch.empty(0, 128, device="cuda"), gate_up.fmt, False)
     index = torch.empty(0, TOP_K, dtype=torch.int64, device="cuda")
-    assert experts.forward(rotated, index, index.float(), gate_up, down).shape == (0, 128)
+    assert experts.forward(rotated, index, index.float(), gate_up, down, torch.float32).shape == (0, 128)
