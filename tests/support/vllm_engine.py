@@ -1,7 +1,7 @@
 """Runs vLLM's engine in a process of its own: python vllm_engine.py SPEC OUT; ``ask`` is the other end.
 
-SPEC is JSON: prompts (token ids) and runs, each the options of an ``LLM``. OUT gets, for each run, per prompt the tokens and the
-log-probabilities of every position, and the bytes of all tensors each rank's model holds.
+SPEC is JSON: prompts (token ids), runs, each the options of an ``LLM``, and how to sample. OUT gets, for each run, per prompt the tokens
+and the log-probabilities of every position (of all tokens, or of those that came), and the bytes of all tensors each rank's model holds.
 """
 
 from __future__ import annotations
@@ -35,10 +35,15 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, **ENVIRONMENT, **more}
 
 
-def ask(folder: Path, prompts: list[list[int]], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+WHOLE = {"max_tokens": 4, "ignore_eos": True, "logprobs": VOCABULARY, "prompt_logprobs": VOCABULARY}
+
+
+def ask(
+    folder: Path, prompts: list[list[int]], runs: list[dict[str, Any]], sampling: dict[str, Any] = WHOLE
+) -> list[dict[str, Any]]:
     """What ``main`` saves for these runs; AssertionError with the end of its output if it fails."""
     spec, out = folder / "spec.json", folder / "out.pt"
-    spec.write_text(json.dumps({"prompts": prompts, "runs": runs}))
+    spec.write_text(json.dumps({"prompts": prompts, "runs": runs, "sampling": sampling}))
     command = [sys.executable, __file__, str(spec), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=900)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
@@ -59,16 +64,17 @@ def main(spec_path: str, out: str) -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     spec, results = json.loads(Path(spec_path).read_text()), []
-    sampling = SamplingParams(
-        max_tokens=4, temperature=0, ignore_eos=True, detokenize=False, logprobs=VOCABULARY, prompt_logprobs=VOCABULARY
-    )
+    sampling = SamplingParams(temperature=0, detokenize=False, **spec["sampling"])
     for options in spec["runs"]:
-        llm = LLM(max_model_len=128, max_logprobs=VOCABULARY, skip_tokenizer_init=True, seed=0, **options)
+        llm = LLM(
+            **{"max_model_len": 128, "max_logprobs": VOCABULARY, "skip_tokenizer_init": True, "seed": 0, **options}
+        )
         made = llm.generate([{"prompt_token_ids": prompt} for prompt in spec["prompts"]], sampling, use_tqdm=False)
         results.append(
             {
                 "tokens": [[*answer.prompt_token_ids, *answer.outputs[0].token_ids] for answer in made],
-                "logprobs": [table([*answer.prompt_logprobs[1:], *answer.outputs[0].logprobs]) for answer in made],
+                "prompt_tokens": [len(answer.prompt_token_ids) for answer in made],
+                "logprobs": [table(answer, sampling.logprobs) for answer in made],
                 "resident": llm.apply_model(resident_bytes),
             }
         )
@@ -78,9 +84,18 @@ def main(spec_path: str, out: str) -> None:
     torch.save(results, out)
 
 
-def table(positions: list[dict[int, Any]]) -> torch.Tensor:
-    """[positions, VOCABULARY] from vLLM's dictionaries."""
-    return torch.tensor([[found[token].logprob for token in range(VOCABULARY)] for found in positions])
+def table(answer: Any, logprobs: int | None) -> torch.Tensor | None:
+    """From vLLM's dictionaries: [positions, VOCABULARY], or [positions] of the tokens that came, which ``logprobs=0`` asks for."""
+    if logprobs is None:
+        return None
+    positions = [*(answer.prompt_logprobs or [None])[1:], *answer.outputs[0].logprobs]
+    if logprobs:
+        return torch.tensor([[found[token].logprob for token in range(VOCABULARY)] for found in positions])
+    ids = [
+        *answer.prompt_token_ids[1 if answer.prompt_logprobs else len(answer.prompt_token_ids) :],
+        *answer.outputs[0].token_ids,
+    ]
+    return torch.tensor([found[token].logprob for found, token in zip(positions, ids, strict=True)])
 
 
 if __name__ == "__main__":
