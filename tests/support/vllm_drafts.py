@@ -21,7 +21,7 @@ DRAFT = {"method": "mtp", "num_speculative_tokens": 1}
 
 @dataclass(frozen=True)
 class Run:
-    """What one engine answered; of what it drafted, how many tokens there were and how many it accepted."""
+    """What one engine answered, how often it drafted, and how many drafted tokens it accepted."""
 
     answers: list[list[int]]
     drafts: int

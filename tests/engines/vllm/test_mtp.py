@@ -39,13 +39,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def assert_drafts_change_no_text(folder: Path, where: Path, **options: Any) -> None:
+def assert_drafts_change_no_text(folder: Path, where: Path, drafts: int = 1, **options: Any) -> None:
     """Arithmetic has one right next token. Prose has many as good, and which one wins is a matter of rounding."""
     from transformers import AutoTokenizer
 
     stories, prose = (ids[:8] for ids in held_out_prompts(AutoTokenizer.from_pretrained(MODEL)).values())
-    runs = [{"model": str(folder), **options}, {"model": str(folder), **options, "speculative_config": DRAFT}]
-    plain, drafted = generate(where, [*stories, *prose], runs)
+    options, speculation = {"model": str(folder), **options}, {**DRAFT, "num_speculative_tokens": drafts}
+    plain, drafted = generate(where, [*stories, *prose], [options, {**options, "speculative_config": speculation}])
     print(f"{drafted.accepted} of {drafted.drafts} drafts accepted, mean accepted length {drafted.length:.3f}")
     assert drafted.answers[: len(stories)] == plain.answers[: len(stories)]
     assert plain.drafts == 0
@@ -78,6 +78,14 @@ def test_the_class_of_the_published_models(folders: dict[str, Path], tmp_path: P
     folder = tiny.quantize(source, tmp_path / "quantized", "apex2", (*PACKED, *SHARED))
     more = {"limit_mm_per_prompt": {"image": 0, "video": 0}, "skip_tokenizer_init": True}
     assert_drafts_change_no_text(folder, tmp_path, **ON_CPUS, **more)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM takes the GPU")
+@pytest.mark.parametrize(("cards", "drafts"), [(2, 1), (1, 2)])
+def test_two_cards_and_two_drafts(cards: int, drafts: int, folders: dict[str, Path], tmp_path: Path) -> None:
+    mixed = [("mtp.fc.weight", 5), ("mtp.*.experts.down_proj", 3), ("mtp.*.k_proj.weight", 16)]
+    folder = tiny.quantize(folders["bf16"], tmp_path / "mixed", "apex2", (*PACKED, *SHARED, *mixed))
+    assert_drafts_change_no_text(folder, tmp_path, drafts, **ON_CPUS, tensor_parallel_size=cards)
 
 
 @pytest.fixture
