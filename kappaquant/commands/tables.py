@@ -14,6 +14,7 @@ from rich.text import Text
 
 from kappaquant.checkpoints import contents
 from kappaquant.checkpoints.checkpoint import Checkpoint
+from kappaquant.models.roles import Role
 from kappaquant.planning.plan import Plan
 from kappaquant.planning.profile import Profile
 from kappaquant.planning.sizes import Summary, Total
@@ -93,7 +94,20 @@ def plan_table(plan: Plan, sizes: Summary, shard_bytes: int) -> Group:
         by_format.add_row(format_id, *_cells(total))
     lines = [f"weight files: {shard_bytes:,} bytes ({decimal(shard_bytes)}), exactly"]
     lines.append(f"a decoded token reads {decimal(sizes.active_bytes_per_token)} of weights")
+    if sizes.mtp.tensors:
+        lines.append(mtp_line(sizes))
     return Group(by_family, by_format, *(Text(line) for line in lines))
+
+
+def mtp_line(sizes: Summary) -> str:
+    """What the multi-token-prediction head costs under a plan, and who pays for it."""
+    mtp = sizes.mtp
+    packed = [row for row in sizes.per_tensor if row.role is Role.MTP and row.format != "kept"]
+    how = f"{len(packed)} of {mtp.tensors} tensors packed" if packed else "kept"
+    return (
+        f"the MTP head ({how}) takes {mtp.output_bytes:,} bytes ({decimal(mtp.output_bytes)}), "
+        f"{mtp.output_bytes / sizes.output_bytes:.1%} of the weights; only speculative decoding reads it"
+    )
 
 
 _COLUMNS = ("tensors", "params", "before", "after", "bits/weight", "per token")

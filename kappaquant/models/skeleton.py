@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kappaquant")
 
 Config = str | Path | Mapping[str, Any]
+_MTP = "mtp."
+_LAYER = "model.layers.0."
 
 
 @dataclass(frozen=True)
@@ -119,27 +121,10 @@ def parameter_shapes(config: Config, names: Iterable[str] | None = None) -> dict
     if names is None:
         return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     names = list(names)
-    extra = _mtp_stand_ins(names, model)
-    layout = place(model, [*names, *{s for found in extra.values() for s in found}])
-    shapes = {}
-    for name in names:
-        for candidate in (name, *extra.get(name, ())):
-            if candidate in layout.places and (shape := layout.places[candidate].shape) is not None:
-                shapes[name] = shape
-                break
-    width = model.config.get_text_config().hidden_size
-    return shapes | {name: (width, 2 * width) for name in names if name == "mtp.fc.weight"}
-
-
-def _mtp_stand_ins(names: list[str], model: PreTrainedModel) -> dict[str, list[str]]:
-    """For a tensor of a multi-token-prediction layer, which no model class holds: its twins in the decoder layers."""
-    layers = range(model.config.get_text_config().num_hidden_layers)
-    found = {name: re.match(r"mtp\.layers\.\d+\.(.+)", name) for name in names}
-    return {
-        name: [f"{prefix}layers.{i}.{match[1]}" for prefix in ("model.language_model.", "model.") for i in layers]
-        for name, match in found.items()
-        if match
-    }
+    places = place(model, names).places
+    if any(name.startswith(_MTP) for name in names):
+        places |= place_mtp(config, names).places
+    return {name: shape for name in names if name in places and (shape := places[name].shape) is not None}
 
 
 def place(model: PreTrainedModel, names: Iterable[str]) -> Layout:
@@ -173,6 +158,47 @@ def place(model: PreTrainedModel, names: Iterable[str]) -> Layout:
         taken.add(found)
         layout.places[name] = found
     layout.missing = _missing(model, parameters, layout.places.values())
+    return layout
+
+
+def place_mtp(config: Config, names: Iterable[str]) -> Layout:
+    """Where the tensors of a multi-token-prediction head go, which no model class holds.
+
+    ``mtp.fc`` joins a token's normed embedding and the normed hidden state before it; ``mtp.layers.N``, full-attention
+    decoder layers of the model, and ``mtp.norm`` follow. Embedding and lm_head are the model's. There are as many layers
+    as ``mtp_num_hidden_layers`` says, one where it says nothing.
+
+    Args:
+        config: folder of a config.json, or its content.
+        names: checkpoint names, of which those below ``mtp.`` count; experts fused or one by one.
+
+    Raises:
+        UnsupportedError: unknown architecture.
+    """
+    text = load_config(config).get_text_config()
+    layers = getattr(text, "mtp_num_hidden_layers", None) or 1
+    width = text.hidden_size
+    text.num_hidden_layers, text.layer_types, text.architectures = 1, ["full_attention"], None
+    model = meta_model(text)
+    layout = Layout()
+    left = {name for name in names if name.startswith(_MTP)}
+    around = {"fc": (width, 2 * width)} | dict.fromkeys(
+        ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"), (width,)
+    )
+    for part, shape in around.items():
+        name = f"{_MTP}{part}.weight"
+        if name in left:
+            layout.places[name] = Place(name, shape)
+        else:
+            layout.missing.append(name)
+    for number in range(layers):
+        own = f"{_MTP}layers.{number}."
+        found = place(model, [_LAYER + name.removeprefix(own) for name in left if name.startswith(own)])
+        for name, at in found.places.items():
+            target = own + at.target.removeprefix(_LAYER)
+            layout.places[own + name.removeprefix(_LAYER)] = Place(target, at.shape, at.expert, at.row)
+        layout.missing += [own + name.removeprefix(_LAYER) for name in found.missing if name.startswith(_LAYER)]
+    layout.unexpected = sorted(left - layout.places.keys())
     return layout
 
 

@@ -61,12 +61,17 @@ class Summary:
 
     Bytes are the tensors' data; a file adds its safetensors header and the source's other files. Active bytes are what
     decoding one token of text reads: routed experts by top-k, one row of the embedding, no vision tower and no MTP head.
+
+    Attributes:
+        mtp: sums over the multi-token-prediction head, which only speculative decoding reads; of no tensors where there
+            is none.
     """
 
     per_tensor: tuple[TensorSize, ...]
     families: dict[str, Total]
     by_format: dict[str, Total]
     total: Total
+    mtp: Total
 
     @property
     def output_bytes(self) -> int:
@@ -113,6 +118,7 @@ def summary(plan: Plan, tensors: Mapping[str, TensorInfo], config: Mapping[str, 
         families=dict(sorted(totals.items(), key=lambda item: -item[1].output_bytes)),
         by_format={fmt: _total(members) for fmt, members in by_format.items()},
         total=_total(rows),
+        mtp=_total(row for row in rows if row.role is Role.MTP),
     )
 
 

@@ -53,6 +53,14 @@ def check_accounting(model: PreTrainedModel, checkpoint: Checkpoint) -> Layout:
     """
     layout = place(model, checkpoint.keys())
     what = type(model).__name__
+    check_layout(layout, checkpoint, what)
+    if layout.ignored:
+        logger.info("%s has no use for %d tensors, such as %s", what, len(layout.ignored), layout.ignored[0])
+    return layout
+
+
+def check_layout(layout: Layout, checkpoint: Checkpoint, what: str) -> None:
+    """Raise FormatError, naming the tensor, unless ``what`` has a place for each tensor and each place a tensor of its shape."""
     if layout.unexpected:
         name = layout.unexpected[0]
         raise FormatError(
@@ -78,9 +86,6 @@ def check_accounting(model: PreTrainedModel, checkpoint: Checkpoint) -> Layout:
                 f"{name}: transformers converts this tensor on loading in a way that packed weights do not support; "
                 "keep it at 16 bits"
             )
-    if layout.ignored:
-        logger.info("%s has no use for %d tensors, such as %s", what, len(layout.ignored), layout.ignored[0])
-    return layout
 
 
 class Assembler:

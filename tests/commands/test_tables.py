@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from builders import Q, quantize, tensors, write_source
+from planned import QWEN, TENSORS, plan
 from rich.console import Console
 
 import kappaquant
@@ -56,6 +57,22 @@ def test_a_plan(tmp_path: Path) -> None:
     assert all(row.format in text for row in sizes.per_tensor)
     assert "kept" in text
     assert all(family in text for family in sizes.families)
+
+
+def test_a_plan_says_what_the_mtp_head_costs() -> None:
+    for overrides, said in (
+        ([], "the MTP head (kept) takes 131,072 bytes (131.1 kB), "),
+        ([("mtp.*", 4)], "the MTP head (1 of 1 tensors packed) takes 33,792 bytes (33.8 kB), "),
+    ):
+        made = plan(overrides=overrides)
+        sizes = summary(made, TENSORS, QWEN)
+        (line,) = (line for line in printed(plan_table(made, sizes, 1)).splitlines() if "MTP" in line)
+        assert line.startswith(said)
+        share = f"{sizes.mtp.output_bytes / sizes.output_bytes:.1%}"
+        assert line.rstrip().endswith(f"{share} of the weights; only speculative decoding reads it")
+    without = {name: info for name, info in TENSORS.items() if not name.startswith("mtp.")}
+    made = plan(tensors=without)
+    assert "MTP" not in printed(plan_table(made, summary(made, without, QWEN), 1))
 
 
 def test_a_profile_says_what_is_not_finite(tmp_path: Path) -> None:

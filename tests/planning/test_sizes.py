@@ -35,6 +35,19 @@ def test_summary_is_exact() -> None:
     assert got.active_bytes_per_token == active
 
 
+def test_what_the_mtp_head_costs() -> None:
+    kept = summary(plan(bits=3), TENSORS, QWEN)
+    packed = summary(plan(bits=3, overrides=[("mtp.layers.*", 4)]), TENSORS, QWEN)
+    assert kept.mtp.output_bytes == kept.mtp.source_bytes == 256 * 256 * 2
+    assert packed.mtp.output_bytes == 256 * 2 * (64 + 2)
+    assert kept.output_bytes - packed.output_bytes == kept.mtp.output_bytes - packed.mtp.output_bytes
+    assert kept.mtp.active_bytes == packed.mtp.active_bytes == 0
+    assert kept.mtp == kept.families["mtp"]
+    without = {name: info for name, info in TENSORS.items() if not name.startswith("mtp.")}
+    none = summary(plan(bits=3, tensors=without), without, QWEN)
+    assert none.mtp.tensors == none.mtp.output_bytes == 0
+
+
 def test_active_bytes_agree_between_expert_layouts_and_count_a_tied_embedding_whole(tmp_path: Path) -> None:
     fused, config = in_memory("mixtral")
     separate, saved_config = saved("mixtral", tmp_path)

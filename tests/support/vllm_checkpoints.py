@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import tiny_models
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import kappaquant
 from kappaquant.models.skeleton import load_config, model_class
 
 ARCHITECTURES = ("llama", "qwen3", "mixtral", "qwen3_moe", "qwen3_5_moe_text", "qwen3_5_moe")
+GATE_UP = ("gate_proj", "up_proj")
 GROUP = 32  # so that two cards share tiny matrices in whole groups
 RANDOM_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 
@@ -37,6 +40,32 @@ def save_source(architecture: str, folder: Path, experts: tiny_models.Experts = 
             if parameter.dim() > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
     model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def as_multimodal(text: Path, folder: Path) -> Path:
+    """A text model and its MTP head in the class and the names of the published ones: a vision tower, experts one by one."""
+    config = json.loads((text / "config.json").read_text())
+    config["rope_parameters"] |= {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
+    vision = {**tiny_models._VISION, "out_hidden_size": config["hidden_size"]}
+    whole = transformers.Qwen3_5MoeConfig(**{**tiny_models._MULTIMODAL, "vision_config": vision}, text_config=config)
+    whole.tie_word_embeddings = False
+    model = transformers.Qwen3_5MoeForConditionalGeneration(whole).to(torch.bfloat16)
+    content = {name: t for name, t in model.state_dict().items() if ".visual." in name}
+    for name, tensor in load_file(text / "model.safetensors").items():
+        name = name.replace("model.", "model.language_model.")
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            content[name] = tensor
+            continue
+        layer, _, projection = name.rpartition(".")
+        for expert, matrix in enumerate(tensor):
+            parts = (
+                {"down_proj": matrix} if projection == "down_proj" else dict(zip(GATE_UP, matrix.chunk(2), strict=True))
+            )
+            content |= {f"{layer}.{expert}.{part}.weight": rows.clone() for part, rows in parts.items()}
+    whole.architectures = ["Qwen3_5MoeForConditionalGeneration"]
+    whole.save_pretrained(folder)
+    save_file(content, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

@@ -25,9 +25,10 @@ from kappaquant.engines.vllm.experts import ExpertsMethod
 from kappaquant.engines.vllm.linear import EmbeddingMethod, LinearMethod
 from kappaquant.errors import FormatError, UnsupportedError
 from kappaquant.formats.registry import suffixes
+from kappaquant.models.architectures.base import find, union
 from kappaquant.models.roles import Role, kind_of
-from kappaquant.models.skeleton import meta_model
-from kappaquant.runtime.assemble import check_accounting
+from kappaquant.models.skeleton import meta_model, place_mtp
+from kappaquant.runtime.assemble import check_accounting, check_layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -53,6 +54,7 @@ class KappaquantConfig(QuantizationConfig):
         self.names = {name: name for name in content["tensors"]}
         self.checkpoint: Checkpoint | None = None
         self._claimed: set[str] = set()
+        self._drafting = False  # vLLM builds the model first, then, for speculative decoding, its MTP head
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> KappaquantConfig:
@@ -85,10 +87,15 @@ class KappaquantConfig(QuantizationConfig):
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """vLLM asks for it when it begins to load: what is packed must have found a packed layer by now."""
         self._check_claims()
-        return super().get_checkpoint_weight_mapper() | WeightsMapper(orig_to_new_regex=_renamed())
+        rules = (_shared() if self._drafting else {}) | _renamed()
+        return super().get_checkpoint_weight_mapper() | WeightsMapper(orig_to_new_regex=rules)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         checkpoint = self._opened()
+        if (find(checkpoint.config) or union()).mtp_prefix.match(prefix):
+            self._begin_drafting()
+        if self._drafting and isinstance(layer, VocabParallelEmbedding):
+            return None  # once it is loaded, vLLM gives the head the model's own layers in place of these
         if isinstance(layer, RoutedExperts):
             found = {name: stored for name, stored in self.names.items() if name.startswith(f"{prefix}.")}
             if not self._claim(found.values()):
@@ -148,14 +155,33 @@ class KappaquantConfig(QuantizationConfig):
             self._claimed.update(names)
         return packed
 
-    def _check_claims(self) -> None:
-        """Raise UnsupportedError for a packed tensor that no packed layer of vLLM's model takes."""
+    def _begin_drafting(self) -> None:
+        """Account for every tensor of the MTP head, which transformers does not know and vLLM does not ask for."""
+        if self._drafting:
+            return
         checkpoint = self._opened()
-        if get_current_vllm_config().parallel_config.pipeline_parallel_size > 1:
+        self._drafting = True
+        if not any(self._role(name) is Role.MTP for name in checkpoint.keys()):
+            raise FormatError(
+                f"{checkpoint.path}: has no MTP head, by which --speculative-config drafts tokens; quantize a source that "
+                "has one (tensors below mtp.), or serve without that option"
+            )
+        try:
+            layout = place_mtp(checkpoint.path, checkpoint.keys())
+        except UnsupportedError as problem:
+            logger.warning("%s; what vLLM's MTP head leaves out of %s will not be noticed", problem, checkpoint.path)
+        else:
+            check_layout(layout, checkpoint, "the MTP head, by which --speculative-config drafts,")
+
+    def _check_claims(self) -> None:
+        """Raise UnsupportedError for a packed tensor that no packed layer of the model vLLM loads takes."""
+        checkpoint = self._opened()
+        if get_current_vllm_config().parallel_config.pipeline_parallel_size > 1 and not self._drafting:
             return  # this rank's layers are some of the model's
         for name in checkpoint.keys():
-            kind = kind_of(name, checkpoint.entry(name).info, checkpoint.config)
-            built = kind.role not in (Role.MTP, Role.VISION)  # vLLM leaves these away unless asked for
+            role = self._role(name)
+            # vLLM leaves vision away unless asked for, and the MTP head until the rest is loaded
+            built = role is Role.MTP if self._drafting else role not in (Role.MTP, Role.VISION)
             if built and checkpoint.format_of(name) is not None and name not in self._claimed:
                 raise UnsupportedError(
                     f"{name}: vLLM's model holds this tensor in a layer that cannot be packed; keep it at 16 bits, "
@@ -164,14 +190,18 @@ class KappaquantConfig(QuantizationConfig):
 
     def _embedding(self) -> list[str]:
         """The embedding matrix, which a tied head shares."""
+        return [name for name in self._opened().keys() if self._role(name) is Role.EMBEDDING]
+
+    def _role(self, name: str) -> Role:
         checkpoint = self._opened()
-        return [
-            name
-            for name in checkpoint.keys()
-            if kind_of(name, checkpoint.entry(name).info, checkpoint.config).role is Role.EMBEDDING
-        ]
+        return kind_of(name, checkpoint.entry(name).info, checkpoint.config).role
 
 
-def _renamed() -> dict[regex.Pattern[str], str]:
+def _shared() -> dict[regex.Pattern[str], str | None]:
+    """Parts of a packed embedding or lm_head are not read for an MTP head, which is given the model's own layers."""
+    return {regex.compile(rf"(?:^|\.)(?:embed_tokens|lm_head)\.weight{regex.escape(end)}$"): None for end in suffixes()}
+
+
+def _renamed() -> dict[regex.Pattern[str], str | None]:
     """How the names of parts change on their way into vLLM: see ``linear.endings``."""
     return {regex.compile(rf"{regex.escape(end)}$"): end.replace(".", "_") for end in suffixes()}
