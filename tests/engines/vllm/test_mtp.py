@@ -14,6 +14,7 @@ import vllm_checkpoints as tiny
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm_drafts import DRAFT, generate
+from vllm_gpu import options as gpu_options
 from vllm_layers import config_of
 
 import kappaquant
@@ -54,8 +55,6 @@ def assert_drafts_change_no_text(folder: Path, where: Path, drafts: int = 1, **o
 
 # vLLM's CPU kernels cannot copy the states of GatedDeltaNet that prefix caching keeps for drafts
 ON_CPUS = {"enforce_eager": True, "enable_prefix_caching": False}
-# of its prefills of GatedDeltaNet this one needs nothing beside vLLM
-ON_GPUS = {"gpu_memory_utilization": 0.3, "additional_config": {"gdn_prefill_backend": "triton"}}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM takes the GPU")
@@ -68,7 +67,7 @@ def test_drafts_change_no_text(name: str, folders: dict[str, Path], tmp_path: Pa
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("name", ["bf16", "kept", "packed", "shared"])
 def test_drafts_change_no_text_on_a_gpu(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    assert_drafts_change_no_text(folders[name], tmp_path, **ON_GPUS)
+    assert_drafts_change_no_text(folders[name], tmp_path, **gpu_options(folders[name]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM takes the GPU")
