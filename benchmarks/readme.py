@@ -1,4 +1,4 @@
-"""Write the measured numbers into README.md and guides, between <!-- name --> and <!-- /name -->, from benchmarks/results/.
+"""Write the measured numbers into README.md, between <!-- name --> and <!-- /name -->, from benchmarks/results/.
 
 python -m benchmarks.readme
 """
@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.environment import RESULTS, ROOT
 
 README = ROOT / "README.md"
-SERVING = ROOT / "docs" / "serving.md"
 
 
 def result(name: str) -> dict[str, Any]:
@@ -186,69 +185,18 @@ def ablation() -> str:
     )
 
 
-def vllm_serving() -> str:
-    """Layers of the 35 B model in vLLM, beside vLLM's own formats."""
-    measured = result("vllm_serving")
-    rows = []
-    for row in measured["rows"]:
-        steps = [f"{step['step_ms']:.2f} ({step['busy_ms']:.2f})" for step in row["steps"]]
-        speeds = [f"{step['tokens_per_s']:.0f}" for step in row["steps"]]
-        prompts = [f"{prompt['first_token_ms']:.1f}" for prompt in row["prompts"]]
-        rows.append([row["model"], f"{row['resident_gb']:.2f}", *steps, *speeds, *prompts])
-    first = measured["rows"][0]
-    batches = [step["batch"] for step in first["steps"]]
-    head = [
-        "model", "weights GB", *(f"step at {b}, ms (kernels)" for b in batches), *(f"tok/s at {b}" for b in batches),
-        *(f"first token of {p['batch']} x {p['context']}, ms" for p in first["prompts"]),
-    ]  # fmt: skip
-    about = measured["environment"]
-    missed = [f"{aim['what']}: {aim['reached']} ({aim['aim']})" for aim in measured["aims"] if not aim["met"]]
-    met = len(measured["aims"]) - len(missed)
-    aims = f"{met} of {len(measured['aims'])} aims are met" + (f"; missed: {'; '.join(missed)}" if missed else "")
-    return (
-        f"{_table(head, rows)}\n\n{about['layers']} layers, random weights; {about['device']}, vLLM {about['vllm']}, torch "
-        f"{about['torch']}, commit {about['commit']} ([vllm_serving.json](../benchmarks/results/vllm_serving.json)). {aims}."
-    )
-
-
-def vllm_profile() -> str:
-    """What the kernels of a step are for, in vLLM and in the project's own decoder."""
-    measured = result("vllm_serving")["rows"]
-    parts = []
-    for at, step in enumerate(measured[0]["steps"]):
-        found = {row["model"]: row["steps"][at]["purposes"] for row in measured}
-        purposes = sorted(
-            {p for each in found.values() for p in each},
-            key=lambda p: -found[measured[0]["model"]].get(p, {"us": 0})["us"],
-        )
-        rows = [
-            [
-                what,
-                *(
-                    f"{each[what]['us']:.0f} ({each[what]['launches']:.0f})" if what in each else "–"
-                    for each in found.values()
-                ),
-            ]
-            for what in purposes
-        ]
-        busy = ["together, less what overlaps", *(f"{1e3 * row['steps'][at]['busy_ms']:.0f}" for row in measured)]
-        parts.append(_table([f"batch {step['batch']}: µs (launches)", *found], [*rows, busy]))
-    return "\n\n".join(parts)
-
-
 BLOCKS = {
     "demo": demo, "sizes": sizes, "cost": cost, "codec": codec, "gpu_kernels": gpu_kernels, "gpu_decode": gpu_decode,
     "reference_table": reference_table, "ablation": ablation,
 }  # fmt: skip
-GUIDES = {SERVING: {"vllm_serving": vllm_serving, "vllm_profile": vllm_profile}}
 
 
-def render(text: str, blocks: Mapping[str, Callable[[], str]] = BLOCKS, where: str = "README.md") -> str:
-    """A document's text, README's by default, with every block made anew."""
-    for name, block in blocks.items():
+def render(text: str) -> str:
+    """README's text with every block made anew."""
+    for name, block in BLOCKS.items():
         found = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         if len(found.findall(text)) != 1:
-            raise SystemExit(f"{where} needs exactly one block {name}")
+            raise SystemExit(f"README.md needs exactly one block {name}")
         made = block()
         text = found.sub(lambda match, made=made: match[1] + made + match[2], text)  # type: ignore[misc]
     return text
@@ -265,8 +213,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def main() -> None:
-    for path, blocks in {README: BLOCKS, **GUIDES}.items():
-        path.write_text(render(path.read_text(encoding="utf-8"), blocks, path.name), encoding="utf-8")
+    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
@@ -120,6 +121,19 @@ def table(found: list[dict[str, Any]]) -> Table:
     return made
 
 
+def profiles(found: list[dict[str, Any]]) -> Iterator[Table]:
+    """For each batch what the kernels of a step are for, in every variant: microseconds (launches)."""
+    for at, step in enumerate(found[0]["steps"]):
+        each = [row["steps"][at]["purposes"] for row in found]
+        purposes = dict.fromkeys(what for of_row in each for what in of_row)
+        made = Table(f"batch {step['batch']}, us (launches)", *(row["model"] for row in found))
+        for what in purposes:
+            cells = (f"{one[what]['us']:.0f} ({one[what]['launches']:.0f})" if what in one else "-" for one in each)
+            made.add_row(what, *cells)
+        made.add_row("together, less what overlaps", *(f"{1e3 * row['steps'][at]['busy_ms']:.0f}" for row in found))
+        yield made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
@@ -144,7 +158,7 @@ def main() -> None:
             found.append(run(name, folder))
             save(options.result, {"environment": about, "rows": found, "aims": aims(found)})  # keeps what it has
     console = Console(width=160)
-    console.print(table(found))
+    console.print(table(found), *profiles(found))
     for aim in aims(found):
         console.print(
             f"{'met   ' if aim['met'] else 'missed'} {aim['what']}: {aim['reached']} ({aim['aim']})", highlight=False

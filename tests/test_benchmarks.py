@@ -5,23 +5,13 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import gpu_plot
-from benchmarks.readme import GUIDES, README, render, result
+from benchmarks.readme import README, render, result
 from kappaquant.formats.codebook import BITS
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "codec_error",
-        "demo",
-        "plan_sizes",
-        "quantize_cost",
-        "gpu_kernels",
-        "gpu_decode",
-        "gpu_encode",
-        "activations",
-        "vllm_serving",
-    ],
+    ["codec_error", "demo", "plan_sizes", "quantize_cost", "gpu_kernels", "gpu_decode", "gpu_encode", "activations"],
 )
 def test_results_say_what_they_ran_on(name: str) -> None:
     about = result(name)["environment"]
@@ -33,9 +23,6 @@ def test_readme_shows_the_results() -> None:
     text = README.read_text(encoding="utf-8")
     assert render(text) == text, "run python -m benchmarks.readme"
     assert render(text.replace("| uniform 3 |", "| uniform 9 |")) == text
-    for path, blocks in GUIDES.items():
-        text = path.read_text(encoding="utf-8")
-        assert render(text, blocks, path.name) == text, f"{path.name}: run python -m benchmarks.readme"
 
 
 def test_codec_error_keeps_its_bounds() -> None:

@@ -34,6 +34,8 @@ _SERVED: dict[str, tuple[Kernel, Format]] = {}
 _LIBRARY = torch.library.Library("kappaquant", "FRAGMENT")
 KEPT = "kept"
 """In place of a spec: a plain matrix."""
+SEPARATOR = ";"
+"""Between specs. A line break would not do: torch.compile writes an op's arguments into comments above the GPU kernels beside it."""
 
 
 def register(kernel: Kernel) -> None:
@@ -156,7 +158,7 @@ def linear(
     Args:
         prepared: by ``prepare``, for the only weight; else empty, and the op prepares each kind of input once for all weights.
         tensors: of all weights, in order.
-        specs: of each weight, separated by newlines; "kept" for a plain matrix.
+        specs: of each weight, see ``SEPARATOR``; "kept" for a plain matrix.
     """
     flat = x.reshape(-1, x.shape[-1])
     left = iter(tensors)
@@ -197,7 +199,7 @@ class _Inputs:
 def _resolved(specs: str) -> tuple[tuple[Kernel, Format, int] | None, ...]:
     """For each spec its kernel, format, and how many tensors the kernel has; None for a plain matrix."""
     found: list[tuple[Kernel, Format, int] | None] = []
-    for spec in specs.split("\n"):
+    for spec in specs.split(SEPARATOR):
         if spec == KEPT:
             found.append(None)
             continue
@@ -248,10 +250,10 @@ def experts(
     """Gated experts by one kernel, see ``Kernel.experts``: x [tokens, hidden] -> [tokens, hidden].
 
     Args:
-        specs: of gate_up [E, 2 * inner, hidden] and down [E, hidden, inner], separated by a newline.
+        specs: of gate_up [E, 2 * inner, hidden] and down [E, hidden, inner], see ``SEPARATOR``.
         shapes: of both, one after the other.
     """
-    first, second = specs.split("\n")
+    first, second = specs.split(SEPARATOR)
     (kernel, fmt), (_, other) = _SERVED[first], _SERVED[second]
     return kernel.experts(
         x, index, weights, Arranged(fmt, tuple(shapes[:3]), tuple(gate_up)),
@@ -282,7 +284,7 @@ def fused_linear(
         specs.append(spec)
         tensors += held
         rows.append(count)
-    return linear(x, [], tensors, "\n".join(specs), rows, bias, activations)
+    return linear(x, [], tensors, SEPARATOR.join(specs), rows, bias, activations)
 
 
 def encode(weight: Tensor, fmt: Format, effort: Effort = "best", *, name: str = "weight") -> Encoded:

@@ -178,7 +178,7 @@ class QuantExperts(nn.Module):
             gate_up, down = whole
             return dispatch.experts(
                 hidden_states, top_k_index, top_k_weights, gate_up.tensors, down.tensors,
-                f"{gate_up.spec}\n{down.spec}", [*gate_up.shape, *down.shape], self.shared.activations,
+                dispatch.SEPARATOR.join((gate_up.spec, down.spec)), [*gate_up.shape, *down.shape], self.shared.activations,
             )  # fmt: skip
         gate, up = self.gate_up_proj(hidden_states, top_k_index).chunk(2, dim=-1)
         inner = self.act_fn(gate) * up

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 from packed_weights import held
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from kappaquant.errors import RegistrationError, UnsupportedError
 from kappaquant.formats.base import Format
@@ -120,6 +121,16 @@ def test_grouped_linear_decodes_only_experts_that_occur(tiles: list[torch.Size])
     weight, _ = held(random(64, 8, 32), CodebookFormat(3, 32), "grouped")
     weight.grouped_linear(random(1, 32), torch.tensor([[7, 60, 7]]))
     assert [shape[0] for shape in tiles] == [8, 8]
+
+
+def test_a_graph_writes_a_product_in_one_line() -> None:
+    """torch.compile puts what ``format_node`` says in a comment above GPU kernels; a second line of it would be code."""
+    weights = [held(random(2, 64), CodebookFormat(bits, 32))[0] for bits in (3, 5)]
+    parts = [(weight.spec, weight.tensors, 2) for weight in weights]
+    parts.append((dispatch.KEPT, (random(3, 64),), 3))
+    graph = make_fx(lambda x: dispatch.fused_linear(x, parts, None, "int8"))(random(4, 64)).graph
+    (product,) = [node for node in graph.nodes if "kappaquant.linear" in str(node.target)]
+    assert len(str(product.format_node()).splitlines()) == 1
 
 
 def test_decode_is_the_codecs() -> None:
