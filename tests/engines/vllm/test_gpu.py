@@ -75,10 +75,13 @@ def test_prompts_of_all_lengths_at_once(tokenizer: Any, tmp_path: Path) -> None:
 
 @two_cards
 def test_two_cards_share_the_reference_model(tokenizer: Any, tmp_path: Path) -> None:
-    """By tensor, expert and pipeline parallelism: as many right answers, and each card holds what ``inspect --tp 2`` says."""
+    """By tensor and expert parallelism: as many right answers, and each card holds what ``inspect --tp 2`` says.
+
+    vLLM 0.32 cannot cut this model into two pipeline stages, in bf16 either: the first would have no attention layer.
+    """
     folder, asked = quantized(tmp_path, "apex2", group_size=64), problems(0, STORIES)
     prompts = [tokenizer(problem.prompt)["input_ids"] for problem in asked]
-    found = ask(tmp_path, prompts, [options(folder, **way) for way in WAYS], sampling(tokenizer))
+    found = ask(tmp_path, prompts, [options(folder, **way) for way in WAYS[:3]], sampling(tokenizer))
     shares = [right(asked, each, tokenizer) for each in found]
     print(shares, [[sum(weights(rank).values()) for rank in each["resident"]] for each in found])
     assert max(shares) - min(shares) <= 0.01
@@ -102,6 +105,9 @@ def test_two_cards_share_a_large_model(tmp_path: Path) -> None:
     print(moved)
     assert max(moved) < 0.05
     check_resident(folder, found)
+    whole, stages = (sum(sum(weights(rank).values()) for rank in found[way]["resident"]) for way in (0, 3))
+    assert len(found[3]["resident"]) == 2
+    assert 0.98 * whole <= stages <= 1.02 * whole
 
 
 def weights(rank: dict[str, int]) -> dict[str, int]:
@@ -117,7 +123,3 @@ def check_resident(folder: Path, found: list[dict[str, Any]]) -> None:
         held = [sum(weights(rank).values()) for rank in each["resident"]]
         assert len(held) == cards
         assert 0.98 * said <= max(held) <= 1.02 * said
-    whole = sum(sum(weights(rank).values()) for rank in found[3]["resident"])
-    (alone,) = found[0]["resident"]
-    assert len(found[3]["resident"]) == 2
-    assert 0.98 * sum(weights(alone).values()) <= whole <= 1.02 * sum(weights(alone).values())
