@@ -1,8 +1,8 @@
-"""The yardstick of the reference table: one float32 model that takes on each variant's weights, held-out text and problems."""
+"""The yardstick of the tables: one float32 model that takes on each variant's weights, held-out text and problems."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,25 +51,21 @@ def kld_difference(first: Reading, second: Reading) -> Measured:
     return Bootstrap(len(first.kld)).mean([a - b for a, b in zip(first.kld, second.kld, strict=True)])
 
 
-class Yardstick:
-    """The original in float32, what it says of the text, and its answers.
+class TextYardstick:
+    """The original in float32, and what it says of the text.
 
     Args:
         folder: of the original.
-        texts: worked problems, and as many scenes of prose.
-        asked: problems to answer.
+        text: its token sequences, made with the original's tokenizer.
     """
 
-    def __init__(self, folder: Path, texts: int, asked: int) -> None:
+    def __init__(self, folder: Path, text: Callable[[Any], list[list[int]]]) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self._original = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        told = problems(_SEED, max(texts, asked))
-        self.questions = [evaluate.Question(p.prompt, p.answer) for p in told[:asked]]
-        worked = [p.prompt + p.worked for p in told[:texts]]
-        self.sequences = evaluate.windows(self.tokenizer, worked + scenes(_SEED, texts))
+        self.sequences = text(self.tokenizer)
         self._batches = list(by_length(self.sequences, _BATCH_TOKENS))
         vocabulary = self.model.config.get_text_config().vocab_size  # all of it: divergences are exact
         self._top = {i: keep_top(logits, seen, vocabulary) for i, seen, logits in self._scored(self.model)}
@@ -79,19 +75,16 @@ class Yardstick:
         """Tokens predicted."""
         return sum(len(sequence) - 1 for sequence in self.sequences)
 
+    def perplexity(self) -> Measured:
+        """The original's, with its interval."""
+        return Bootstrap(len(self._top)).perplexity([self._top[i]["loss"].numpy() for i in sorted(self._top)])
+
     def read(self, tensors: Mapping[str, Tensor], model: Any = None) -> Reading:
         """The text under these weights; tensors that are not named are the original's. ``model``: another to run it."""
         with self._wearing(tensors):
             found = {i: diverge(self._top[i], logits, seen) for i, seen, logits in self._scored(model or self.model)}
         columns = {key: [found[i][key].numpy() for i in sorted(found)] for key in ("kld", "agreed", "loss")}
         return Reading(**columns)
-
-    def answers(self, tensors: Mapping[str, Tensor]) -> evaluate.ExactMatch:
-        """The problems, answered greedily under these weights."""
-        with self._wearing(tensors):
-            return evaluate.exact_match(
-                self.model, self.tokenizer, self.questions, extract_answer, max_new_tokens=MAX_NEW_TOKENS
-            )
 
     def _scored(self, model: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
         for index, predicted, (logits,) in scored([model], self.sequences, batches=self._batches):
@@ -106,6 +99,29 @@ class Yardstick:
             yield
         finally:
             _copy({name: self._original[name] for name in tensors}, held)
+
+
+class Yardstick(TextYardstick):
+    """The reference model over held-out worked problems and prose, and its answers.
+
+    Args:
+        folder: of the original.
+        texts: worked problems, and as many scenes of prose.
+        asked: problems to answer.
+    """
+
+    def __init__(self, folder: Path, texts: int, asked: int) -> None:
+        told = problems(_SEED, max(texts, asked))
+        self.questions = [evaluate.Question(p.prompt, p.answer) for p in told[:asked]]
+        worked = [p.prompt + p.worked for p in told[:texts]]
+        super().__init__(folder, lambda tokenizer: evaluate.windows(tokenizer, worked + scenes(_SEED, texts)))
+
+    def answers(self, tensors: Mapping[str, Tensor]) -> evaluate.ExactMatch:
+        """The problems, answered greedily under these weights."""
+        with self._wearing(tensors):
+            return evaluate.exact_match(
+                self.model, self.tokenizer, self.questions, extract_answer, max_new_tokens=MAX_NEW_TOKENS
+            )
 
 
 def answered(match: evaluate.ExactMatch, original: evaluate.ExactMatch) -> dict[str, Any]:
