@@ -38,6 +38,7 @@ from kappaquant.evaluate.documents.report import rounded
 NEVER = 1e9  # a κ that no tensor reaches: policies here keep nothing in 16 bits
 OWN: dict[str, dict[str, Any]] = {
     **{f"uniform {bits}": {"policy": "uniform", "bits": bits} for bits in (2, 3, 4, 5, 6)},
+    **{f"uniform {bits} g64": {"policy": "uniform", "bits": bits, "group_size": 64} for bits in (3, 4)},
     "apex": {"policy": "recipe", "recipe": "apex"},
     "apex2": {"policy": "recipe", "recipe": "apex2"},
     "kurtosis 2.5": {"policy": "kurtosis", "ladder": (2, 3)},

@@ -174,7 +174,7 @@ def read_gguf(path: Path, names: dict[str, str], heads: dict[str, int]) -> dict[
 
     found = {}
     for tensor in GGUFReader(path).tensors:
-        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        values = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)  # a copy: the file is mapped
         kind = tensor.name.split(".")[-2]
         if kind in heads:
             values = rows_of_the_hub(values, heads[kind])
