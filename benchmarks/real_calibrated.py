@@ -33,7 +33,15 @@ def absent() -> str | None:
 def variants() -> list[Variant]:
     """Each method at each width."""
     return [
-        Variant(f"{title} int{bits} g{GROUP}", "calibrated peer", setting, partial(made, method, bits), True, absent)
+        Variant(
+            f"{title} int{bits} g{GROUP}",
+            "calibrated peer",
+            setting,
+            partial(made, method, bits),
+            True,
+            absent,
+            partial(seconds, method, bits),
+        )
         for method, (title, widths, setting) in METHODS.items()
         for bits in widths
     ]
@@ -48,10 +56,15 @@ def made(method: str, bits: int, bench: Bench) -> Packed:
     return {name: (weight, nbytes[name]) for name, weight in load_file(path).items()}
 
 
+def seconds(method: str, bits: int, bench: Bench) -> float:
+    """How long the method took, as its file says."""
+    return float(about(output(method, bits, bench))["seconds"])
+
+
 def output(method: str, bits: int, bench: Bench) -> Path:
     """The file of dequantized weights, made now unless it is there."""
     tokens = json.dumps(bench.halves[0])
-    folder = bench.folder / "calibrated"
+    folder = bench.folder.with_name(bench.folder.name + "-calibrated")  # inside, it would pass for a part of the model
     folder.mkdir(exist_ok=True)
     path = folder / f"{method}-{bits}-g{GROUP}-{hashlib.sha256(tokens.encode()).hexdigest()[:12]}.safetensors"
     if not path.exists():
