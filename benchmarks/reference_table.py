@@ -60,11 +60,8 @@ class Bench:
         return kappaquant.make_plan(self.infos, self.source.config, profile=self.kappa, **options)
 
     def checkpoint(self, name: str, plan: Plan) -> dict[str, tuple[Tensor, int]]:
-        """Quantize as the command does, and read back: name -> (dequantized, bytes) of the quantized tensors."""
-        kappaquant.quantize(self.source, self.work / name, plan)
-        checkpoint = open_checkpoint(self.work / name)
-        packed = [tensor for tensor in checkpoint.keys() if checkpoint.format_of(tensor) is not None]
-        return {tensor: (checkpoint.dequantize(tensor), checkpoint.nbytes(tensor)) for tensor in packed}
+        """See ``quantized``."""
+        return quantized(self.source, plan, self.work / name)
 
     def source_tensors(self) -> dict[str, Tensor]:
         """The source's weights, by name."""
@@ -82,6 +79,14 @@ class Bench:
             "bits_per_weight": weights.bits_per_weight, "share_quantized": weights.quantized / weights.weights,
             **figures, "exact_match": match,
         }  # fmt: skip
+
+
+def quantized(source: Source, plan: Plan, folder: Path) -> dict[str, tuple[Tensor, int]]:
+    """Quantize as the command does, and read back: name -> (dequantized, bytes) of the quantized tensors."""
+    kappaquant.quantize(source, folder, plan)
+    checkpoint = open_checkpoint(folder)
+    packed = [tensor for tensor in checkpoint.keys() if checkpoint.format_of(tensor) is not None]
+    return {tensor: (checkpoint.dequantize(tensor), checkpoint.nbytes(tensor)) for tensor in packed}
 
 
 def own_rows(bench: Bench) -> Iterator[Row]:

