@@ -36,6 +36,7 @@ class Contents:
         measured: parameter -> what was learnt of it, such as its kurtosis, as JSON values.
         hashes: stored tensor -> SHA-256.
         shards: file name -> layout.
+        calibration: what text decided codes, as JSON values; None where none did.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Contents:
     measured: Mapping[str, Mapping[str, Any]]
     hashes: Mapping[str, str]
     shards: Mapping[str, ShardLayout]
+    calibration: Mapping[str, Any] | None = None
 
 
 class Container(ABC):

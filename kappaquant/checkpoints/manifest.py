@@ -76,6 +76,7 @@ def manifest(contents: Contents, config: Mapping[str, Any]) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "source": {"model": contents.model, "revision": contents.revision},
         "effort": contents.effort,
+        **({"calibration": dict(contents.calibration)} if contents.calibration else {}),
         "plan": json.loads(contents.plan.record()),
         "quantization_config_sha256": config_digest(config),
         "tensors": {

@@ -141,7 +141,10 @@ def _manifest(path: Path) -> dict[str, Any]:
             "effort": str(),
             "plan": {"policy": str(), "inputs": {}, "group_size": int() | "auto"},
         }:
-            return manifest
+            match manifest.get("calibration"):
+                case None | {"file": str(), "tokens": int(), "tokens_sha256": str()}:
+                    return manifest
+            raise FormatError(f"{path}: its calibration lacks a file, tokens or tokens_sha256, which a card tells")
     raise FormatError(f"{path}: lacks what a card is made from: kappaquant_version, source, effort or plan")
 
 

@@ -142,9 +142,12 @@ def reproduction(facts: Facts) -> str:
     """The commands that make the same bytes again."""
     pinned = f" --revision {facts.revision}" if facts.revision else ""
     extract = f"""python -c 'import json; print(json.dumps(json.load(open("{MANIFEST_NAME}"))["plan"]))' > plan.json"""
+    text = facts.manifest.get("calibration")
+    calibrated = f" --calibration path/to/{text['file']} --calibration-tokens {text['tokens']}" if text else ""
+    effort = f" --effort {facts.manifest['effort']}{calibrated}"
     lines = [
         extract,
-        f"kappaquant quantize {facts.original} -o {facts.name} --plan plan.json --effort {facts.manifest['effort']}{pinned}",
+        f"kappaquant quantize {facts.original} -o {facts.name} --plan plan.json{effort}{pinned}",
     ]
     if found := facts.evaluation:
         s, tokens = found.settings, found.text.tokens + found.text.sequences  # the first of a sequence is not predicted
@@ -153,8 +156,13 @@ def reproduction(facts: Facts) -> str:
             f"--tokens {tokens} --window {s.window} --top-k {s.top_k} --dtype {s.dtype} --activations {s.activations}"
         )
         lines += [f"{lines[-1]} {_task_options(task)}" for task in found.tasks]
+    same = (
+        f", calibrated on the same machine with the same text (tokens' SHA-256 `{text['tokens_sha256']}`)"
+        if text
+        else ""
+    )
     return (
-        f"## Make it again\n\nThe plan, bits and reason of every tensor, is in `{MANIFEST_NAME}`; the same source and plan give the same bytes.\n\n"
+        f"## Make it again\n\nThe plan, bits and reason of every tensor, is in `{MANIFEST_NAME}`; the same source and plan give the same bytes{same}.\n\n"
         "```\n" + "\n".join(lines) + "\n```"
     )
 

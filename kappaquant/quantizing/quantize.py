@@ -18,6 +18,7 @@ from kappaquant.files.processes import ItemError, choose_device, choose_jobs, po
 from kappaquant.files.tensors import ranges
 from kappaquant.formats.base import EFFORTS, Effort, Format
 from kappaquant.planning.plan import Plan
+from kappaquant.quantizing.calibration.text import Calibration
 from kappaquant.quantizing.slices import Slice, Sums, encode_slice
 from kappaquant.sources.source import Source
 from kappaquant.version import __version__
@@ -57,6 +58,7 @@ def quantize(
     plan: Plan,
     options: Options | None = None,
     progress: Progress = lambda stage, done, total: None,
+    calibration: Calibration | None = None,
 ) -> Path:
     """Write ``source`` quantized by ``plan`` to the new folder ``output``.
 
@@ -65,6 +67,8 @@ def quantize(
 
     Args:
         progress: called with a stage ("encode", "hash"), the source bytes done and the bytes in all.
+        calibration: text that decoder layers read while their weights are rounded for it (docs/calibration.md); what is in no
+            layer is encoded by ``options.effort``. The same machine and libraries give the same bytes, resumed or not.
 
     Raises:
         PlanError, SourceError, NonFiniteError, OutputError: see each; the message says what to do.
@@ -72,30 +76,36 @@ def quantize(
     options = options or Options()
     plan.check(source.tensors, source.config)
     container_by_id(options.container).check_plan(plan, source.tensors)
+    if calibration and options.container != "kappaquant":
+        raise PlanError(f"--format {options.container} is not calibrated; write the kappaquant format")
     output = Path(output).absolute()
     with Writer(
-        output, _fingerprint(source, plan, options), inside=source.folder, stage="encode", progress=progress,
+        output, _fingerprint(source, plan, options, calibration), inside=source.folder, stage="encode", progress=progress,
         total=sum(info.nbytes for info in source.tensors.values()), to_json=Sums.to_dict, from_json=Sums.from_dict,
         keep_refused=True,
     ) as writer:  # fmt: skip
         if not writer.finished:
-            _Run(source, plan, options, writer).run()
+            _Run(source, plan, options, writer, calibration).run()
         writer.name()
     return output
 
 
-def _fingerprint(source: Source, plan: Plan, options: Options) -> str:
+def _fingerprint(source: Source, plan: Plan, options: Options, calibration: Calibration | None) -> str:
     label, revision, _, stamps = source.identity()
     headers = {s: {n: (i.dtype, i.shape) for n, i in t.items()} for s, t in source.shards.items()}
     parts = [label, revision, headers, stamps, plan.record(), options.effort, options.container]
+    parts += [calibration.record] if calibration else []
     return hashlib.sha256(json.dumps([__version__, *parts]).encode()).hexdigest()
 
 
 class _Run:
     """One pass over a source, with what it has learnt so far."""
 
-    def __init__(self, source: Source, plan: Plan, options: Options, writer: Writer[Sums]) -> None:
+    def __init__(
+        self, source: Source, plan: Plan, options: Options, writer: Writer[Sums], calibration: Calibration | None
+    ) -> None:
         self.source, self.plan, self.options, self.writer = source, plan, options, writer
+        self.calibration = calibration
         self.container = container_by_id(options.container)
         self.device = choose_device(options.device)
 
@@ -109,6 +119,8 @@ class _Run:
                 self._keep(record["kept"])
         for shard in self.source.shards:
             self._lay_out(shard)
+        if self.calibration:
+            self._calibrate(self.calibration)
         jobs = choose_jobs(self.options.jobs, sum(i.nbytes for i in self.source.tensors.values()))
         with pool(jobs if self.device == "cpu" else 1) as workers:
             for shard in self.source.shards:
@@ -152,6 +164,18 @@ class _Run:
             ]  # fmt: skip
         return slices
 
+    def _calibrate(self, calibration: Calibration) -> None:
+        """Encode what lies in decoder layers, for the inputs that the text gives them."""
+        from kappaquant.quantizing.calibration.rounding import Pass
+
+        pieces = {shard: self._slices(shard) for shard in self.source.shards}
+        by_tensor: dict[str, list[Slice]] = {}
+        for piece in (piece for of_shard in pieces.values() for piece in of_shard):
+            by_tensor.setdefault(piece.tensor, []).append(piece)
+        formats = {name: fmt for name in self.source.tensors if (fmt := self._format(name))}
+        Pass(self.source, calibration, formats, self.writer, by_tensor.__getitem__, self.device).run()
+        self.writer.done = 0  # shards are gone through next, and what was found is counted there
+
     def _encode(self, shard: str, workers: ProcessPoolExecutor | None) -> bool:
         """Encode what is missing of a shard; False if a tensor had to be kept and the shard must be laid out again."""
         tensors = self.source.shards[shard]
@@ -180,8 +204,9 @@ class _Run:
             sums = sum((self.writer.found[name, start] for start, _ in ranges(info.shape)), Sums())
             measured[name] = sums.measured(formats[name] is not None)
         contents = Contents(
-            source.name, source.revision, source.config, tensors, formats, self.plan, self.options.effort, measured,
-            hashes, self.writer.layouts,
+            source.name, source.revision, source.config, tensors, formats, self.plan,
+            "calibrated" if self.calibration else self.options.effort, measured, hashes, self.writer.layouts,
+            self.calibration.record if self.calibration else None,
         )  # fmt: skip
         left = (MANIFEST_NAME, MARKER_NAME, EVALUATION_NAME)
         files = {name: source.fetch(name) for name in source.side_files if name not in left}

@@ -74,6 +74,20 @@ def code(text: str, language: str) -> str:
     return found
 
 
+def test_a_calibrated_checkpoint_says_with_what(checkpoint: Checkpoint) -> None:
+    path = checkpoint.path / "kappaquant.json"
+    manifest = json.loads(path.read_text())
+    manifest |= {"effort": "calibrated", "calibration": {"file": "some.txt", "tokens": 4096, "tokens_sha256": "ab"}}
+    path.write_text(json.dumps(manifest))
+    text = make_card(checkpoint, measure(checkpoint)).text
+    assert "--effort calibrated --calibration path/to/some.txt --calibration-tokens 4096" in text
+    assert "calibrated on the same machine with the same text (tokens' SHA-256 `ab`)" in text
+    del manifest["calibration"]["tokens"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(FormatError, match="its calibration lacks a file, tokens or tokens_sha256"):
+        make_card(checkpoint, measure(checkpoint))
+
+
 def test_metadata_of_an_original_on_the_hub(checkpoint: Checkpoint) -> None:
     from_the_hub(checkpoint)
     (checkpoint.path / "README.md").write_text(

@@ -1,0 +1,154 @@
+"""The decoder layers of a source, one in memory at a time, and the hidden states that pass through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kappaquant.errors import SourceError, UnsupportedError
+from kappaquant.models.skeleton import Place, meta_model, place
+from kappaquant.sources.source import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ROWS = 4  # windows at once
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a layer is called with beside hidden states."""
+
+
+class Layers:
+    """A model of which the embedding is loaded, and one decoder layer when it is asked for.
+
+    Attributes:
+        model: on the meta device but for what is loaded.
+        places: checkpoint name -> where it goes in the model.
+
+    Raises:
+        UnsupportedError: the architecture has no plain list of decoder layers.
+        SourceError: the source lacks a tensor that the model needs.
+    """
+
+    def __init__(self, source: Source, device: str, dtype: torch.dtype) -> None:
+        self.source, self.device, self.dtype = source, torch.device(device), dtype
+        self.model: PreTrainedModel = meta_model(source.config).eval()
+        found = place(self.model, source.tensors)
+        if found.missing:
+            raise SourceError(f"{found.missing[0]}: {source.label} has no tensor for it; fetch the model again")
+        self.places = found.places
+        decoder: Any = self.model.get_decoder() if hasattr(self.model, "get_decoder") else None
+        self._decoder = decoder
+        layers = getattr(decoder, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or not hasattr(decoder, "embed_tokens"):
+            raise UnsupportedError(
+                f"{type(self.model).__name__}: has no list of decoder layers behind an embedding, through which calibration "
+                "could pass; quantize it without --calibration"
+            )
+        self.prefixes = [f"{_name_of(self.model, layer)}." for layer in layers]
+        self._layers = list(layers)
+        self._calls: list[list[_Call]] = []  # of each piece of the windows, one a layer
+        self._prepare()
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def names(self, number: int) -> list[str]:
+        """Checkpoint names of a layer's tensors."""
+        prefix = self.prefixes[number]
+        return [name for name, at in self.places.items() if at.target.startswith(prefix)]
+
+    def load(self, number: int) -> nn.Module:
+        """One layer with the source's weights."""
+        layer = self._layers[number].to_empty(device=self.device).to(self.dtype)
+        for name in self.names(number):
+            self.put(name, self.source.read(name).view(self.source.tensors[name].shape))
+        return layer
+
+    def put(self, name: str, weight: Tensor) -> None:
+        """A tensor into its place in the model."""
+        at = self.places[name]
+        target = self.target(at)
+        target.copy_(weight.to(self.device, target.dtype).view(target.shape))
+
+    def target(self, at: Place) -> Tensor:
+        """The parameter, or the part of it, that a place names."""
+        parameter = self.model.get_parameter(at.target).detach()
+        if at.expert is None or at.shape is None:
+            return parameter
+        return parameter[at.expert, at.row : at.row + at.shape[0]]
+
+    def unload(self, number: int) -> None:
+        """Forget a layer's weights."""
+        self._layers[number].to("meta")
+
+    @torch.no_grad()
+    def embed(self, windows: Tensor) -> list[Tensor]:
+        """Hidden states before the first layer, [rows, tokens, width] each, of windows [n, tokens]; learns how layers are called."""
+        states: list[Tensor] = []
+        self._calls.clear()
+
+        def listen(first: bool, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """In place of a layer: remember its arguments, and pass the hidden states on."""
+            if first:
+                states.append(hidden_states)
+                self._calls.append([])
+            self._calls[-1].append((args, kwargs))
+            return hidden_states
+
+        for number, layer in enumerate(self._layers):
+            layer.forward = partial(listen, number == 0)
+        try:
+            for rows in windows.split(ROWS):
+                self._decoder(input_ids=rows.to(self.device), use_cache=False)
+        finally:
+            for layer in self._layers:
+                del layer.forward
+        return states
+
+    @torch.no_grad()
+    def forward(self, number: int, states: list[Tensor]) -> Iterator[Tensor]:
+        """Hidden states behind a loaded layer, of each [rows, tokens, width] before it."""
+        for state, calls in zip(states, self._calls, strict=True):
+            args, kwargs = calls[number]
+            out = self._layers[number](state, *args, **kwargs)
+            yield out[0] if isinstance(out, tuple) else out
+
+    def _prepare(self) -> None:
+        """Load the embedding, and make anew what holds tables that no file has, such as rotary embeddings."""
+        inside = {id(module) for layer in self._layers for module in layer.modules()}
+        for name, module in list(self._decoder.named_modules()):
+            tables = list(module.buffers(recurse=False))
+            if id(module) not in inside and tables and not list(module.parameters(recurse=False)):
+                self._decoder.set_submodule(name, _again(module, self._decoder.config, self.device))
+        for name, module in self._decoder.named_modules():
+            unsaved = module._non_persistent_buffers_set
+            if any(module.get_buffer(buffer).is_meta for buffer in unsaved if module._buffers[buffer] is not None):
+                raise UnsupportedError(
+                    f"{type(module).__name__} ({name}): holds a table that no file has, and that calibration does not know how to "
+                    "make; quantize without --calibration"
+                )
+        embedding = self._decoder.embed_tokens.to_empty(device=self.device).to(self.dtype)
+        prefix = f"{_name_of(self.model, embedding)}."
+        for name, at in self.places.items():
+            if at.target.startswith(prefix):
+                self.put(name, self.source.read(name).view(self.source.tensors[name].shape))
+        norm = getattr(self._decoder, "norm", None)
+        if norm is not None:  # its result is not used
+            self._decoder.norm = nn.Identity()
+
+
+def _again(module: nn.Module, config: Any, device: torch.device) -> nn.Module:
+    try:
+        return type(module)(config=config).to(device)
+    except TypeError:
+        raise UnsupportedError(
+            f"{type(module).__name__}: holds tables that calibration does not know how to make; quantize without --calibration"
+        ) from None
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)

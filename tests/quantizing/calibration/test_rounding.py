@@ -1,0 +1,160 @@
+"""Calibrated checkpoints: closer to the original in the same bytes, the same however they were made, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from builders import digests
+from torch import Tensor, nn
+
+import kappaquant
+from kappaquant.errors import NonFiniteError, PlanError, UnsupportedError
+from kappaquant.models.skeleton import load_config, model_class
+from kappaquant.quantizing.calibration import layers as streamed
+from kappaquant.quantizing.calibration.moments import watched
+from kappaquant.quantizing.calibration.rounding import Pass
+from kappaquant.quantizing.calibration.text import Calibration
+from kappaquant.quantizing.rounding import feedback
+
+WINDOWS = torch.randint(3, 90, (16, 32), generator=torch.Generator().manual_seed(0))
+TEXT = Calibration(WINDOWS, {"file": "text.txt", "tokens": 512, "window": 32, "tokens_sha256": "a"})
+HELD_OUT = torch.randint(3, 90, (16, 32), generator=torch.Generator().manual_seed(1))
+
+
+def quantize(folder: Path, name: str, calibration: Calibration | None = TEXT, bits: int = 3, **options: Any) -> Path:
+    source = kappaquant.open_source(folder)
+    plan = kappaquant.make_plan(source.tensors, source.config, "uniform", bits=bits, group_size=32)
+    made = kappaquant.Options(**options)
+    return kappaquant.quantize(source, folder.parent / name, plan, made, calibration=calibration)
+
+
+def divergence(folder: Path, checkpoint: Path) -> float:
+    """Mean KL divergence from the original on other tokens."""
+    opened, config = kappaquant.open_checkpoint(checkpoint), load_config(folder)
+    state = {name: opened.dequantize(name).float() for name in opened.keys()}
+    made = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
+    original = model_class(config).from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        a, b = (torch.log_softmax(model(HELD_OUT).logits.float(), -1) for model in (original, made))
+    return float((a.exp() * (a - b)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "experts"),
+    [
+        ("llama", "split"),
+        ("qwen3_moe", "split"),
+        ("qwen3_moe", "fused"),
+        ("qwen3_5_moe_text", "fused"),
+        ("qwen3_5_moe", "split"),
+    ],
+)
+def test_closer_in_the_same_bytes(architecture: str, experts: tiny_models.Experts, tmp_path: Path) -> None:
+    folder = tiny_models.save_tiny(architecture, tmp_path / "source", experts=experts)
+    calibrated, free = quantize(folder, "calibrated"), quantize(folder, "free", None)
+    assert divergence(folder, calibrated) < 0.7 * divergence(folder, free)
+    opened, other = kappaquant.open_checkpoint(calibrated), kappaquant.open_checkpoint(free)
+    for name in opened.keys():
+        assert opened.nbytes(name) == other.nbytes(name)
+        assert opened.format_of(name) == other.format_of(name)
+    manifest = json.loads((calibrated / "kappaquant.json").read_text())
+    assert manifest["effort"] == "calibrated"
+    assert manifest["calibration"] == TEXT.record
+    assert "calibration" not in json.loads((free / "kappaquant.json").read_text())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_streamed_layers_give_the_codes_of_a_model_that_fits(architecture: str, tmp_path: Path) -> None:
+    """The whole model, its first layers rounded already, gives a linear layer the inputs that streaming gives it."""
+    folder = tiny_models.save_tiny(architecture, tmp_path / "source")
+    opened = kappaquant.open_checkpoint(quantize(folder, "calibrated"))
+    config = load_config(folder)
+    model: Any = model_class(config).from_pretrained(folder, dtype=torch.float32).eval()
+    source = kappaquant.open_source(folder)
+    for number, layer in enumerate(model.get_decoder().layers):
+        prefix = f"model.layers.{number}."
+        linear = {f"{prefix}{n}": m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        packed = {n: m for n, m in linear.items() if opened.format_of(f"{n}.weight")}
+        assert packed
+        with torch.no_grad(), watched(packed) as (sums, _):
+            for rows in WINDOWS.split(streamed.ROWS):
+                model(rows)
+        for name in packed:
+            fmt: Any = opened.format_of(f"{name}.weight")
+            weight = source.read(f"{name}.weight").view(source.tensors[f"{name}.weight"].shape)
+            inputs = feedback.prepare(feedback.rotated(sums[name].gram, fmt), fmt.group_size)
+            parts = feedback.encode(weight, fmt, inputs).parts
+            for suffix, part in opened.parts(f"{name}.weight").items():
+                assert torch.equal(part, parts[suffix]), f"{name}{suffix}"
+        for name, parameter in layer.named_parameters():
+            if f"{prefix}{name}" in opened.keys():
+                parameter.data.copy_(opened.dequantize(f"{prefix}{name}"))
+            elif "experts" in name:
+                parameter.data.copy_(experts_of(opened, f"{prefix}{name}"))
+
+
+def experts_of(opened: kappaquant.Checkpoint, name: str) -> Tensor:
+    """A fused parameter from the matrices of single experts."""
+    before, _, projection = name.rpartition(".")
+    count = 1 + max(
+        int(n.removeprefix(before + ".").split(".")[0]) for n in opened.keys() if n.startswith(before + ".")
+    )
+    parts = ("gate_proj", "up_proj") if projection == "gate_up_proj" else ("down_proj",)
+    return torch.stack(
+        [torch.cat([opened.dequantize(f"{before}.{e}.{part}.weight") for part in parts]) for e in range(count)]
+    )
+
+
+def test_a_run_that_is_cut_off_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_models.save_tiny("qwen3_moe", tmp_path / "source")
+    expected = digests(quantize(folder, "whole", jobs=1))
+    assert digests(quantize(folder, "two_jobs", jobs=2)) == expected
+    rounded = Pass._round
+    for after in (1, 9, 5):
+        left = iter(range(after))
+
+        def cut_off(*args: Any, left: Any = left, **kwargs: Any) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            rounded(*args, **kwargs)
+
+        monkeypatch.setattr(Pass, "_round", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(folder, "resumed")
+    monkeypatch.setattr(Pass, "_round", rounded)
+    assert digests(quantize(folder, "resumed")) == expected
+
+
+def test_another_text_does_not_resume_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_models.save_tiny("llama", tmp_path / "source")
+    monkeypatch.setattr(Pass, "_round", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        quantize(folder, "out")
+    other = Calibration(WINDOWS, {**TEXT.record, "tokens_sha256": "b"})
+    with pytest.raises(kappaquant.errors.OutputError):
+        quantize(folder, "out", other)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    folder = tiny_models.save_tiny("llama", tmp_path / "source")
+    with pytest.raises(PlanError, match="--format tq3_native is not calibrated"):
+        quantize(folder, "native", container="tq3_native")
+    gemma = tiny_models.save_tiny("gemma3", tmp_path / "gemma")
+    with pytest.raises(UnsupportedError, match="quantize without --calibration"):
+        quantize(gemma, "out")
+
+
+def test_activations_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    folder = tiny_models.save_tiny("llama", tmp_path / "source")
+    model = model_class(load_config(folder)).from_pretrained(folder)
+    model.get_parameter("model.layers.1.input_layernorm.weight").data[3] = 3e38
+    model.save_pretrained(folder)
+    with pytest.raises(
+        NonFiniteError, match=r"model\.layers\.1\.\S+: the calibration text gives it inputs that are NaN or infinite"
+    ):
+        quantize(folder, "out")

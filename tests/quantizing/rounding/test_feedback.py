@@ -1,0 +1,110 @@
+"""Error feedback: the textbook's codes, never a row that is worse than without it, and inputs that cannot be used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kappaquant.errors import NonFiniteError
+from kappaquant.formats.codebook import BITS, CodebookFormat
+from kappaquant.quantizing.rounding import feedback
+
+WIDTH = 192
+
+
+def correlated(width: int, seed: int = 0) -> Tensor:
+    """Inputs [2000, width] of few directions that count, as layers have them."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+    energy = torch.arange(1, width + 1).float() ** -0.6
+    return torch.randn(2000, width, generator=generator) * energy @ basis.t()
+
+
+def weighted(weight: Tensor, other: Tensor, x: Tensor) -> Tensor:
+    """[N] sum over inputs of the squared error of a row's output."""
+    return ((weight - other).double() @ x.double().t()).square().sum(1)
+
+
+def prepared(x: Tensor, fmt: CodebookFormat) -> feedback.Inputs:
+    return feedback.prepare(feedback.rotated(x.t() @ x, fmt), fmt.group_size)
+
+
+def textbook(row: Tensor, inputs: feedback.Inputs, norms: Tensor, fmt: CodebookFormat) -> list[int]:
+    """One row, one input at a time in float64: what is left is moved to where it best makes up for what is fixed."""
+    book, gram, order = torch.tensor(fmt.codebook).double(), inputs.gram.double(), inputs.order
+    row, fixed, codes = row.double(), torch.zeros(len(row), dtype=torch.float64), [0] * len(row)
+    for at, j in enumerate(order.tolist()):
+        done, rest = order[:at], order[at:]
+        wanted = row[j]
+        if at:
+            left = gram[rest][:, done] @ (row[done] - fixed[done])
+            wanted = wanted + torch.linalg.solve(gram[rest][:, rest], left)[0]
+        norm = norms[j // fmt.group_size].double()
+        codes[j] = int((wanted - book * norm).abs().argmin())
+        fixed[j] = book[codes[j]] * norm
+    return codes
+
+
+def test_codes_are_the_textbooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feedback, "_SCALES", (1.0,))
+    fmt, x = CodebookFormat(3, 32), correlated(96)
+    inputs = prepared(x, fmt)
+    target = fmt.rotate(torch.randn(6, 96, generator=torch.Generator().manual_seed(1)))
+    found = feedback._feed_back(target, fmt, inputs)
+    expected = [textbook(row, inputs, norms, fmt) for row, norms in zip(target, found.norms, strict=True)]
+    assert (found.codes == torch.tensor(expected)).float().mean() > 0.99  # a tie in float32 may fall the other way
+
+
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("bits", BITS)
+def test_no_row_is_worse_and_all_together_are_much_better(bits: int, group: int) -> None:
+    fmt, x = CodebookFormat(bits, group), correlated(WIDTH)
+    weight = torch.randn(48, WIDTH, generator=torch.Generator().manual_seed(bits))
+    inputs = prepared(x, fmt)
+    made = feedback.encode(weight, fmt, inputs)
+    decoded = fmt.decode(made.parts, WIDTH)
+    plain = fmt.decode(fmt.encode(weight).parts, WIDTH)
+    target = fmt.rotate(weight)
+    with_feedback, without = (feedback._weighted(target - fmt.rotate(each), inputs.gram) for each in (decoded, plain))
+    assert (with_feedback <= without * (1 + 1e-3)).all()
+    assert weighted(weight, decoded, x).sum() < 0.6 * weighted(weight, plain, x).sum()
+    if WIDTH % group == 0:  # else padding is rounded too
+        torch.testing.assert_close(made.weighted_errors, with_feedback, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(made.squared_errors, (weight - decoded).square().sum(1), rtol=1e-3, atol=1e-5)
+    assert {s: (p.dtype, tuple(p.shape)) for s, p in made.parts.items()} == {
+        s: (p.dtype, tuple(p.shape)) for s, p in fmt.encode(weight).parts.items()
+    }
+
+
+def test_inputs_without_a_direction_change_nothing_for_the_worse() -> None:
+    fmt, x = CodebookFormat(3, 32), torch.eye(64)
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    decoded = fmt.decode(feedback.encode(weight, fmt, prepared(x, fmt)).parts, 64)
+    plain = fmt.decode(fmt.encode(weight).parts, 64)
+    assert not decoded[3].any()
+    assert (weight - decoded).square().sum() <= (weight - plain).square().sum()
+
+
+def test_damping_is_raised_until_it_does_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    gram = torch.eye(64)
+    gram[5, 5] = -0.05
+    assert feedback.prepare(gram, 32, "model.layers.0.x").damping == pytest.approx(0.1)
+    assert (
+        "model.layers.0.x: second moments of its inputs are not positive definite; damping raised to 0.1" in caplog.text
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_moments_that_say_nothing(value: float) -> None:
+    with pytest.raises(NonFiniteError, match="y: the calibration text gives its inputs a mean square of"):
+        feedback.prepare(torch.full((32, 32), value), 32, "y")
+
+
+def test_a_weight_that_is_not_finite() -> None:
+    fmt = CodebookFormat(3, 32)
+    weight = torch.randn(4, 64)
+    weight[2, 7] = torch.nan
+    with pytest.raises(NonFiniteError, match="z: holds nan"):
+        feedback.encode(weight, fmt, prepared(correlated(64), fmt), "z")
