@@ -34,6 +34,7 @@ from benchmarks.real_weights import default_folder, prepared
 from benchmarks.reference_peers import BitsAndBytes, Hqq, Peer, round_to_nearest
 from benchmarks.reference_table import quantized
 from kappaquant.evaluate.documents.report import rounded
+from kappaquant.quantizing.calibration.text import Calibration
 
 NEVER = 1e9  # a κ that no tensor reaches: policies here keep nothing in 16 bits
 OWN: dict[str, dict[str, Any]] = {
@@ -44,6 +45,7 @@ OWN: dict[str, dict[str, Any]] = {
     "kurtosis 2.5": {"policy": "kurtosis", "ladder": (2, 3)},
     "kurtosis 3.5": {"policy": "kurtosis", "ladder": (3, 4)},
 }
+CALIBRATED = {f"calibrated {bits} g64": {"policy": "uniform", "bits": bits, "group_size": 64} for bits in (2, 3, 4)}
 GROUP = 64  # of a row of 576; 128 does not divide it
 PACKAGES = ("gguf", "llama-cpp-python", "bitsandbytes", "hqq", "llmcompressor", "auto-round")
 
@@ -54,6 +56,14 @@ def own(name: str, options: Mapping[str, Any], bench: Bench) -> Packed:
     if options["policy"] == "kurtosis":
         options["thresholds"] = (median_kappa(bench), NEVER)
     return quantized(bench.source, bench.plan(**options), bench.work / name)
+
+
+def calibrated(name: str, options: Mapping[str, Any], bench: Bench) -> Packed:
+    """Quantized as the command does it with --calibration."""
+    windows = torch.tensor(bench.halves[0])
+    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    record = {"file": "the first half", "tokens": windows.numel(), "window": WINDOW, "tokens_sha256": digest}
+    return quantized(bench.source, bench.plan(**options), bench.work / name, Calibration(windows, record))
 
 
 def median_kappa(bench: Bench) -> float:
@@ -81,6 +91,10 @@ def by_peer(peer: Peer, bench: Bench) -> Packed:
 def variants() -> list[Variant]:
     """Every row but the original, in the order in which they are measured."""
     found = [Variant(n, "kappaquant", json.dumps(o), partial(own, n, o)) for n, o in OWN.items()]
+    found += [
+        Variant(n, "kappaquant", json.dumps(o), partial(calibrated, n, o), calibrated=True)
+        for n, o in CALIBRATED.items()
+    ]
     for bits in (3, 4):
         setting = f"round to nearest, groups of {GROUP}, float16 scale and {bits}-bit zero point"
         found.append(Variant(f"RTN int{bits} g{GROUP}", "rounding", setting, partial(rounding, bits)))

@@ -29,6 +29,7 @@ from kappaquant.evaluate.documents.report import rounded
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.planning import profile as scanner
 from kappaquant.planning.plan import KEPT, Plan
+from kappaquant.quantizing.calibration.text import Calibration
 from kappaquant.sources.source import Source
 
 MODEL = ROOT / "reference" / "model"
@@ -81,9 +82,11 @@ class Bench:
         }  # fmt: skip
 
 
-def quantized(source: Source, plan: Plan, folder: Path) -> dict[str, tuple[Tensor, int]]:
+def quantized(
+    source: Source, plan: Plan, folder: Path, calibration: Calibration | None = None
+) -> dict[str, tuple[Tensor, int]]:
     """Quantize as the command does, and read back: name -> (dequantized, bytes) of the quantized tensors."""
-    kappaquant.quantize(source, folder, plan)
+    kappaquant.quantize(source, folder, plan, calibration=calibration)
     checkpoint = open_checkpoint(folder)
     packed = [tensor for tensor in checkpoint.keys() if checkpoint.format_of(tensor) is not None]
     return {tensor: (checkpoint.dequantize(tensor), checkpoint.nbytes(tensor)) for tensor in packed}
