@@ -83,7 +83,7 @@ def test_one_rotation_for_each_group_size(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_op_is_one_that_compilers_accept() -> None:
     some = parts()[:2]
-    specs = f"{some[0].spec}\n{dispatch.KEPT}"
+    specs = dispatch.SEPARATOR.join((some[0].spec, dispatch.KEPT))
     arguments = (torch.randn(3, WIDTH), [], [*some[0].tensors, some[1].tensor], specs, [24, 5], torch.randn(29), "int8")
     torch.library.opcheck(torch.ops.kappaquant.linear, arguments)
 

@@ -132,7 +132,9 @@ def test_ids_that_are_no_expert_count_nothing_among_experts_of_one_width() -> No
     hostile = index.masked_fill(nobody, 2**31 - 1)
     hostile[0, 1], hostile[2, 0] = -1, 8
     expected = module(x, index, weights.masked_fill(nobody | (hostile != index), 0))
-    torch.testing.assert_close(module(x, hostile, weights.masked_fill(nobody, torch.nan)), expected)
+    torch.testing.assert_close(
+        module(x, hostile, weights.masked_fill(nobody, torch.nan)), expected, rtol=1e-5, atol=1e-4
+    )
     assert torch.equal(module(x, torch.full_like(index, -1), weights), torch.zeros_like(x))
 
 
