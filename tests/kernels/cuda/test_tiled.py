@@ -85,7 +85,7 @@ def test_experts_at_every_batch(activations: str, groups: tuple[int, int]) -> No
     second, down = held(
         random(count, hidden, inner, seed=1).cuda() / 20, CodebookFormat(4, groups[1]), "experts", device="cuda"
     )
-    specs, shapes = f"{first.spec}\n{second.spec}", [*first.shape, *second.shape]
+    specs, shapes = dispatch.SEPARATOR.join((first.spec, second.spec)), [*first.shape, *second.shape]
     for m in BATCHES:
         x = random(m, hidden, seed=m).cuda().bfloat16()
         index = torch.rand(m, count, device="cuda").topk(top_k).indices
