@@ -158,7 +158,7 @@ def test_vllm_serves_it(tmp_path: Path) -> None:
         {"model": str(folder), "dtype": "float32", "enforce_eager": True},
         {"model": str(folder), "dtype": "float32"},
     ]
-    spec.write_text(json.dumps({"prompts": prompts, "runs": runs}))
+    spec.write_text(json.dumps({"prompts": prompts, "runs": runs, "sampling": vllm_engine.WHOLE}))
     done = subprocess.run(
         [sys.executable, __file__, str(spec), str(out)], capture_output=True, text=True, timeout=900,
         env=vllm_engine.environment(PYTHONPATH=":".join(sys.path)),
