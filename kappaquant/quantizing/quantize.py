@@ -168,9 +168,8 @@ class _Run:
         """Encode what lies in decoder layers, for the inputs that the text gives them."""
         from kappaquant.quantizing.calibration.rounding import Pass
 
-        pieces = {shard: self._slices(shard) for shard in self.source.shards}
         by_tensor: dict[str, list[Slice]] = {}
-        for piece in (piece for of_shard in pieces.values() for piece in of_shard):
+        for piece in (piece for shard in self.source.shards for piece in self._slices(shard)):
             by_tensor.setdefault(piece.tensor, []).append(piece)
         formats = {name: fmt for name in self.source.tensors if (fmt := self._format(name))}
         Pass(self.source, calibration, formats, self.writer, by_tensor.__getitem__, self.device).run()

@@ -63,6 +63,11 @@ class Pass:
                 self._layers.put(name, self._stored(name))
             states = list(self._layers.forward(number, states))
             self._layers.unload(number)
+        if self.fewest is not None:
+            logger.warning(
+                "calibration: of the routed experts rounded in this run the one that saw fewest tokens saw %d",
+                self.fewest,
+            )
 
     def _packed(self, number: int) -> dict[str, str]:
         """Tensor -> path of its module, of a layer's tensors that are to be packed and whose inputs can be seen; gate_up first,

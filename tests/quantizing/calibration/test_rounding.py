@@ -68,6 +68,12 @@ def test_closer_in_the_same_bytes(architecture: str, experts: tiny_models.Expert
     assert "calibration" not in json.loads((free / "kappaquant.json").read_text())
 
 
+def test_the_poorest_expert_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tiny_models.save_tiny("qwen3_moe", tmp_path / "source")
+    quantize(folder, "calibrated", Calibration(WINDOWS[:1, :2], TEXT.record))  # two tokens reach few experts
+    assert "the one that saw fewest tokens saw 0" in caplog.text
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
 def test_streamed_layers_give_the_codes_of_a_model_that_fits(architecture: str, tmp_path: Path) -> None:
     """The whole model, its first layers rounded already, gives a linear layer the inputs that streaming gives it."""
