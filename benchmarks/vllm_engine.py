@@ -1,7 +1,8 @@
-"""One variant of one model in vLLM's engine, in a process of its own: python -m benchmarks.vllm_engine SPEC OUT.
+"""One variant of one model in vLLM's engine, in a process of its own: python -m benchmarks.vllm_engine SPEC OUT READY.
 
-SPEC is JSON: ``model`` (a folder), ``options`` of an ``LLM``, ``batches`` and ``prompts`` ([rows, tokens] each). OUT gets what
-``measure`` says. With ``engine`` "kappaquant" the folder runs in kappaquant's own decoder instead.
+SPEC is JSON: ``model`` (a folder), ``options`` of an ``LLM``, ``batches`` and ``prompts`` ([rows, tokens] each). READY is made when
+the model is loaded; measuring begins when standard input ends, so that several may start together and be measured in turn. OUT gets
+what ``measure`` says. With ``engine`` "kappaquant" the folder runs in kappaquant's own decoder instead.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ PROFILED = 32  # steps
 SHOWN = 25  # kernels
 
 
-def measure(spec: dict[str, Any]) -> dict[str, Any]:
+def measure(spec: dict[str, Any], wait: Callable[[], object]) -> dict[str, Any]:
     """Times as a user sees them, and the kernels alone.
 
     ``steps``: for each batch ms a step, tok/s, ms in which a kernel ran (``busy_ms``), and kernels, by purpose. ``prompts``: ms to the first token. ``resident_gb``:
     the weights' tensors.
+
+    Args:
+        wait: called between loading and measuring.
     """
     seconds, profiled, resident, vocabulary = (_own if spec.get("engine") == "kappaquant" else _vllm)(spec)
+    wait()
     generator = torch.Generator().manual_seed(0)
 
     def rows(batch: int, context: int) -> Asked:
@@ -135,6 +140,15 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(storages.values())
 
 
+def main() -> None:
+    spec, out, ready = map(Path, sys.argv[1:])
+
+    def wait() -> None:
+        ready.touch()
+        sys.stdin.read()
+
+    out.write_text(json.dumps(measure(json.loads(spec.read_text()), wait)))
+
+
 if __name__ == "__main__":
-    spec_path, out = map(Path, sys.argv[1:])
-    out.write_text(json.dumps(measure(json.loads(spec_path.read_text()))))
+    main()

@@ -1,7 +1,8 @@
 """vLLM with packed weights beside vLLM's own bf16 and fp8, on layers of Qwen3.6-35B-A3B's shape with random weights, on one GPU.
 
-Every variant has a process and an engine with vLLM's default settings: CUDA graphs, compiled layers, chunked prefill. A step is the
-time of 128 more tokens over 128; beside it the time in which kernels run, which is what a card that never waits for its host takes.
+Every variant has a process and an engine with vLLM's default settings: CUDA graphs, compiled layers, chunked prefill. All start at
+once, for vLLM takes minutes to, and are measured one after another while the others sleep. A step is the time of 128 more tokens over
+128; beside it the time in which kernels run, which is what a card that never waits for its host takes.
 
 python -m benchmarks.vllm_serving [--layers 8] [--only apex2 ...] [--folder models]
 """
@@ -14,7 +15,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
@@ -28,6 +31,8 @@ from rich.table import Table
 from benchmarks.environment import ROOT, environment, save
 from benchmarks.gpu_decode import qwen3_6
 
+# of each vLLM; all of them share a card while they start
+MEMORY = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 6 << 30}
 BATCHES = (1, 8, 32, 128)
 PROMPTS = ((1, 512), (1, 2048), (8, 2048))
 # name -> (folder, options of vLLM's LLM, engine)
@@ -68,27 +73,56 @@ def build(folder: Path, layers: int, wanted: set[str]) -> None:
             kappaquant.quantize(opened, folder / name, plan, kappaquant.Options(effort="fast", device="cuda"))
 
 
-def run(name: str, folder: Path) -> dict[str, Any]:
-    """What ``benchmarks.vllm_engine`` measures of a variant, in a process of its own."""
-    model, options, engine = VARIANTS[name]
-    if find_spec("flashinfer") is None:  # its prefill of GatedDeltaNet is vLLM's default on Hopper
-        options = {**options, "additional_config": {"gdn_prefill_backend": "triton"}}
-    spec, out = folder / "spec.json", folder / "out.json"
-    asked = {
-        "name": name, "model": str(folder / model), "options": options, "engine": engine, "batches": BATCHES, "prompts": PROMPTS,
-    }  # fmt: skip
-    spec.write_text(json.dumps(asked))
-    inside = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions are sent to the engine's process
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
-    command = [sys.executable, "-m", "benchmarks.vllm_engine", str(spec), str(out)]
-    subprocess.run(command, env=inside, check=True, cwd=folder, stdout=sys.stderr)
-    return json.loads(out.read_text())
+class Started:
+    """``benchmarks.vllm_engine`` for one variant, in a process of its own that loads its model and then waits for ``measure``."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        model, options, engine = VARIANTS[name]
+        if engine == "vllm":
+            options = {**options, **MEMORY}
+            if find_spec("flashinfer") is None:  # its prefill of GatedDeltaNet is vLLM's default on Hopper
+                options["additional_config"] = {"gdn_prefill_backend": "triton"}
+        spec, self._out = (folder / f"{name} {what}.json" for what in ("spec", "out"))
+        self._ready = folder / f"{name} ready"
+        for left in (self._out, self._ready):
+            left.unlink(missing_ok=True)
+        asked = {
+            "name": name, "model": str(folder / model), "options": options, "engine": engine, "batches": BATCHES, "prompts": PROMPTS,
+        }  # fmt: skip
+        spec.write_text(json.dumps(asked))
+        inside = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions are sent to the engine's process
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        }
+        command = [sys.executable, "-m", "benchmarks.vllm_engine", *map(str, (spec, self._out, self._ready))]
+        self.name = name
+        self._process = subprocess.Popen(command, env=inside, cwd=folder, stdin=subprocess.PIPE, stdout=sys.stderr)
+
+    def wait_until_ready(self) -> None:
+        """Return when the model is loaded and its graphs are captured."""
+        while not self._ready.exists():
+            self._check()
+            time.sleep(0.5)
+
+    def measure(self) -> dict[str, Any]:
+        """What ``benchmarks.vllm_engine.measure`` says; the process ends."""
+        self._process.communicate(b"")  # it reads to the end of its input before it begins
+        self._check()
+        return json.loads(self._out.read_text())
+
+    def stop(self) -> None:
+        """End the process, whatever it does."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+
+    def _check(self) -> None:
+        if self._process.poll():
+            sys.exit(f"{self.name}: ended with status {self._process.returncode}; what it printed is above")
 
 
 def aims(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -154,9 +188,15 @@ def main() -> None:
         build(folder, options.layers, {VARIANTS[name][0] for name in names})
         about = environment("cuda") | {"vllm": version("vllm"), "triton": version("triton"), "layers": options.layers}
         found: list[dict[str, Any]] = []
-        for name in names:
-            found.append(run(name, folder))
-            save(options.result, {"environment": about, "rows": found, "aims": aims(found)})  # keeps what it has
+        with ExitStack() as running:
+            started = [Started(name, folder) for name in names]
+            for each in started:
+                running.callback(each.stop)
+            for each in started:
+                each.wait_until_ready()
+            for each in started:
+                found.append(each.measure())
+                save(options.result, {"environment": about, "rows": found, "aims": aims(found)})  # keeps what it has
     console = Console(width=160)
     console.print(table(found), *profiles(found))
     for aim in aims(found):
