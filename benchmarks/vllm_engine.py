@@ -1,79 +1,104 @@
-"""One variant of one model in vLLM's engine, in a process of its own: python -m benchmarks.vllm_engine SPEC OUT READY.
-
-SPEC is JSON: ``model`` (a folder), ``options`` of an ``LLM``, ``batches`` and ``prompts`` ([rows, tokens] each). READY is made when
-the model is loaded; measuring begins when standard input ends, so that several may start together and be measured in turn. OUT gets
-what ``measure`` says. With ``engine`` "kappaquant" the folder runs in kappaquant's own decoder instead.
-"""
+"""One variant of one model in vLLM's engine, or in kappaquant's own decoder, in a process of its own that answers another."""
 
 from __future__ import annotations
 
-import json
-import sys
+import os
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
 from benchmarks import kernel_times
 
-CONTEXT, FEW, MANY, TIMES = 32, 8, 136, 3
+CONTEXT, FEW, MANY = 32, 8, 136
 PROFILED = 32  # steps
 SHOWN = 25  # kernels
 
+Asked = list[list[int]]
 
-def measure(spec: dict[str, Any], wait: Callable[[], object]) -> dict[str, Any]:
-    """Times as a user sees them, and the kernels alone.
 
-    ``steps``: for each batch ms a step, tok/s, ms in which a kernel ran (``busy_ms``), and kernels, by purpose. ``prompts``: ms to the first token. ``resident_gb``:
-    the weights' tensors.
+@dataclass(frozen=True)
+class Engine:
+    """A loaded model.
+
+    Attributes:
+        seconds: what it takes for prompts and so many new tokens each.
+        profiled: what the GPU does then.
+        resident: bytes of its weights' tensors.
+        vocabulary: how many tokens there are.
+    """
+
+    seconds: Callable[[Asked, int], float]
+    profiled: Callable[[Asked, int], kernel_times.Work]
+    resident: int
+    vocabulary: int
+
+    def asked(self, batch: int, context: int) -> Asked:
+        """Random prompts, the same each time."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(100, self.vocabulary, (batch, context), generator=generator).tolist()
+
+
+def answer(connection: Connection, spec: dict[str, Any]) -> None:
+    """Load, send the bytes of the weights, then answer "times" and "kernels" until the other end is closed.
 
     Args:
-        wait: called between loading and measuring.
+        spec: ``model`` (a folder), ``engine`` ("vllm" or "kappaquant"), ``options`` of an ``LLM``, ``batches``, and ``prompts``
+            as [rows, tokens] each.
     """
-    seconds, profiled, resident, vocabulary = (_own if spec.get("engine") == "kappaquant" else _vllm)(spec)
-    wait()
-    generator = torch.Generator().manual_seed(0)
+    os.dup2(2, 1)  # what engines print is no result
+    engine = (_own if spec["engine"] == "kappaquant" else _vllm)(spec)
+    connection.send(engine.resident)
+    answers = {"times": times, "kernels": kernels}
+    while True:
+        try:
+            asked = connection.recv()
+        except EOFError:
+            return
+        connection.send(answers[asked](engine, spec))
 
-    def rows(batch: int, context: int) -> Asked:
-        return torch.randint(100, vocabulary, (batch, context), generator=generator).tolist()
 
+def times(engine: Engine, spec: dict[str, Any]) -> dict[str, list[float]]:
+    """Milliseconds as a user sees them: of a ``step`` at each batch, and to the first token of each of ``prompts``."""
     steps, prompts = [], []
     for batch in spec["batches"]:
-        asked = rows(batch, CONTEXT)
-        seconds(asked, FEW)
-        long, short = (min(seconds(asked, new) for _ in range(TIMES)) for new in (MANY, FEW))
-        step = (long - short) / (MANY - FEW)
-        few, many = (profiled(asked, new) for new in (FEW, FEW + PROFILED))
-        found = kernel_times.per_step(few, many, PROFILED)
-        steps.append(
-            {
-                "batch": batch,
-                "step_ms": round(step * 1e3, 3),
-                "tokens_per_s": round(batch / step, 1),
-                "busy_ms": round((many.busy - few.busy) / PROFILED / 1e3, 3),
-                "purposes": kernel_times.by_purpose(found),
-                "kernels": found[:SHOWN],
-            }
-        )
-        print(spec["name"], steps[-1]["batch"], steps[-1]["step_ms"], steps[-1]["busy_ms"], file=sys.stderr, flush=True)
+        asked = engine.asked(batch, CONTEXT)
+        engine.seconds(asked, FEW)
+        short, long = (engine.seconds(asked, new) for new in (FEW, MANY))
+        steps.append(round((long - short) / (MANY - FEW) * 1e3, 3))
     for batch, context in spec["prompts"]:
-        asked = rows(batch, context)
-        seconds(asked, 1)
-        first = min(seconds(asked, 1) for _ in range(TIMES + 1))
-        prompts.append({"batch": batch, "context": context, "first_token_ms": round(first * 1e3, 2)})
-        print(spec["name"], *prompts[-1].values(), file=sys.stderr, flush=True)
-    return {"model": spec["name"], "resident_gb": round(resident / 1e9, 3), "steps": steps, "prompts": prompts}
+        asked = engine.asked(batch, context)
+        engine.seconds(asked, 1)
+        prompts.append(round(min(engine.seconds(asked, 1) for _ in range(2)) * 1e3, 2))
+    return {"step": steps, "prompt": prompts}
 
 
-Asked = list[list[int]]
-Timer = Callable[[Asked, int], float]
-Profiler = Callable[[Asked, int], kernel_times.Work]
+def kernels(engine: Engine, spec: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What the GPU does for the same: milliseconds in which a kernel runs (``busy_ms``), and kernels, by purpose."""
+    steps, prompts = [], []
+    for batch in spec["batches"]:
+        asked = engine.asked(batch, CONTEXT)
+        few, many = (engine.profiled(asked, new) for new in (FEW, FEW + PROFILED))
+        steps.append(_row(few, many, PROFILED))
+    for batch, context in spec["prompts"]:
+        nothing = kernel_times.Work({}, 0.0)
+        prompts.append(_row(nothing, engine.profiled(engine.asked(batch, context), 1), 1))
+    return {"step": steps, "prompt": prompts}
 
 
-def _vllm(spec: dict[str, Any]) -> tuple[Timer, Profiler, int, int]:
-    """Seconds that vLLM takes for (prompts, new tokens), and what the GPU does then; bytes of weights; vocabulary."""
+def _row(few: kernel_times.Work, many: kernel_times.Work, steps: int) -> dict[str, Any]:
+    found = kernel_times.per_step(few, many, steps)
+    return {
+        "busy_ms": round((many.busy - few.busy) / steps / 1e3, 3),
+        "purposes": kernel_times.by_purpose(found),
+        "kernels": found[:SHOWN],
+    }
+
+
+def _vllm(spec: dict[str, Any]) -> Engine:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -94,11 +119,10 @@ def _vllm(spec: dict[str, Any]) -> tuple[Timer, Profiler, int, int]:
         return kernel_times.Work.of(work)
 
     (resident,) = llm.apply_model(weight_bytes)
-    return seconds, profiled, resident, llm.llm_engine.model_config.get_vocab_size()
+    return Engine(seconds, profiled, resident, llm.llm_engine.model_config.get_vocab_size())
 
 
-def _own(spec: dict[str, Any]) -> tuple[Timer, Profiler, int, int]:
-    """The same of kappaquant's own decoder."""
+def _own(spec: dict[str, Any]) -> Engine:
     import kappaquant
     from kappaquant.runtime.decoding import Decoder
     from kappaquant.runtime.sampling import Sampler, Sampling
@@ -126,7 +150,7 @@ def _own(spec: dict[str, Any]) -> tuple[Timer, Profiler, int, int]:
         seconds(prompts, new)
         return kernel_times.Work.of(kernel_times.end())
 
-    return seconds, profiled, weight_bytes(model), model.config.get_text_config(decoder=True).vocab_size
+    return Engine(seconds, profiled, weight_bytes(model), model.config.get_text_config(decoder=True).vocab_size)
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -138,17 +162,3 @@ def weight_bytes(model: torch.nn.Module) -> int:
         if "cos_sin_cache" not in name and t.numel()
     }
     return sum(storages.values())
-
-
-def main() -> None:
-    spec, out, ready = map(Path, sys.argv[1:])
-
-    def wait() -> None:
-        ready.touch()
-        sys.stdin.read()
-
-    out.write_text(json.dumps(measure(json.loads(spec.read_text()), wait)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,9 @@
 """vLLM with packed weights beside vLLM's own bf16 and fp8, on layers of Qwen3.6-35B-A3B's shape with random weights, on one GPU.
 
 Every variant has a process and an engine with vLLM's default settings: CUDA graphs, compiled layers, chunked prefill. All start at
-once, for vLLM takes minutes to, and are measured one after another while the others sleep. A step is the time of 128 more tokens over
-128; beside it the time in which kernels run, which is what a card that never waits for its host takes.
+once, for vLLM takes minutes to, and are measured in turns, several rounds, while the others sleep; the least of the rounds counts, for
+hosts are noisy. A step is the time of 128 more tokens over 128; beside it the time in which kernels run, which is what a card that
+never waits for its host takes.
 
 python -m benchmarks.vllm_serving [--layers 8] [--only apex2 ...] [--folder models]
 """
@@ -12,15 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import vllm_engine
 from benchmarks.environment import ROOT, environment, save
 from benchmarks.gpu_decode import qwen3_6
 
@@ -47,9 +48,11 @@ PLANS: dict[str, dict[str, Any]] = {
     "apex2": {"policy": "recipe", "recipe": "apex2"},
     "uniform3": {"policy": "uniform", "bits": 3},
 }
-# what serving is to reach: a packed step in so much of another's time, at every batch; and prompts
-STEP_AIMS = {"bf16": 0.8, "fp8, online": 1.0}
-PROMPT_AIMS = {"bf16": 1.1}
+ROUNDS = 6
+# [rows, tokens of context] of each
+CASES = {"step": [(batch, vllm_engine.CONTEXT) for batch in BATCHES], "prompt": list(PROMPTS)}
+# what serving is to reach: a packed step, and prompt, in so much of another's time
+AIMS = {"step": {"bf16": 0.8, "fp8, online": 1.0}, "prompt": {"bf16": 1.1}}
 
 
 def build(folder: Path, layers: int, wanted: set[str]) -> None:
@@ -73,8 +76,8 @@ def build(folder: Path, layers: int, wanted: set[str]) -> None:
             kappaquant.quantize(opened, folder / name, plan, kappaquant.Options(effort="fast", device="cuda"))
 
 
-class Started:
-    """``benchmarks.vllm_engine`` for one variant, in a process of its own that loads its model and then waits for ``measure``."""
+class Variant:
+    """``benchmarks.vllm_engine`` for one variant, in a process of its own; as a context, which ends it."""
 
     def __init__(self, name: str, folder: Path) -> None:
         model, options, engine = VARIANTS[name]
@@ -82,89 +85,102 @@ class Started:
             options = {**options, **MEMORY}
             if find_spec("flashinfer") is None:  # its prefill of GatedDeltaNet is vLLM's default on Hopper
                 options["additional_config"] = {"gdn_prefill_backend": "triton"}
-        spec, self._out = (folder / f"{name} {what}.json" for what in ("spec", "out"))
-        self._ready = folder / f"{name} ready"
-        for left in (self._out, self._ready):
-            left.unlink(missing_ok=True)
-        asked = {
-            "name": name, "model": str(folder / model), "options": options, "engine": engine, "batches": BATCHES, "prompts": PROMPTS,
-        }  # fmt: skip
-        spec.write_text(json.dumps(asked))
-        inside = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # functions are sent to the engine's process
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        }
-        command = [sys.executable, "-m", "benchmarks.vllm_engine", *map(str, (spec, self._out, self._ready))]
         self.name = name
-        self._process = subprocess.Popen(command, env=inside, cwd=folder, stdin=subprocess.PIPE, stdout=sys.stderr)
+        spec = {
+            "model": str(folder / model),
+            "options": options,
+            "engine": engine,
+            "batches": BATCHES,
+            "prompts": PROMPTS,
+        }
+        context = get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=vllm_engine.answer, args=(theirs, spec))
+        self._process.start()
+        theirs.close()
 
-    def wait_until_ready(self) -> None:
-        """Return when the model is loaded and its graphs are captured."""
-        while not self._ready.exists():
-            self._check()
-            time.sleep(0.5)
+    def __enter__(self) -> Variant:
+        return self
 
-    def measure(self) -> dict[str, Any]:
-        """What ``benchmarks.vllm_engine.measure`` says; the process ends."""
-        self._process.communicate(b"")  # it reads to the end of its input before it begins
-        self._check()
-        return json.loads(self._out.read_text())
-
-    def stop(self) -> None:
-        """End the process, whatever it does."""
-        if self._process.poll() is None:
+    def __exit__(self, *error: object) -> None:
+        self._connection.close()
+        self._process.join(30)
+        if self._process.is_alive():
             self._process.terminate()
-            self._process.wait()
+            self._process.join()
 
-    def _check(self) -> None:
-        if self._process.poll():
-            sys.exit(f"{self.name}: ended with status {self._process.returncode}; what it printed is above")
+    def receive(self) -> Any:
+        """The next that the process sends: the bytes of the weights when it is ready, then an answer to each question."""
+        try:
+            return self._connection.recv()
+        except EOFError:
+            sys.exit(f"{self.name}: its process ended early; what it printed is above")
+
+    def ask(self, question: str) -> Any:
+        """What ``benchmarks.vllm_engine`` answers to "times" or "kernels"."""
+        self._connection.send(question)
+        return self.receive()
+
+
+def measure(variants: list[Variant]) -> list[dict[str, Any]]:
+    """A row for each variant: ``resident_gb``, and of steps and prompts ``ms`` in every round, the least of it and the kernels."""
+    resident = [variant.receive() for variant in variants]
+    rounds = []
+    for number in range(ROUNDS):
+        rounds.append([variant.ask("times") for variant in variants])
+        print(f"round {number + 1} of {ROUNDS}:", json.dumps(rounds[-1]), file=sys.stderr, flush=True)
+    rows = []
+    for at, variant in enumerate(variants):
+        work = variant.ask("kernels")
+        row: dict[str, Any] = {"model": variant.name, "resident_gb": round(resident[at] / 1e9, 3)}
+        for key, cases in CASES.items():
+            row[key] = []
+            for case, (batch, context) in enumerate(cases):
+                every = [one[at][key][case] for one in rounds]
+                row[key].append(
+                    {"batch": batch, "context": context, "ms": min(every), "rounds_ms": every, **work[key][case]}
+                )
+        rows.append(row)
+    return rows
 
 
 def aims(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each packed variant of vLLM's against vLLM's own, as far as both were measured; steps as users see them, and their kernels."""
+    """Each packed variant of vLLM's against vLLM's own, as far as both were measured; times as users see them, and kernels."""
     at = {row["model"]: row for row in found}
-    made: list[tuple[str, float, float]] = []
-    for name, peer in product(("apex2", "uniform 3"), (*STEP_AIMS, *PROMPT_AIMS)):
-        if name not in at or peer not in at:
-            continue
-        steps, prompts = (list(zip(at[name][key], at[peer][key], strict=True)) for key in ("steps", "prompts"))
-        for key, what in (("step_ms", "step"), ("busy_ms", "kernels of a step")):
-            for ours, theirs in steps if peer in STEP_AIMS else ():
-                ratio = ours[key] / theirs[key]
-                made.append((f"{name}, batch {ours['batch']}, {what}, over {peer}", ratio, STEP_AIMS[peer]))
-        for ours, theirs in prompts if peer in PROMPT_AIMS else ():
-            ratio = ours["first_token_ms"] / theirs["first_token_ms"]
-            made.append((f"{name}, prompt {ours['batch']} x {ours['context']}, over {peer}", ratio, PROMPT_AIMS[peer]))
-    unique = dict.fromkeys(made)
-    return [{"what": w, "reached": round(v, 3), "aim": f"<= {most:g}", "met": v <= most} for w, v, most in unique]
+    made: list[dict[str, Any]] = []
+    for name, (key, peers) in product(("apex2", "uniform 3"), AIMS.items()):
+        for peer, most in peers.items():
+            if name not in at or peer not in at:
+                continue
+            for ours, theirs in zip(at[name][key], at[peer][key], strict=True):
+                for time, what in (("ms", key), ("busy_ms", f"kernels of a {key}")):
+                    reached = round(ours[time] / theirs[time], 3)
+                    case = f"{name}, {ours['batch']} x {ours['context']}, {what}, over {peer}"
+                    made.append({"what": case, "reached": reached, "aim": f"<= {most:g}", "met": reached <= most})
+    return made
 
 
 def table(found: list[dict[str, Any]]) -> Table:
-    """Steps (and their kernels alone), prompts and memory of what was measured."""
+    """Steps and prompts (and their kernels alone), and memory, of what was measured."""
     steps = [f"step at {batch}, ms (kernels)" for batch in BATCHES]
-    made = Table("model", "weights GB", *steps, *(f"prompt {b} x {c}, ms" for b, c in PROMPTS))
+    made = Table("model", "weights GB", *steps, *(f"prompt {b} x {c}, ms (kernels)" for b, c in PROMPTS))
     for row in found:
-        times = [f"{step['step_ms']:.2f} ({step['busy_ms']:.2f})" for step in row["steps"]]
-        first = [f"{prompt['first_token_ms']:.1f}" for prompt in row["prompts"]]
-        made.add_row(row["model"], f"{row['resident_gb']:.2f}", *times, *first)
+        times = [f"{case['ms']:.2f} ({case['busy_ms']:.2f})" for key in CASES for case in row[key]]
+        made.add_row(row["model"], f"{row['resident_gb']:.2f}", *times)
     return made
 
 
 def profiles(found: list[dict[str, Any]]) -> Iterator[Table]:
-    """For each batch what the kernels of a step are for, in every variant: microseconds (launches)."""
-    for at, step in enumerate(found[0]["steps"]):
-        each = [row["steps"][at]["purposes"] for row in found]
+    """For each batch what the kernels of a step are for, and of each prompt, in every variant: microseconds (launches)."""
+    for key, at in ((key, at) for key, cases in CASES.items() for at in range(len(cases))):
+        case = found[0][key][at]
+        each = [row[key][at]["purposes"] for row in found]
         purposes = dict.fromkeys(what for of_row in each for what in of_row)
-        made = Table(f"batch {step['batch']}, us (launches)", *(row["model"] for row in found))
+        made = Table(f"{key}, {case['batch']} x {case['context']}, us (launches)", *(row["model"] for row in found))
         for what in purposes:
             cells = (f"{one[what]['us']:.0f} ({one[what]['launches']:.0f})" if what in one else "-" for one in each)
             made.add_row(what, *cells)
-        made.add_row("together, less what overlaps", *(f"{1e3 * row['steps'][at]['busy_ms']:.0f}" for row in found))
+        made.add_row("together, less what overlaps", *(f"{1e3 * row[key][at]['busy_ms']:.0f}" for row in found))
         yield made
 
 
@@ -187,16 +203,16 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         build(folder, options.layers, {VARIANTS[name][0] for name in names})
         about = environment("cuda") | {"vllm": version("vllm"), "triton": version("triton"), "layers": options.layers}
-        found: list[dict[str, Any]] = []
+        os.environ.update(
+            HF_HUB_OFFLINE="1",
+            VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+            VLLM_NO_USAGE_STATS="1",
+            VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # functions are sent to the engine's process
+            PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        )
         with ExitStack() as running:
-            started = [Started(name, folder) for name in names]
-            for each in started:
-                running.callback(each.stop)
-            for each in started:
-                each.wait_until_ready()
-            for each in started:
-                found.append(each.measure())
-                save(options.result, {"environment": about, "rows": found, "aims": aims(found)})  # keeps what it has
+            found = measure([running.enter_context(Variant(name, folder)) for name in names])
+            save(options.result, {"environment": about, "rows": found, "aims": aims(found)})
     console = Console(width=160)
     console.print(table(found), *profiles(found))
     for aim in aims(found):

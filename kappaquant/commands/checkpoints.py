@@ -22,7 +22,9 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Draw bits by layer and family (PNG; needs matplotlib).")] = None,
     tp: Annotated[
         int | None,
-        typer.Option("--tp", help="Check that so many cards can share it; exit code 1 says what cannot."),
+        typer.Option(
+            "--tp", help="Say what so many cards hold each, if they can share it; exit code 1 says what cannot."
+        ),
     ] = None,
     expert_parallel: Annotated[
         bool, typer.Option("--expert-parallel", help="With --tp: routed experts are dealt out whole.")
@@ -50,7 +52,10 @@ def inspect(
 
 
 def _fits(opened: Checkpoint, cards: int, expert_parallel: bool) -> bool:
-    """Whether so many cards can share a checkpoint; says why not, and how many can, on stderr."""
+    """Whether so many cards can share a checkpoint, and what each then holds; says why not, and how many can: all on stderr."""
+    from rich.filesize import decimal
+
+    from kappaquant.kernels.cuda import tiles
     from kappaquant.models import sharding as parallel
 
     what = opened.tensors, opened.format_of, opened.config
@@ -59,6 +64,16 @@ def _fits(opened: Checkpoint, cards: int, expert_parallel: bool) -> bool:
         errors().print(f"FAILED {problem}", markup=False, highlight=False, soft_wrap=True)
     able = ", ".join(map(str, parallel.sizes(*what, expert_parallel=expert_parallel)))
     errors().print(f"{cards} cards can{'not' if found else ''} share it; these numbers can: {able}", highlight=False)
+    if not found:
+        packed, padded = (
+            parallel.bytes_per_card(*what, cards, expert_parallel=expert_parallel, tile=tile)
+            for tile in ((1, 1), (tiles.ROWS, tiles.INPUTS))
+        )
+        more = f", {decimal(padded)} on NVIDIA GPUs, which take {tiles.ROWS} rows and {tiles.INPUTS} inputs at once"
+        errors().print(
+            f"weights on each card: {decimal(packed)} ({packed} bytes){more if padded > 1.005 * packed else ''}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     return not found
 
 

@@ -86,19 +86,36 @@ def bytes_per_card(
     cards: int,
     *,
     expert_parallel: bool = False,
+    tile: tuple[int, int] = (1, 1),
 ) -> int:
     """Bytes of weights that the fullest card holds: matrices cut or dealt out, what is small on every card, no MTP head.
 
     With ``expert_parallel`` a card holds the experts' share rounded up to whole experts.
+
+    Args:
+        tile: rows and inputs that a kernel's layout takes at once; a card's share of a packed matrix is padded to whole ones.
     """
     total = Fraction(0)
     for name, info in tensors.items():
         kind = kind_of(name, info, config)
         fmt = format_of(name)
-        if kind.role is not Role.MTP:
-            size = fmt.nbytes(info.shape) if fmt else info.nbytes
-            total += size * _share(info, kind, config, cards, expert_parallel)
+        if kind.role is Role.MTP:
+            continue
+        share = _share(info, kind, config, cards, expert_parallel)
+        size = fmt.nbytes(info.shape) if fmt else info.nbytes
+        total += size * share * (_padding(info, share, tile, _cut(name, info, config, expert_parallel)) if fmt else 1)
     return math.ceil(total)
+
+
+def _padding(info: TensorInfo, share: Fraction, tile: tuple[int, int], by_input: bool) -> Fraction:
+    """How many times its packed bytes a share takes, its rows and inputs padded to whole tiles."""
+    rows, inputs = Fraction(info.shape[-2]), Fraction(info.shape[-1])
+    if by_input:
+        inputs *= share
+    elif len(info.shape) == 2:
+        rows *= share
+    padded = (math.ceil(size / unit) * unit / size for size, unit in zip((rows, inputs), tile, strict=True))
+    return math.prod(padded, start=Fraction(1))
 
 
 def _share(

@@ -183,7 +183,7 @@ def _mixed(choices: Mapping[str, Choice], inventory: Inventory, target: str) -> 
             continue
         cost = "multiplies once for each width"
         if any(kind.expert is not None for kind in kinds):
-            cost = "runs experts of mixed widths without GPU kernels"
+            cost = "runs experts of mixed widths slowly, once for each width"
         key = f"{_patterns(names)}: {widths} bits", cost
         found.setdefault(key, []).append(str(kinds[0].layer))
     return tuple(

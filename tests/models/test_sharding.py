@@ -43,7 +43,10 @@ def test_mixed_widths_are_named_with_their_layers_and_their_price(source: Path) 
         "width; --fuse-legal makes them equal"
     )
     assert "experts.*.gate_proj.weight (5)" in experts
-    assert "3, 16 bits in layers 0: vllm fuses these, and runs experts of mixed widths without GPU kernels" in experts
+    assert (
+        "3, 16 bits in layers 0: vllm fuses these, and runs experts of mixed widths slowly, once for each width"
+        in experts
+    )
     assert plan(source, bits=3, overrides=overrides).warnings == ()
 
 
@@ -77,7 +80,7 @@ def shares(config: dict[str, Any], **tensors: tuple[tuple[int, ...], CodebookFor
     return infos, lambda name: tensors[name][1], {"model_type": "qwen3_5_moe_text", **config}
 
 
-G128 = FORMATS["tq3g128"]
+G128, G64 = FORMATS["tq3g128"], FORMATS["tq3g64"]
 OUT, DOWN, EXPERTS = (
     LAYER + name for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight", "mlp.experts.down_proj")
 )
@@ -119,12 +122,25 @@ def test_the_text_and_the_vision_part_of_a_model_both_count() -> None:
     assert parallel.sizes(*shares(parts)) == [1, 2]
 
 
+def test_what_a_card_holds_is_padded_to_the_tiles_of_its_kernels() -> None:
+    """Of down projections 128 inputs over 2 cards are half a tile of 128; rows are cut nowhere here."""
+    what = shares({"moe_intermediate_size": 128, "num_experts": 4}, **{EXPERTS: ((4, 64, 128), G64)})
+    packed = G64.nbytes((4, 64, 128))
+    assert parallel.bytes_per_card(*what, 2) == packed // 2
+    assert parallel.bytes_per_card(*what, 2, tile=(32, 128)) == packed
+    assert parallel.bytes_per_card(*what, 2, tile=(32, 128), expert_parallel=True) == packed // 2
+    rows = shares({"num_attention_heads": 8}, **{"model.layers.0.self_attn.q_proj.weight": ((48, 128), G64)})
+    assert parallel.bytes_per_card(*rows, 2, tile=(32, 128)) == G64.nbytes((32, 128))
+
+
 def test_inspect_tells_beforehand(source: Path, tmp_path: Path) -> None:
     opened = kappaquant.open_source(source)
     folder = kappaquant.quantize(opened, tmp_path / "out", plan(source, bits=3))
     one = CliRunner().invoke(app, ["inspect", str(folder), "--tp", "1", "--json"])
     assert one.exit_code == 0
     assert json.loads(one.stdout)["format"] == "kappaquant"
+    opened = kappaquant.open_checkpoint(folder)
+    assert f"({sum(opened.nbytes(name) for name in opened.keys())} bytes)" in one.stderr
     two = CliRunner().invoke(app, ["inspect", str(folder), "--tp", "2"])
     assert two.exit_code == 1
     assert "mlp.experts.0.down_proj.weight: 128 inputs over 2 cards are 64 each" in two.output

@@ -16,6 +16,7 @@ from vllm_engine import ask
 from vllm_gpu import GPUS, options, quantized, right, sampling
 
 import kappaquant
+from kappaquant.kernels.cuda import tiles
 from kappaquant.models.sharding import bytes_per_card
 from reference.evaluate import MODEL, answers
 from reference.text import extract_answer, problems
@@ -91,22 +92,28 @@ def test_two_cards_share_the_reference_model(tokenizer: Any, tmp_path: Path) -> 
 
 @two_cards
 def test_two_cards_share_a_large_model(tmp_path: Path) -> None:
-    """Eight layers of Qwen3.6-35B-A3B's shape, random weights: the same log-probabilities, and each card's share of the bytes."""
+    """Eight layers of Qwen3.6-35B-A3B's shape, random weights: log-probabilities move as much as bf16's, and each card has its share."""
     from benchmarks.vllm_serving import build
 
     build(tmp_path, 8, {"apex2"})
-    folder = tmp_path / "apex2"
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(100, 200000, (length,), generator=draw).tolist() for length in (1, 17, 200, 1000)]
-    runs = [options(folder, max_model_len=2048, **way, enforce_eager=True) for way in WAYS]
+    tried = [("bf16", way) for way in WAYS[:2]] + [("apex2", way) for way in WAYS]
+    runs = [options(tmp_path / name, max_model_len=2048, enforce_eager=True, **way) for name, way in tried]
     found = ask(tmp_path, prompts, runs, {"max_tokens": 1, "logprobs": 0, "prompt_logprobs": 0})
-    one, *others = (torch.cat([table[:-1] for table in each["logprobs"]]) for each in found)
-    moved = [float((other - one).abs().mean() / one.std()) for other in others]
-    print(moved)
-    assert max(moved) < 0.05
-    check_resident(folder, found)
-    whole, stages = (sum(sum(weights(rank).values()) for rank in found[way]["resident"]) for way in (0, 3))
-    assert len(found[3]["resident"]) == 2
+    print([[sum(weights(rank).values()) for rank in each["resident"]] for each in found])
+    said = [torch.cat([table[:-1] for table in each["logprobs"]]) for each in found]
+    bf16, tensor, expert, pipeline = (
+        float((other - one).abs().mean() / one.std())
+        for one, other in ((said[0], said[1]), *((said[2], other) for other in said[3:]))
+    )
+    print({"bf16, tensor parallel": bf16, "tensor": tensor, "expert": expert, "pipeline": pipeline})
+    assert max(tensor, expert) < 1.5 * bf16  # sums are rounded in another order, and random routers are near ties
+    assert pipeline < 0.01
+    packed = found[2:]
+    check_resident(tmp_path / "apex2", packed)
+    whole, stages = (sum(sum(weights(rank).values()) for rank in packed[way]["resident"]) for way in (0, 3))
+    assert len(packed[3]["resident"]) == 2
     assert 0.98 * whole <= stages <= 1.02 * whole
 
 
@@ -119,7 +126,10 @@ def check_resident(folder: Path, found: list[dict[str, Any]]) -> None:
     """``found``: as ``WAYS`` are."""
     checkpoint = kappaquant.open_checkpoint(folder)
     for cards, dealt, each in ((1, False, found[0]), (2, False, found[1]), (2, True, found[2])):
-        said = bytes_per_card(checkpoint.tensors, checkpoint.format_of, checkpoint.config, cards, expert_parallel=dealt)
+        said = bytes_per_card(
+            checkpoint.tensors, checkpoint.format_of, checkpoint.config, cards, expert_parallel=dealt,
+            tile=(tiles.ROWS, tiles.INPUTS),
+        )  # fmt: skip
         held = [sum(weights(rank).values()) for rank in each["resident"]]
         assert len(held) == cards
-        assert 0.98 * said <= max(held) <= 1.02 * said
+        assert 0.99 * said <= max(held) <= 1.01 * said
