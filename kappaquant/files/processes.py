@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -100,16 +101,45 @@ def each(task: Callable[[T], R], items: Iterable[T], workers: ProcessPoolExecuto
     try:
         for future in as_completed(futures):
             try:
-                yield futures[future], future.result()
+                yield futures[future], _result(future)
+            except WorkerError:
+                raise
             except KappaquantError as problem:
                 raise ItemError(futures[future], problem) from problem
-            except BrokenProcessPool as problem:
-                raise WorkerError(
-                    "a worker process was killed, perhaps for want of memory; run again with fewer --jobs to resume"
-                ) from problem
     finally:
         # a task that already runs may still write: nobody may touch its file before it has ended
         wait([future for future in futures if not future.cancel()])
+
+
+def in_order(
+    task: Callable[[T], R], items: Iterable[T], workers: ProcessPoolExecutor | None, ahead: int
+) -> Iterator[R]:
+    """task(item) in the items' order; of those to come no more than ``ahead`` are made before they are needed.
+
+    Raises what the first task that fails raised, when no task runs any more.
+    """
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            if workers is None:
+                yield task(item)
+                continue
+            waiting.append(workers.submit(task, item))
+            if len(waiting) >= ahead:
+                yield _result(waiting.popleft())
+        while waiting:
+            yield _result(waiting.popleft())
+    finally:
+        wait([future for future in waiting if not future.cancel()])
+
+
+def _result(future: Future[R]) -> R:
+    try:
+        return future.result()
+    except BrokenProcessPool as problem:
+        raise WorkerError(
+            "a worker process was killed, perhaps for want of memory; run again with fewer --jobs to resume"
+        ) from problem
 
 
 def _start() -> None:

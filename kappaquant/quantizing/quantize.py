@@ -119,10 +119,10 @@ class _Run:
                 self._keep(record["kept"])
         for shard in self.source.shards:
             self._lay_out(shard)
-        if self.calibration:
-            self._calibrate(self.calibration)
         jobs = choose_jobs(self.options.jobs, sum(i.nbytes for i in self.source.tensors.values()))
         with pool(jobs if self.device == "cpu" else 1) as workers:
+            if self.calibration:
+                self._calibrate(self.calibration, workers)
             for shard in self.source.shards:
                 while not self._encode(shard, workers):
                     self._lay_out(shard)
@@ -164,7 +164,7 @@ class _Run:
             ]  # fmt: skip
         return slices
 
-    def _calibrate(self, calibration: Calibration) -> None:
+    def _calibrate(self, calibration: Calibration, workers: ProcessPoolExecutor | None) -> None:
         """Encode what lies in decoder layers, for the inputs that the text gives them."""
         from kappaquant.quantizing.calibration.rounding import Pass
 
@@ -172,7 +172,7 @@ class _Run:
         for piece in (piece for shard in self.source.shards for piece in self._slices(shard)):
             by_tensor.setdefault(piece.tensor, []).append(piece)
         formats = {name: fmt for name in self.source.tensors if (fmt := self._format(name))}
-        Pass(self.source, calibration, formats, self.writer, by_tensor.__getitem__, self.device).run()
+        Pass(self.source, calibration, formats, self.writer, by_tensor.__getitem__, self.device, workers).run()
         self.writer.done = 0  # shards are gone through next, and what was found is counted there
 
     def _encode(self, shard: str, workers: ProcessPoolExecutor | None) -> bool:

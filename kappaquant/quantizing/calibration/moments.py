@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,33 +54,40 @@ class Routed:
     tokens: list[Tensor] = field(default_factory=list)
     index: list[Tensor] = field(default_factory=list)
 
-    def of(self, expert: int) -> Iterator[Tensor]:
-        """The tokens of one expert, [n, hidden] at a time."""
-        for tokens, index in zip(self.tokens, self.index, strict=True):
-            yield tokens[(index == expert).any(1)]
+    @cached_property
+    def _by_expert(self) -> tuple[Tensor, Tensor, list[int]]:
+        """(all tokens, which of them go to an expert, one expert after another, and where each expert's begin)."""
+        tokens, index = torch.cat(self.tokens), torch.cat(self.index)
+        self.tokens, self.index = [tokens], [index]
+        experts = len(self.module.gate_up_proj)
+        order = index.flatten().argsort(stable=True)
+        counts = torch.bincount(index.flatten(), minlength=experts)
+        return tokens, order // index.shape[1], [0, *counts.cumsum(0).tolist()]
 
-    def inner(self, expert: int) -> Iterator[Tensor]:
-        """What one expert's down projection reads, [n, intermediate] at a time, by the weights that are loaded now."""
-        weight = self.module.gate_up_proj[expert]
-        for tokens in self.of(expert):
-            gate, up = nn.functional.linear(tokens, weight).chunk(2, dim=-1)
-            yield self.module.act_fn(gate) * up
+    def of(self, expert: int) -> Tensor:
+        """The tokens of one expert, [n, hidden]."""
+        tokens, order, begins = self._by_expert
+        return tokens[order[begins[expert] : begins[expert + 1]]]
 
-    def sums(self, projection: str, experts: int) -> tuple[Callable[[int], Sum], Sum]:
+    def inner(self, expert: int) -> Tensor:
+        """What one expert's down projection reads, [n, intermediate], by the weights that are loaded now."""
+        gate, up = nn.functional.linear(self.of(expert), self.module.gate_up_proj[expert]).chunk(2, dim=-1)
+        return self.module.act_fn(gate) * up
+
+    def sums(self, projection: str) -> tuple[Callable[[int], Sum], Sum]:
         """(what gives the sum of one expert, the sum over all that the projection of any expert reads)."""
         read = self.of if projection == "gate_up_proj" else self.inner
-        width, device = self.module.get_parameter(projection).shape[-1], self.tokens[0].device
+        experts, _, width = self.module.get_parameter(projection).shape
+        tokens, _, _ = self._by_expert
 
         def one(expert: int) -> Sum:
-            made = Sum.empty(width, device)
-            for x in read(expert):
-                made.add(x)
+            made = Sum.empty(width, tokens.device)
+            made.add(read(expert))
             return made
 
-        every = Sum.empty(width, device)
+        every = Sum.empty(width, tokens.device)
         if projection == "gate_up_proj":
-            for tokens in self.tokens:
-                every.add(tokens)
+            every.add(tokens)
         else:
             for expert in range(experts):
                 found = one(expert)

@@ -4,11 +4,15 @@ Where x are a layer's rotated inputs and H is the sum of x x^T, a weight's error
 Cholesky factor of H^-1, taking the nearest code of an input and spreading its error over those to come by U's row is LDLQ (QuIP,
 Chee et al., 2023) in GPTQ's form (Frantar et al., 2023). Then norms are refitted by least squares under H, and codes changed
 one at a time wherever that lowers the error: coordinate descent, as in QuIP's greedy updates. A row never ends worse than without H.
+
+Matrices of one shape are rounded together, B at a time, each for its own H. All arrays lie input by input, [B, K, N], for inputs are
+gone through one after another, and the N rows of each at once.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,33 +29,34 @@ DAMPING = 0.01  # of the mean diagonal, added to it: what inputs that were not s
 _MOST_DAMPING = 1.0
 _SCALES = (1.0, 0.88, 0.94, 1.06, 1.12)  # of a group's norm without H, tried by what is left of its error under H
 _SWEEPS = 2  # of coordinate descent; a third gains less than 0.3 %
+_REFITTED = {"cpu": 1 << 24, "cuda": 1 << 28}  # floats that refitting holds at once
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known of a layer's rotated inputs.
+    """What is known of the rotated inputs of B matrices.
 
     Attributes:
-        gram: float32 [K, K], H with its damping.
-        order: int64 [K], inputs in the order in which they are rounded: groups of most energy first.
-        upper: float32 [K, K], upper Cholesky factor of H^-1, in that order.
-        damping: what was added, as a share of the mean diagonal.
+        gram: float32 [B, K, K], H with its damping.
+        order: int64 [B, groups], in which they are rounded: those of most energy first.
+        upper: float32 [B, K, K], upper Cholesky factor of H^-1, in that order.
+        damping: of each, what was added, as a share of the mean diagonal.
     """
 
     gram: Tensor
     order: Tensor
     upper: Tensor
-    damping: float
+    damping: list[float]
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A weight [N, K] in its parts, and what each row lost.
+    """Weights [B, N, in] in their parts, and what each row lost.
 
     Attributes:
-        parts: suffix -> tensor, as the format describes them.
-        squared_errors, energies: float32 [N], of (w - q)^2 and w^2.
-        weighted_errors: float32 [N], (w - q) H (w - q)^T with the damped H.
+        parts: suffix -> tensor [B, N, ...], as the format describes them.
+        squared_errors, energies: float32 [B, N], of (w - q)^2 and w^2.
+        weighted_errors: float32 [B, N], (w - q) H (w - q)^T with the damped H.
     """
 
     parts: dict[str, Tensor]
@@ -61,56 +66,73 @@ class Rounded:
 
 
 def rotated(gram: Tensor, fmt: CodebookFormat) -> Tensor:
-    """The sum of rotate(x) rotate(x)^T, [K, K] with K padded to whole groups, from that of x x^T, [in, in]."""
-    return fmt.rotate(fmt.rotate(gram).t().contiguous())
+    """The sums of rotate(x) rotate(x)^T, [..., K, K] with K padded to whole groups, from those of x x^T, [..., in, in]."""
+    return fmt.rotate(fmt.rotate(gram).mT.contiguous())
 
 
-def prepare(gram: Tensor, group_size: int, name: str = "weight", damping: float = DAMPING) -> Inputs:
-    """Damping, order and Cholesky factor of a sum of outer products [K, K] of rotated inputs.
+def prepare(gram: Tensor, group_size: int, names: Sequence[str], damping: float = DAMPING) -> Inputs:
+    """Damping, order and Cholesky factors of sums of outer products [B, K, K] of rotated inputs.
 
-    Damping is raised tenfold until the matrix is positive definite, and the log says so.
+    Damping is raised tenfold until a matrix is positive definite, and the log says so.
+
+    Args:
+        names: what messages call each.
 
     Raises:
-        NonFiniteError: the sums are not finite, or vanish.
+        NonFiniteError: sums are not finite, or vanish.
     """
-    gram = (gram + gram.t()) / 2
-    mean = gram.diagonal().double().mean().item()
-    if not bool(gram.isfinite().all()) or not mean > 0:
-        raise NonFiniteError(
-            f"{name}: the calibration text gives its inputs a mean square of {mean:g}; calibrate with text that the model can read, "
-            "or quantize without --calibration"
-        )
-    energy = gram.diagonal().view(-1, group_size).mean(1)
-    order = (
-        energy.argsort(descending=True, stable=True)[:, None] * group_size
-        + torch.arange(group_size, device=gram.device)
-    ).flatten()
-    while True:
-        damped = gram.double()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and bool(upper.isfinite().all()):
-            return Inputs(damped.float(), order, upper.float(), damping)
-        if damping >= _MOST_DAMPING:
+    gram = (gram + gram.mT) / 2
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    means, finite = diagonal.double().mean(1).tolist(), gram.isfinite().flatten(1).all(1).tolist()
+    for name, mean, whole in zip(names, means, finite, strict=True):
+        if not whole or not mean > 0:
             raise NonFiniteError(
-                f"{name}: its inputs' second moments stay singular with a damping of {damping:g}; calibrate with more text"
+                f"{name}: the calibration text gives its inputs a mean square of {mean:g}; calibrate with text that the model can "
+                "read, or quantize without --calibration"
             )
-        damping *= 10
-        logger.warning(
-            "%s: second moments of its inputs are not positive definite; damping raised to %g", name, damping
-        )
+    order = diagonal.reshape(len(gram), -1, group_size).mean(2).argsort(dim=1, descending=True, stable=True)
+    inside = torch.arange(group_size, device=gram.device)
+    columns = (order[..., None] * group_size + inside).flatten(1)
+    shares = [damping] * len(gram)
+    damped = gram.double()
+    damped.diagonal(dim1=1, dim2=2).add_(damping * diagonal.double().mean(1, keepdim=True))
+    upper, fine = _inverse_factor(damped, columns)
+    for at in (~fine).nonzero().flatten().tolist():
+        while not fine[at]:
+            if shares[at] >= _MOST_DAMPING:
+                raise NonFiniteError(
+                    f"{names[at]}: its inputs' second moments stay singular with a damping of {shares[at]:g}; calibrate with "
+                    "more text"
+                )
+            damped[at].diagonal().add_(9 * shares[at] * means[at])
+            shares[at] *= 10
+            logger.warning(
+                "%s: second moments of its inputs are not positive definite; damping raised to %g",
+                names[at],
+                shares[at],
+            )
+            one = slice(at, at + 1)
+            upper[one], fine[one] = _inverse_factor(damped[one], columns[one])
+    return Inputs(damped.float(), order, upper, shares)
+
+
+def _inverse_factor(gram: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """(upper Cholesky factors of inverses [B, K, K] in another order, float32, and which could be made)."""
+    across = columns[:, None, :].expand_as(gram)
+    lower, failed = torch.linalg.cholesky_ex(gram.gather(2, across).gather(1, across.mT))
+    upper, then = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    upper = upper.float()
+    return upper, (failed == 0) & (then == 0) & upper.isfinite().flatten(1).all(1)
 
 
 def encode(weight: Tensor, fmt: CodebookFormat, inputs: Inputs, name: str = "weight") -> Rounded:
-    """Quantize a weight [N, in] of any float dtype for such inputs.
+    """Quantize weights [B, N, in] of any float dtype for such inputs.
 
     Raises:
-        NonFiniteError: the weight holds NaN or infinity, or values that the norms cannot.
+        NonFiniteError: a weight holds NaN or infinity, or values that the norms cannot.
     """
     plain = codec.encode(weight, fmt, "best", name=name)  # refuses what cannot be stored
-    target = fmt.rotate(weight)
+    target = fmt.rotate(weight).mT.contiguous()
     free = _State.of(plain.parts[PACKED_SUFFIX], plain.parts[NORMS_SUFFIX], fmt)
     found = _feed_back(target, fmt, inputs)
     found = _refit(found, target, fmt, inputs.gram)
@@ -118,31 +140,32 @@ def encode(weight: Tensor, fmt: CodebookFormat, inputs: Inputs, name: str = "wei
     found = _refit(found, target, fmt, inputs.gram)
     found = _better(found, free, target, fmt, inputs.gram)
     error = target - found.values(fmt)
+    norms = found.norms.mT.to(codec.NORMS_TORCH[fmt.norms]).contiguous()
     return Rounded(
-        {PACKED_SUFFIX: codec.pack(found.codes, fmt.bits), NORMS_SUFFIX: found.norms.to(codec.NORMS_TORCH[fmt.norms])},
+        {PACKED_SUFFIX: codec.pack(found.codes.mT.contiguous(), fmt.bits), NORMS_SUFFIX: norms},
         error.square().sum(1), target.square().sum(1), _weighted(error, inputs.gram),
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _State:
-    """Codes uint8 [N, K], and norms float32 [N, K / group_size] that the stored dtype holds."""
+    """Codes uint8 [B, K, N], and norms float32 [B, K / group_size, N] that the stored dtype holds."""
 
     codes: Tensor
     norms: Tensor
 
     @classmethod
     def of(cls, packed: Tensor, norms: Tensor, fmt: CodebookFormat) -> _State:
-        return cls(codec.unpack(packed, fmt.bits), norms.float())
+        return cls(codec.unpack(packed, fmt.bits).mT.contiguous(), norms.float().mT.contiguous())
 
     def values(self, fmt: CodebookFormat) -> Tensor:
-        """float32 [N, K], still rotated."""
+        """float32 [B, K, N], still rotated."""
         book = codec.centroids(fmt, self.codes.device)
-        return (book[self.codes.int()].view(*self.norms.shape, -1) * self.norms[..., None]).flatten(1)
+        return book[self.codes.int()] * self.norms.repeat_interleave(fmt.group_size, 1)
 
 
 def _weighted(error: Tensor, gram: Tensor) -> Tensor:
-    return ((error @ gram) * error).sum(1)
+    return ((gram @ error) * error).sum(1)
 
 
 def _better(a: _State, b: _State, target: Tensor, fmt: CodebookFormat, gram: Tensor) -> _State:
@@ -152,68 +175,91 @@ def _better(a: _State, b: _State, target: Tensor, fmt: CodebookFormat, gram: Ten
     return _State(torch.where(take, b.codes, a.codes), torch.where(take, b.norms, a.norms))
 
 
+class _Book:
+    """Nearest centroids of values of one shape: by table on a CPU, where a binary search takes twice as long; a GPU counts launches."""
+
+    def __init__(self, fmt: CodebookFormat, shape: Sequence[int], device: torch.device) -> None:
+        self._shape = shape
+        self._centroids = codec.centroids(fmt, device)
+        self._thresholds = (self._centroids[1:] + self._centroids[:-1]) / 2
+        self._table = nearest(fmt.codebook, device)
+        self._assignment = Assignment(1, torch.Size(shape).numel(), device) if device.type == "cpu" else None
+
+    def __call__(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes, centroids), good until the next call."""
+        if self._assignment is None:
+            code = torch.bucketize(y, self._thresholds, out_int32=True)
+            return code, self._centroids[code]
+        self._assignment.assign(y.view(1, -1), self._table)
+        return self._assignment.codes.view(self._shape), self._assignment.centroids.view(self._shape)
+
+
 def _feed_back(target: Tensor, fmt: CodebookFormat, inputs: Inputs) -> _State:
     """Codes and norms group by group; of each group's norms that are tried the one whose rounding leaves least to spread."""
-    size, width = fmt.group_size, target.shape[1]
-    rest = target[:, inputs.order]
-    codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
-    norms = torch.empty(len(target), width // size, device=target.device)
-    scales = torch.tensor(_SCALES, device=target.device)[:, None]
-    every = torch.arange(len(target), device=target.device)
+    size = fmt.group_size
+    count, width, rows = target.shape
+    grouped = target.view(count, -1, size, rows)
+    rest = grouped.gather(1, inputs.order[..., None, None].expand_as(grouped)).view_as(target)
+    codes = torch.empty(grouped.shape, dtype=torch.uint8, device=target.device)
+    norms = torch.empty(count, width // size, rows, device=target.device)
+    scales = torch.tensor(_SCALES, device=target.device)[:, None, None]
+    book = _Book(fmt, (len(_SCALES), count, rows), target.device)
     for start in range(0, width, size):
         stop = start + size
-        block, upper = rest[:, start:stop], inputs.upper[start:stop]
+        block, upper = rest[:, start:stop], inputs.upper[:, start:stop]
         tried = _stored(scales * _plain_norms(block, fmt), fmt)
-        found, errors = _round_group(block, tried, upper[:, start:stop], fmt)
-        best = errors.square().sum(-1).argmin(0)
-        codes[:, inputs.order[start:stop]] = found[best, every]
-        norms[:, inputs.order[start] // size] = tried[best, every]
-        rest[:, stop:] -= errors[best, every] @ upper[:, stop:]
-    return _State(codes, norms)
+        found, errors = _round_group(block, tried, upper[:, :, start:stop], book)
+        best = errors.square().sum(0).argmin(0, keepdim=True)
+        each = best.expand(size, 1, count, rows)
+        codes[:, start // size] = found.gather(1, each).squeeze(1).transpose(0, 1)
+        norms[:, start // size] = tried.gather(0, best).squeeze(0)
+        rest[:, stop:] -= upper[:, :, stop:].mT @ errors.gather(1, each).squeeze(1).transpose(0, 1)
+    back = inputs.order.argsort(1)[..., None]
+    codes = codes.gather(1, back[..., None].expand_as(codes))
+    return _State(codes.view_as(target), norms.gather(1, back.expand_as(norms)))
 
 
-def _round_group(block: Tensor, norms: Tensor, upper: Tensor, fmt: CodebookFormat) -> tuple[Tensor, Tensor]:
-    """(codes, errors over U's diagonal), both [tried, N, size], for a block [N, size] at norms [tried, N]."""
-    book, thresholds = _tables(fmt, block.device)
-    rest = block.expand(len(norms), *block.shape).clone()
-    codes = torch.empty(rest.shape, dtype=torch.uint8, device=block.device)
-    errors = torch.empty_like(rest)
+def _round_group(block: Tensor, norms: Tensor, upper: Tensor, book: _Book) -> tuple[Tensor, Tensor]:
+    """(codes, errors over U's diagonal), both [size, tried, B, N], for a block [B, size, N] at norms [tried, B, N]."""
+    rest = block.transpose(0, 1)[:, None].expand(-1, len(norms), -1, -1).contiguous()
+    codes, errors = torch.empty_like(rest, dtype=torch.uint8), torch.empty_like(rest)
     inverse = torch.where(norms == 0, 0.0, 1 / norms)
     for j in range(block.shape[1]):
-        code = torch.bucketize(rest[..., j] * inverse, thresholds)
-        codes[..., j] = code
-        errors[..., j] = (rest[..., j] - book[code] * norms) / upper[j, j]
-        rest[..., j + 1 :] -= errors[..., j, None] * upper[j, j + 1 :]
+        code, centroid = book(rest[j] * inverse)
+        codes[j] = code
+        errors[j] = (rest[j] - centroid * norms) / upper[:, j, j, None]
+        rest[j + 1 :].addcmul_(upper[:, j, j + 1 :].t()[:, None, :, None], errors[j], value=-1)
     return codes, errors
 
 
 def _plain_norms(block: Tensor, fmt: CodebookFormat) -> Tensor:
-    """float32 [N]: the least-squares norm of each row [size] at the scale that explains most of it, as effort best has it."""
-    columns = block.t().contiguous()
+    """float32 [B, N]: the least-squares norm of each row of [B, size, N] at the scale that explains most of it, as effort best."""
+    columns = block.transpose(0, 1).reshape(fmt.group_size, -1)
     table = nearest(fmt.codebook, block.device)
     assignment = Assignment(fmt.group_size, columns.shape[1], block.device)
     norm = assignment.dot(columns, columns).sqrt()
     unit = columns / torch.where(norm == 0, 1.0, norm)
     assignment.assign(unit * assignment.search_scale(unit, table), table)
     dot = assignment.dot(unit, assignment.centroids).clone()
-    return norm * (dot / assignment.dot(assignment.centroids, assignment.centroids))
+    return (norm * (dot / assignment.dot(assignment.centroids, assignment.centroids))).view(len(block), -1)
 
 
 def _refit(state: _State, target: Tensor, fmt: CodebookFormat, gram: Tensor) -> _State:
     """The norms that minimize a row's error under H for its codes, where they are positive and do lower it."""
-    groups, size = state.norms.shape[1], fmt.group_size
+    (count, groups, rows), size = state.norms.shape, fmt.group_size
     book = codec.centroids(fmt, target.device)
     norms = torch.empty_like(state.norms)
-    rows = max(1, (1 << 24) // (groups * target.shape[1]))
-    for start in range(0, len(target), rows):
-        some = slice(start, start + rows)
-        unit = book[state.codes[some].int()].view(-1, groups, size)
-        weighted = torch.einsum("ngi,gik->ngk", unit, gram.view(groups, size, -1))
-        system = torch.einsum("nghi,nhi->ngh", weighted.view(len(unit), groups, groups, size), unit)
-        wanted = torch.einsum("ngk,nk->ng", weighted, target[some])
-        system.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6)
-        solved, _ = torch.linalg.solve_ex(system, wanted)
-        norms[some] = _stored(solved, fmt)
+    across = gram.view(count, groups, size, -1).mT
+    step = max(1, _REFITTED[target.device.type] // (count * groups * target.shape[1]))
+    for start in range(0, rows, step):
+        some = slice(start, start + step)
+        unit = book[state.codes[..., some].int()].view(count, groups, size, -1)
+        weighted = across @ unit  # [B, groups, K, n]
+        system = (weighted.view(count, groups, groups, size, -1) * unit[:, None]).sum(3).permute(0, 3, 1, 2)
+        wanted = (weighted * target[:, None, :, some]).sum(2).mT
+        system.diagonal(dim1=2, dim2=3).mul_(1 + 1e-6)
+        solved, _ = torch.linalg.solve_ex(system, wanted[..., None])
+        norms[..., some] = _stored(solved.squeeze(-1).mT, fmt)
     usable = (norms.isfinite() & (norms > 0)).all(1, keepdim=True)
     return _better(state, _State(state.codes, torch.where(usable, norms, state.norms)), target, fmt, gram)
 
@@ -221,34 +267,31 @@ def _refit(state: _State, target: Tensor, fmt: CodebookFormat, gram: Tensor) -> 
 def _descend(state: _State, target: Tensor, fmt: CodebookFormat, gram: Tensor) -> _State:
     """Codes changed one input at a time to what is nearest to the best value of it, all others as they are."""
     size = fmt.group_size
-    book, thresholds = _tables(fmt, target.device)
     codes, values = state.codes.clone(), state.values(fmt)
-    diagonal = gram.diagonal()
-    left = (target - values) @ gram
+    inverses = 1 / gram.diagonal(dim1=1, dim2=2)
+    left = gram @ (target - values)
+    book = _Book(fmt, (len(target), target.shape[2]), target.device)
     for _ in range(_SWEEPS):
         for start in range(0, target.shape[1], size):
             stop = start + size
             norm = state.norms[:, start // size]
             inverse = torch.where(norm == 0, 0.0, 1 / norm)
-            mine, inner = left[:, start:stop].clone(), gram[start:stop, start:stop]
-            changes = torch.empty_like(mine)
+            mine, now = (
+                x[:, start:stop].transpose(0, 1).clone(memory_format=torch.contiguous_format) for x in (left, values)
+            )
+            changes, inner = torch.empty_like(mine), gram[:, start:stop, start:stop]
             for j in range(size):
-                at = start + j
-                code = torch.bucketize((values[:, at] + mine[:, j] / diagonal[at]) * inverse, thresholds)
-                value = book[code] * norm
-                changes[:, j] = value - values[:, at]
-                mine -= changes[:, j, None] * inner[j]
-                codes[:, at], values[:, at] = code, value
-            left -= changes @ gram[start:stop]
+                code, centroid = book((now[j] + mine[j] * inverses[:, start + j, None]) * inverse)
+                codes[:, start + j] = code
+                value = centroid * norm
+                changes[j] = value - now[j]
+                now[j] = value
+                mine[j + 1 :].addcmul_(inner[:, j, j + 1 :].t()[..., None], changes[j], value=-1)
+            values[:, start:stop] = now.transpose(0, 1)
+            left -= gram[:, :, start:stop] @ changes.transpose(0, 1)
     return _better(state, _State(codes, state.norms), target, fmt, gram)
 
 
 def _stored(norms: Tensor, fmt: CodebookFormat) -> Tensor:
     """As the stored dtype holds them, float32; chosen before the codes, which then make up for the rounding."""
     return norms.to(codec.NORMS_TORCH[fmt.norms]).float()
-
-
-def _tables(fmt: CodebookFormat, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Centroids, and the values between neighbours at which the nearest one changes."""
-    book = codec.centroids(fmt, device)
-    return book, (book[1:] + book[:-1]) / 2

@@ -48,13 +48,13 @@ def test_an_expert_sees_its_own_tokens() -> None:
     module, x = Experts(), torch.randn(6, 8)
     index = torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0], [0, 1], [0, 1]])  # expert 2 sees none
     routed = Routed(module, [x[:4], x[4:]], [index[:4], index[4:]])
-    one, every = routed.sums("gate_up_proj", 3)
+    one, every = routed.sums("gate_up_proj")
     assert [one(expert).count for expert in range(3)] == [6, 6, 0]
     torch.testing.assert_close(every.gram, x.t() @ x)
     torch.testing.assert_close(one(2).towards(every), x.t() @ x / 6)  # all it has is the layer's
     gate, up = (x @ module.gate_up_proj[0].t()).chunk(2, dim=-1)
     inner = nn.functional.silu(gate) * up
-    one, every = routed.sums("down_proj", 3)
+    one, every = routed.sums("down_proj")
     torch.testing.assert_close(one(0).gram, inner.t() @ inner)
     assert every.count == 12
 

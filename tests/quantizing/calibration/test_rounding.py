@@ -18,8 +18,8 @@ from kappaquant.models.skeleton import load_config, model_class
 from kappaquant.quantizing.calibration import layers as streamed
 from kappaquant.quantizing.calibration.moments import watched
 from kappaquant.quantizing.calibration.rounding import Pass
+from kappaquant.quantizing.calibration.stacks import Stack, round_stack
 from kappaquant.quantizing.calibration.text import Calibration
-from kappaquant.quantizing.rounding import feedback
 
 WINDOWS = torch.randint(3, 90, (16, 32), generator=torch.Generator().manual_seed(0))
 TEXT = Calibration(WINDOWS, {"file": "text.txt", "tokens": 512, "window": 32, "tokens_sha256": "a"})
@@ -90,13 +90,16 @@ def test_streamed_layers_give_the_codes_of_a_model_that_fits(architecture: str, 
         with torch.no_grad(), watched(packed) as (sums, _):
             for rows in WINDOWS.split(streamed.ROWS):
                 model(rows)
+        together: dict[Any, list[str]] = {}
         for name in packed:
-            fmt: Any = opened.format_of(f"{name}.weight")
-            weight = source.read(f"{name}.weight").view(source.tensors[f"{name}.weight"].shape)
-            inputs = feedback.prepare(feedback.rotated(sums[name].gram, fmt), fmt.group_size)
-            parts = feedback.encode(weight, fmt, inputs).parts
-            for suffix, part in opened.parts(f"{name}.weight").items():
-                assert torch.equal(part, parts[suffix]), f"{name}{suffix}"
+            together.setdefault((id(sums[name]), opened.format_of(f"{name}.weight")), []).append(name)
+        for (_, fmt), names in together.items():
+            weights = [source.read(f"{n}.weight").view(source.tensors[f"{n}.weight"].shape) for n in names]
+            stack = Stack(torch.cat(weights)[None], sums[names[0]].gram[None], fmt, names[:1])
+            parts = round_stack(stack).parts
+            for suffix, part in parts.items():
+                written = torch.cat([opened.parts(f"{n}.weight")[suffix] for n in names])
+                assert torch.equal(written, part[0]), f"{names}{suffix}"
         for name, parameter in layer.named_parameters():
             if f"{prefix}{name}" in opened.keys():
                 parameter.data.copy_(opened.dequantize(f"{prefix}{name}"))
@@ -120,19 +123,18 @@ def test_a_run_that_is_cut_off_ends_with_the_same_bytes(tmp_path: Path, monkeypa
     folder = tiny_models.save_tiny("qwen3_moe", tmp_path / "source")
     expected = digests(quantize(folder, "whole", jobs=1))
     assert digests(quantize(folder, "two_jobs", jobs=2)) == expected
-    rounded = Pass._round
-    for after in (1, 9, 5):
-        left = iter(range(after))
+    for method, after in (("_write", 1), ("_write", 5), ("_record", 2), ("_record", 1), ("_write", 2)):
+        whole, left = getattr(Pass, method), iter(range(after))
 
-        def cut_off(*args: Any, left: Any = left, **kwargs: Any) -> None:
+        def cut_off(*args: Any, whole: Any = whole, left: Any = left) -> None:
             if next(left, None) is None:
                 raise KeyboardInterrupt
-            rounded(*args, **kwargs)
+            whole(*args)
 
-        monkeypatch.setattr(Pass, "_round", cut_off)
+        monkeypatch.setattr(Pass, method, cut_off)
         with pytest.raises(KeyboardInterrupt):
             quantize(folder, "resumed")
-    monkeypatch.setattr(Pass, "_round", rounded)
+        monkeypatch.setattr(Pass, method, whole)
     assert digests(quantize(folder, "resumed")) == expected
 
 

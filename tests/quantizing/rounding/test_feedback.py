@@ -27,12 +27,13 @@ def weighted(weight: Tensor, other: Tensor, x: Tensor) -> Tensor:
 
 
 def prepared(x: Tensor, fmt: CodebookFormat) -> feedback.Inputs:
-    return feedback.prepare(feedback.rotated(x.t() @ x, fmt), fmt.group_size)
+    return feedback.prepare(feedback.rotated((x.t() @ x)[None], fmt), fmt.group_size, ["weight"])
 
 
 def textbook(row: Tensor, inputs: feedback.Inputs, norms: Tensor, fmt: CodebookFormat) -> list[int]:
     """One row, one input at a time in float64: what is left is moved to where it best makes up for what is fixed."""
-    book, gram, order = torch.tensor(fmt.codebook).double(), inputs.gram.double(), inputs.order
+    book, gram = torch.tensor(fmt.codebook).double(), inputs.gram[0].double()
+    order = (inputs.order[0, :, None] * fmt.group_size + torch.arange(fmt.group_size)).flatten()
     row, fixed, codes = row.double(), torch.zeros(len(row), dtype=torch.float64), [0] * len(row)
     for at, j in enumerate(order.tolist()):
         done, rest = order[:at], order[at:]
@@ -51,9 +52,11 @@ def test_codes_are_the_textbooks(monkeypatch: pytest.MonkeyPatch) -> None:
     fmt, x = CodebookFormat(3, 32), correlated(96)
     inputs = prepared(x, fmt)
     target = fmt.rotate(torch.randn(6, 96, generator=torch.Generator().manual_seed(1)))
-    found = feedback._feed_back(target, fmt, inputs)
-    expected = [textbook(row, inputs, norms, fmt) for row, norms in zip(target, found.norms, strict=True)]
-    assert (found.codes == torch.tensor(expected)).float().mean() > 0.99  # a tie in float32 may fall the other way
+    found = feedback._feed_back(target.t().contiguous()[None], fmt, inputs)
+    expected = [textbook(row, inputs, norms, fmt) for row, norms in zip(target, found.norms[0].t(), strict=True)]
+    assert (
+        found.codes[0].t() == torch.tensor(expected)
+    ).float().mean() > 0.99  # a tie in float32 may fall the other way
 
 
 @pytest.mark.parametrize("group", [32, 128])
@@ -62,17 +65,20 @@ def test_no_row_is_worse_and_all_together_are_much_better(bits: int, group: int)
     fmt, x = CodebookFormat(bits, group), correlated(WIDTH)
     weight = torch.randn(48, WIDTH, generator=torch.Generator().manual_seed(bits))
     inputs = prepared(x, fmt)
-    made = feedback.encode(weight, fmt, inputs)
-    decoded = fmt.decode(made.parts, WIDTH)
+    made = feedback.encode(weight[None], fmt, inputs)
+    parts = {suffix: part[0] for suffix, part in made.parts.items()}
+    decoded = fmt.decode(parts, WIDTH)
     plain = fmt.decode(fmt.encode(weight).parts, WIDTH)
     target = fmt.rotate(weight)
-    with_feedback, without = (feedback._weighted(target - fmt.rotate(each), inputs.gram) for each in (decoded, plain))
+    with_feedback, without = (
+        feedback._weighted((target - fmt.rotate(each)).t()[None], inputs.gram)[0] for each in (decoded, plain)
+    )
     assert (with_feedback <= without * (1 + 1e-3)).all()
     assert weighted(weight, decoded, x).sum() < 0.6 * weighted(weight, plain, x).sum()
     if WIDTH % group == 0:  # else padding is rounded too
-        torch.testing.assert_close(made.weighted_errors, with_feedback, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(made.squared_errors, (weight - decoded).square().sum(1), rtol=1e-3, atol=1e-5)
-    assert {s: (p.dtype, tuple(p.shape)) for s, p in made.parts.items()} == {
+        torch.testing.assert_close(made.weighted_errors[0], with_feedback, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(made.squared_errors[0], (weight - decoded).square().sum(1), rtol=1e-3, atol=1e-5)
+    assert {s: (p.dtype, tuple(p.shape)) for s, p in parts.items()} == {
         s: (p.dtype, tuple(p.shape)) for s, p in fmt.encode(weight).parts.items()
     }
 
@@ -81,16 +87,24 @@ def test_inputs_without_a_direction_change_nothing_for_the_worse() -> None:
     fmt, x = CodebookFormat(3, 32), torch.eye(64)
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     weight[3] = 0
-    decoded = fmt.decode(feedback.encode(weight, fmt, prepared(x, fmt)).parts, 64)
+    decoded = fmt.decode(feedback.encode(weight[None], fmt, prepared(x, fmt)).parts, 64)[0]
     plain = fmt.decode(fmt.encode(weight).parts, 64)
     assert not decoded[3].any()
     assert (weight - decoded).square().sum() <= (weight - plain).square().sum()
 
 
 def test_damping_is_raised_until_it_does_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    gram = torch.eye(64)
-    gram[5, 5] = -0.05
-    assert feedback.prepare(gram, 32, "model.layers.0.x").damping == pytest.approx(0.1)
+    gram = torch.eye(64).repeat(3, 1, 1)
+    gram[1, 5, 5] = -0.05
+    found = feedback.prepare(gram, 32, ["a", "model.layers.0.x", "b"])
+    assert found.damping == pytest.approx([0.01, 0.1, 0.01])
+    torch.testing.assert_close(
+        found.gram.diagonal(dim1=1, dim2=2).mean(1), torch.tensor([1.01, (63 - 0.05) / 64 * 1.1, 1.01])
+    )
+    product = (found.upper.mT @ found.upper)[1]  # of H^-1, groups in their order
+    back = (found.order[1].argsort()[:, None] * 32 + torch.arange(32)).flatten()
+    torch.testing.assert_close(product[back][:, back] @ found.gram[1], torch.eye(64), rtol=1e-3, atol=1e-3)
+    assert "a: second" not in caplog.text
     assert (
         "model.layers.0.x: second moments of its inputs are not positive definite; damping raised to 0.1" in caplog.text
     )
@@ -99,7 +113,7 @@ def test_damping_is_raised_until_it_does_and_said(caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_moments_that_say_nothing(value: float) -> None:
     with pytest.raises(NonFiniteError, match="y: the calibration text gives its inputs a mean square of"):
-        feedback.prepare(torch.full((32, 32), value), 32, "y")
+        feedback.prepare(torch.full((1, 32, 32), value), 32, ["y"])
 
 
 def test_a_weight_that_is_not_finite() -> None:
@@ -107,4 +121,17 @@ def test_a_weight_that_is_not_finite() -> None:
     weight = torch.randn(4, 64)
     weight[2, 7] = torch.nan
     with pytest.raises(NonFiniteError, match="z: holds nan"):
-        feedback.encode(weight, fmt, prepared(correlated(64), fmt), "z")
+        feedback.encode(weight[None], fmt, prepared(correlated(64), fmt), "z")
+
+
+def test_matrices_of_a_stack_are_rounded_as_each_alone() -> None:
+    """Each for its own inputs, and in its own order of groups."""
+    fmt, generator = CodebookFormat(3, 32), torch.Generator().manual_seed(0)
+    weight, xs = torch.randn(3, 24, 96, generator=generator), [correlated(96, seed) for seed in range(3)]
+    grams = feedback.rotated(torch.stack([x.t() @ x for x in xs]), fmt)
+    together = feedback.encode(weight, fmt, feedback.prepare(grams, 32, ["a", "b", "c"]))
+    for at, x in enumerate(xs):
+        alone = feedback.encode(weight[at : at + 1], fmt, prepared(x, fmt))
+        torch.testing.assert_close(together.weighted_errors[at], alone.weighted_errors[0], rtol=0.05, atol=0)
+        same = together.parts[".tq_packed"][at] == alone.parts[".tq_packed"][0]
+        assert same.float().mean() > 0.98  # products of more rows may be rounded otherwise
