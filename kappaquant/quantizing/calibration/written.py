@@ -1,7 +1,8 @@
 """Calibration text that a model wrote itself: the seeds it begins with, and a file that says which model it was.
 
 A quantized checkpoint and its source count as one model: the hash is over what both have, config, headers and the vectors (norms,
-biases), which no plan packs. Vectors tell a fine-tuned model from the one it began as, though their headers be the same.
+biases), which no plan packs. Vectors tell a model that was trained further from the one it began as, though headers be the same; training
+that leaves every vector alone is not noticed.
 """
 
 from __future__ import annotations
