@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from kappaquant.commands.calibrating import write
 from kappaquant.commands.checkpoints import dequantize, inspect, verify
 from kappaquant.commands.evaluation import evaluate
 from kappaquant.commands.exporting import export
@@ -20,7 +21,7 @@ from kappaquant.commands.text import chat, generate
 from kappaquant.errors import KappaquantError
 
 _COMMANDS = (
-    scan, plan, quantize, inspect, verify, dequantize, export, generate, chat, bench, evaluate, compare, card, push,
+    scan, plan, write, quantize, inspect, verify, dequantize, export, generate, chat, bench, evaluate, compare, card, push,
     convert, serve,
 )  # fmt: skip
 _PLANNING = (plan, quantize, export)  # take the options of every registered policy

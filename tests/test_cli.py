@@ -14,6 +14,7 @@ from tiny_models import save_tiny
 COMMANDS = (
     "scan",
     "plan",
+    "write",
     "quantize",
     "inspect",
     "verify",
@@ -111,12 +112,16 @@ def test_verify_exits_1_and_names_the_tampered_tensor(command: Command, quantize
         (("quantize", "{model}", "{model}"), "which is read"),
         (("quantize", "{model}", "{model}/out"), "which is read"),
         (("quantize", "{model}", "{tmp}/out", "--effort", "most"), "fast, best, calibrated"),
-        (("quantize", "{model}", "{tmp}/out", "--effort", "calibrated"), "needs text; give it with --calibration"),
+        (("quantize", "{model}", "{tmp}/out", "--effort", "calibrated"), "has no tokenizer (tokenizer.json"),
         (
             ("quantize", "{model}", "{tmp}/out", "--effort", "fast", "--calibration", "x"),
             "leave it out beside --calibration",
         ),
         (("quantize", "{model}", "{tmp}/out", "--calibration-tokens", "9"), "of no effect without --calibration"),
+        (
+            ("quantize", "{model}", "{tmp}/out", "--effort", "calibrated", "--calibration-tokens", "1"),
+            "--calibration-tokens 1: must be 2 or more",
+        ),
         (("quantize", "{model}", "{tmp}/out", "--calibration", "{tmp}/no.txt"), "no.txt: no such file"),
         (("quantize", "{model}", "{tmp}/out", "--format", "gguf"), "kappaquant, tq3_native"),
         (("quantize", "{model}", "{tmp}/out", "--jobs", "0"), "at least 1"),

@@ -19,7 +19,7 @@ from kappaquant.files.documents import write_json
 from kappaquant.files.processes import ItemError, each
 from kappaquant.files.safetensors import Stored
 from kappaquant.files.tensors import hash_stored
-from kappaquant.files.unfinished import Commit, Partial
+from kappaquant.files.unfinished import Commit, Partial, check_free
 
 COMMIT_SECONDS = 2.0  # how much work a kill may cost; each commit is two fsyncs
 
@@ -182,6 +182,7 @@ def check_output(output: Path, inside: Path | None) -> None:
         raise OutputError(f"{output}: lies in {inside}, which is read; choose another output")
     if not output.parent.is_dir():
         raise OutputError(f"{output.parent}: no such folder; create it first")
+    check_free(output)
 
 
 def _hash(task: tuple[Path, Stored]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kappaquant.commands.calibrating import calibration_of, check_calibration, kept_text
 from kappaquant.commands.options import (
     DeviceOpt,
     FuseOpt,
@@ -29,13 +30,11 @@ from kappaquant.commands.options import (
     policy_of,
 )
 from kappaquant.commands.terminal import console, progress, show
-from kappaquant.errors import PlanError, SourceError
+from kappaquant.errors import PlanError
 from kappaquant.files.documents import check_file
-from kappaquant.formats.base import EFFORTS
 
 if TYPE_CHECKING:
     from kappaquant.planning.plan import Plan
-    from kappaquant.quantizing.calibration.text import Calibration
     from kappaquant.sources.source import Source
 
 
@@ -143,8 +142,8 @@ def quantize(
     effort: Annotated[
         str | None,
         typer.Option(
-            help="fast; best (the default) searches each group's scale; calibrated, which --calibration implies, knows what each "
-            "layer reads. Same bytes."
+            help="fast; best (the default) searches each group's scale; calibrated knows what each layer reads, of a text that the "
+            "model writes first, or of --calibration, which implies it. Same bytes."
         ),
     ] = None,
     calibration: Annotated[
@@ -152,7 +151,11 @@ def quantize(
         typer.Option(help="Text to calibrate with: .txt, or .jsonl with a text or messages on each line."),
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option("--calibration-tokens", help="How many of its tokens, at most; 131072 unless given.")
+        int | None,
+        typer.Option(
+            "--calibration-tokens",
+            help="How many of its tokens, at most, 131072 unless given; without a file how many the model writes, 32768.",
+        ),
     ] = None,
     container: Annotated[
         str, typer.Option("--format", help="kappaquant, or tq3_native for published loaders.")
@@ -184,53 +187,33 @@ def quantize(
     warm_up(source, jobs)
     from kappaquant.checkpoints.open import container_by_id
     from kappaquant.planning.plan import Plan
-    from kappaquant.quantizing.quantize import Options
+    from kappaquant.quantizing.quantize import Options, check
     from kappaquant.quantizing.quantize import quantize as run
     from kappaquant.sources.open import open_source
 
-    _check_calibration(effort, calibration, calibration_tokens)
-    data_free = "best" if calibration else effort or "best"
+    check_calibration(effort, calibration, calibration_tokens)
+    calibrated = calibration is not None or effort == "calibrated"
+    data_free = "best" if calibrated else effort or "best"
     options = Options(data_free, container, jobs, device, allow_nonfinite)  # type: ignore[arg-type]
     opened = open_source(source, revision, stream=stream)
-    text = calibration and _calibration(opened, calibration, calibration_tokens)
     if plan_file:
         made = Plan.load(plan_file)
     else:
         one = container_by_id(container).one_group_size  # which is 128 where nothing else is asked for
         group = group_size or ("128" if one else "auto")
         made = PlanSettings(policy or "recipe", policy_options, profile, size, group, overrides).plan(opened, fuse)
+    check(opened, made, options, calibrated)
+    text = calibration_of(opened, folder, calibration, calibration_tokens, device) if calibrated else None
     with progress("quantize") as report:
-        path = run(opened, folder, made, options, report, text or None)
+        path = run(opened, folder, made, options, report, text)
     nbytes = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     console().print(f"{path}: {decimal(nbytes)}", highlight=False)
-
-
-def _check_calibration(effort: str | None, calibration: Path | None, tokens: int | None) -> None:
-    """Raise PlanError where the options that concern calibration contradict each other."""
-    if effort not in (None, *EFFORTS, "calibrated"):
-        raise PlanError(f"--effort {effort}: must be one of {', '.join(EFFORTS)}, calibrated")
-    if effort == "calibrated" and not calibration:
-        raise PlanError("--effort calibrated: needs text; give it with --calibration FILE")
-    if calibration and effort not in (None, "calibrated"):
-        raise PlanError(f"--effort {effort}: is for quantizing without text; leave it out beside --calibration")
-    if tokens is not None and not calibration:
-        raise PlanError(f"--calibration-tokens {tokens}: is of no effect without --calibration FILE")
-
-
-def _calibration(source: Source, path: Path, tokens: int | None) -> Calibration:
-    """The text as tokens of the model, by its own tokenizer."""
-    from transformers import AutoTokenizer
-
-    from kappaquant.quantizing.calibration.text import TOKENS, calibration
-
-    place = source.folder or source.label
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=source.revision)
-    except (OSError, ValueError, KeyError) as problem:
-        raise SourceError(
-            f"{source.label}: has no tokenizer that transformers can load, which --calibration needs ({str(problem).splitlines()[0]})"
-        ) from None
-    return calibration(path, tokenizer, TOKENS if tokens is None else tokens)
+    if calibrated and not calibration:
+        console().print(
+            f"{kept_text(folder)}: what the model wrote; --calibration takes it for other plans",
+            markup=False,
+            highlight=False,
+        )
 
 
 @dataclass(frozen=True)

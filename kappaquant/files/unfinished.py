@@ -19,6 +19,8 @@ from typing import Any
 
 from kappaquant.errors import KappaquantError, OutputError
 
+_TAKEN = "{}: exists and is not empty; choose another output or remove it"
+
 
 class Partial:
     """The unfinished state of one output folder, locked while this object is open; a context manager.
@@ -35,7 +37,7 @@ class Partial:
 
     def __init__(self, output: Path, fingerprint: str) -> None:
         self.output = output = output.resolve()
-        self.root = output.parent / f"{output.name}.partial"
+        self.root = _root(output)
         self.folder = self.root / "checkpoint"
         self.journal = self.root / "journal.jsonl"
         self.records: list[dict[str, Any]] = []
@@ -74,7 +76,7 @@ class Partial:
         if _occupied(self.output) and not self.finished:
             if not resumed:
                 self.discard()
-            raise OutputError(f"{self.output}: exists and is not empty; choose another output or remove it")
+            raise OutputError(_TAKEN.format(self.output))
         if not self.finished:
             self.folder.mkdir(exist_ok=True)
         if not self.records:
@@ -182,6 +184,16 @@ class Commit:
                 os.fsync(file.fileno())
             self.partial.append(self.pending)
         self.pending, self.last = [], time.monotonic()
+
+
+def check_free(output: Path) -> None:
+    """Raise OutputError if something is in the place of a folder to be made, and no unfinished run that it may be the end of."""
+    if _occupied(output) and not output.is_mount() and not _root(output.resolve()).exists():
+        raise OutputError(_TAKEN.format(output))
+
+
+def _root(output: Path) -> Path:
+    return output.parent / f"{output.name}.partial"
 
 
 def _occupied(path: Path) -> bool:

@@ -142,9 +142,13 @@ def _manifest(path: Path) -> dict[str, Any]:
             "plan": {"policy": str(), "inputs": {}, "group_size": int() | "auto"},
         }:
             match manifest.get("calibration"):
-                case None | {"file": str(), "tokens": int(), "tokens_sha256": str()}:
+                case None | {"tokens": int(), "tokens_sha256": str(), "file": str()}:
                     return manifest
-            raise FormatError(f"{path}: its calibration lacks a file, tokens or tokens_sha256, which a card tells")
+                case {"tokens": int(), "tokens_sha256": str(), "written_by": {"model": str()}}:
+                    return manifest
+            raise FormatError(
+                f"{path}: its calibration lacks tokens, tokens_sha256, or the file or model that they are from, which a card tells"
+            )
     raise FormatError(f"{path}: lacks what a card is made from: kappaquant_version, source, effort or plan")
 
 

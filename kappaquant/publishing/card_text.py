@@ -143,8 +143,10 @@ def reproduction(facts: Facts) -> str:
     pinned = f" --revision {facts.revision}" if facts.revision else ""
     extract = f"""python -c 'import json; print(json.dumps(json.load(open("{MANIFEST_NAME}"))["plan"]))' > plan.json"""
     text = facts.manifest.get("calibration")
-    calibrated = f" --calibration path/to/{text['file']} --calibration-tokens {text['tokens']}" if text else ""
-    effort = f" --effort {facts.manifest['effort']}{calibrated}"
+    effort = f" --effort {facts.manifest['effort']}"
+    if text:
+        effort += f" --calibration path/to/{text['file']}" if "file" in text else ""
+        effort += f" --calibration-tokens {text['tokens']}"
     lines = [
         extract,
         f"kappaquant quantize {facts.original} -o {facts.name} --plan plan.json{effort}{pinned}",
@@ -156,11 +158,10 @@ def reproduction(facts: Facts) -> str:
             f"--tokens {tokens} --window {s.window} --top-k {s.top_k} --dtype {s.dtype} --activations {s.activations}"
         )
         lines += [f"{lines[-1]} {_task_options(task)}" for task in found.tasks]
-    same = (
-        f", calibrated on the same machine with the same text (tokens' SHA-256 `{text['tokens_sha256']}`)"
-        if text
-        else ""
-    )
+    same = ""
+    if text:
+        whose = "the text that the model writes itself there" if "written_by" in text else "the same text"
+        same = f", calibrated on the same machine with {whose} (tokens' SHA-256 `{text['tokens_sha256']}`)"
     return (
         f"## Make it again\n\nThe plan, bits and reason of every tensor, is in `{MANIFEST_NAME}`; the same source and plan give the same bytes{same}.\n\n"
         "```\n" + "\n".join(lines) + "\n```"

@@ -19,6 +19,7 @@ from kappaquant.files.tensors import ranges
 from kappaquant.formats.base import EFFORTS, Effort, Format
 from kappaquant.planning.plan import Plan
 from kappaquant.quantizing.calibration.text import Calibration
+from kappaquant.quantizing.calibration.written import Model, model_of
 from kappaquant.quantizing.slices import Slice, Sums, encode_slice
 from kappaquant.sources.source import Source
 from kappaquant.version import __version__
@@ -74,10 +75,9 @@ def quantize(
         PlanError, SourceError, NonFiniteError, OutputError: see each; the message says what to do.
     """
     options = options or Options()
-    plan.check(source.tensors, source.config)
-    container_by_id(options.container).check_plan(plan, source.tensors)
-    if calibration and options.container != "kappaquant":
-        raise PlanError(f"--format {options.container} is not calibrated; write the kappaquant format")
+    check(source, plan, options, calibration is not None)
+    if calibration and (writer_of_text := calibration.record.get("written_by")):
+        model_of(source).check(Model(**writer_of_text), calibration.record.get("file", "calibration"))
     output = Path(output).absolute()
     with Writer(
         output, _fingerprint(source, plan, options, calibration), inside=source.folder, stage="encode", progress=progress,
@@ -88,6 +88,14 @@ def quantize(
             _Run(source, plan, options, writer, calibration).run()
         writer.name()
     return output
+
+
+def check(source: Source, plan: Plan, options: Options, calibrated: bool) -> None:
+    """Raise PlanError for a plan that does not fit the source or the container, or a container that is not calibrated."""
+    plan.check(source.tensors, source.config)
+    container_by_id(options.container).check_plan(plan, source.tensors)
+    if calibrated and options.container != "kappaquant":
+        raise PlanError(f"--format {options.container} is not calibrated; write the kappaquant format")
 
 
 def _fingerprint(source: Source, plan: Plan, options: Options, calibration: Calibration | None) -> str:

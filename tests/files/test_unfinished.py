@@ -14,7 +14,7 @@ from builders import digests, quantize, write_source
 import kappaquant
 from kappaquant import OutputError
 from kappaquant.checkpoints import writer
-from kappaquant.files.unfinished import Partial
+from kappaquant.files.unfinished import Partial, check_free
 from kappaquant.quantizing import quantize as quantizer
 
 
@@ -191,3 +191,15 @@ def test_the_source_may_be_named_in_another_way(source: Path, tmp_path: Path, mo
     quantize(Path("source"), Path("out"))
     manifest = json.loads((tmp_path / "out" / "kappaquant.json").read_text())
     assert manifest["source"] == {"model": "source", "revision": None}
+
+
+def test_a_place_that_is_taken_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    check_free(taken)
+    taken.mkdir()
+    check_free(taken)
+    (taken / "file").touch()
+    with pytest.raises(OutputError, match="taken: exists and is not empty; choose another output or remove it"):
+        check_free(taken)
+    (tmp_path / "taken.partial").mkdir()  # it may be what an unfinished run named last; that one will tell
+    check_free(taken)

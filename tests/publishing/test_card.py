@@ -82,9 +82,15 @@ def test_a_calibrated_checkpoint_says_with_what(checkpoint: Checkpoint) -> None:
     text = make_card(checkpoint, measure(checkpoint)).text
     assert "--effort calibrated --calibration path/to/some.txt --calibration-tokens 4096" in text
     assert "calibrated on the same machine with the same text (tokens' SHA-256 `ab`)" in text
+    writer = {"model": "original", "revision": None, "sha256": "cd", "quantized": None}
+    manifest["calibration"] = {"tokens": 2048, "tokens_sha256": "ab", "written_by": writer, "seeds_sha256": "ef"}
+    path.write_text(json.dumps(manifest))
+    text = make_card(checkpoint, measure(checkpoint)).text
+    assert "--effort calibrated --calibration-tokens 2048" in text
+    assert "with the text that the model writes itself there (tokens' SHA-256 `ab`)" in text
     del manifest["calibration"]["tokens"]
     path.write_text(json.dumps(manifest))
-    with pytest.raises(FormatError, match="its calibration lacks a file, tokens or tokens_sha256"):
+    with pytest.raises(FormatError, match="its calibration lacks tokens, tokens_sha256, or the file or model"):
         make_card(checkpoint, measure(checkpoint))
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kappaquant")
 
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def register() -> None:
@@ -97,7 +97,7 @@ def _common_dtype(checkpoint: Checkpoint) -> torch.dtype:
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer
 
-    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
         logger.info("%s: no tokenizer files", folder)
         return None
     return AutoTokenizer.from_pretrained(folder)

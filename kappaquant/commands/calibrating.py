@@ -1,0 +1,150 @@
+"""Calibration text: the write command, and the text that quantize calibrates on."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kappaquant.commands.options import DeviceOpt, RevisionOpt
+from kappaquant.commands.terminal import console, progress
+from kappaquant.errors import OutputError, PlanError, SourceError
+from kappaquant.files.documents import check_file
+from kappaquant.formats.base import EFFORTS
+
+if TYPE_CHECKING:
+    from kappaquant.checkpoints.checkpoint import Checkpoint
+    from kappaquant.quantizing.calibration.text import Calibration
+    from kappaquant.quantizing.calibration.written import Header
+    from kappaquant.sources.source import Source
+
+
+def write(
+    model: Annotated[
+        str, typer.Argument(help="What writes: a model (folder or Hub id), or a kappaquant checkpoint made from it.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .jsonl to write, for quantize --calibration.")],
+    tokens: Annotated[int | None, typer.Option(help="How many tokens to write; 32768 unless given.")] = None,
+    device: DeviceOpt = None,
+    revision: RevisionOpt = None,
+) -> None:
+    """Let a model write the text that it, or its source, is calibrated on."""
+    from kappaquant.checkpoints.open import is_checkpoint, open_checkpoint
+    from kappaquant.files.processes import choose_device
+    from kappaquant.quantizing.calibration.text import check_tokens
+    from kappaquant.quantizing.calibration.written import TOKENS, header_of
+    from kappaquant.sources.open import open_source
+
+    if output.suffix != ".jsonl":
+        raise OutputError(f"{output}: must be named .jsonl, which quantize --calibration takes")
+    check_file(output)
+    wanted = TOKENS if tokens is None else tokens
+    check_tokens(wanted, "--tokens")
+    weights: Source | Checkpoint
+    if is_checkpoint(Path(model)):
+        if revision is not None:
+            raise SourceError(f"{model}: --revision {revision} applies to a Hub id, not to a local folder")
+        weights = open_checkpoint(model)
+    else:
+        weights = open_source(model, revision)
+    _write(weights, output, header_of(weights, wanted), choose_device(device))
+    console().print(f"{output}: {wanted} tokens written by {model}", markup=False, highlight=False)
+
+
+def _write(weights: Source | Checkpoint, path: Path, header: Header, device: str) -> None:
+    """Load the model, let it write, and forget it."""
+    from transformers.utils import logging as transformers_logging
+
+    from kappaquant.checkpoints.checkpoint import Checkpoint
+    from kappaquant.engines.transformers.load import load
+    from kappaquant.engines.transformers.original import load_original, load_tokenizer
+    from kappaquant.quantizing.calibration.written import save
+    from kappaquant.runtime.writing import write
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    tokenizer: Any
+    if isinstance(weights, Checkpoint):
+        model, tokenizer = load(weights.path, device=device)
+        if tokenizer is None:
+            raise SourceError(
+                f"{weights.path}: has no tokenizer; copy the original model's tokenizer files to its folder"
+            )
+    else:
+        tokenizer = load_tokenizer(weights)  # what is missing is met before the weights are loaded
+        model = load_original(weights, device)
+    with progress("calibration text", "tokens") as report:
+        texts = write(model, tokenizer, header.tokens, header.rules, report)
+    save(path, header, texts)
+    del model
+    gc.collect()  # the modules of a model refer to each other
+
+
+def check_calibration(effort: str | None, calibration: Path | None, tokens: int | None) -> None:
+    """Raise PlanError where the options that concern calibration contradict each other."""
+    from kappaquant.quantizing.calibration.text import check_there, check_tokens
+
+    if effort not in (None, *EFFORTS, "calibrated"):
+        raise PlanError(f"--effort {effort}: must be one of {', '.join(EFFORTS)}, calibrated")
+    if calibration and effort not in (None, "calibrated"):
+        raise PlanError(f"--effort {effort}: is for quantizing without text; leave it out beside --calibration")
+    if calibration:
+        check_there(calibration)
+    if tokens is not None:
+        if not calibration and effort != "calibrated":
+            raise PlanError(
+                f"--calibration-tokens {tokens}: is of no effect without --calibration FILE or --effort calibrated"
+            )
+        check_tokens(tokens)
+
+
+def kept_text(output: Path) -> Path:
+    """Where the text is kept that a model writes for the checkpoint ``output``."""
+    output = output.resolve()
+    return output.with_name(f"{output.name}.calibration.jsonl")
+
+
+def calibration_of(
+    source: Source, output: Path, file: Path | None, tokens: int | None, device: str | None
+) -> Calibration:
+    """The text of a file or, without one, what the model writes itself, as tokens of the model.
+
+    What it writes is kept beside the output, whole or not at all: a run that is repeated goes on with the same text.
+
+    Raises:
+        OutputError: the output cannot be written, or something else has the name of its text; before the model begins to write.
+    """
+    from kappaquant.engines.transformers.original import load_tokenizer
+    from kappaquant.files.processes import choose_device
+    from kappaquant.quantizing.calibration import text, written
+
+    tokenizer = load_tokenizer(source)
+    if file:
+        return text.calibration(file, tokenizer, text.TOKENS if tokens is None else tokens)
+    kept = kept_text(output)
+    _check_before_writing(source, output)
+    wanted = written.header_of(source, written.TOKENS if tokens is None else tokens)
+    texts, header = text.read(kept, tokenizer) if kept.exists() else ([], None)
+    if kept.exists() and header is None:
+        raise OutputError(
+            f"{kept}: is in the way of the calibration text that the model writes; move it or choose another output"
+        )
+    if header != wanted:
+        _write(source, kept, wanted, choose_device(device))
+        texts, header = text.read(kept, tokenizer)
+    assert header is not None
+    return text.calibration_of_texts(texts, header, tokenizer, wanted.tokens)
+
+
+def _check_before_writing(source: Source, output: Path) -> None:
+    """Raise for what would end the run only after the model has taken its time to write."""
+    import torch
+
+    from kappaquant.checkpoints.writer import check_output
+    from kappaquant.engines.transformers.original import whole_folder
+    from kappaquant.quantizing.calibration.layers import Layers
+
+    check_output(output.absolute(), whole_folder(source))
+    Layers(source, "cpu", torch.bfloat16)
