@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from benchmarks import real_calibrated, real_llamacpp
 from benchmarks.environment import RESULTS, environment, save
@@ -33,8 +34,9 @@ from benchmarks.real_measure import CALIBRATION_WINDOWS, WINDOW, Bench, Packed, 
 from benchmarks.real_weights import default_folder, prepared
 from benchmarks.reference_peers import BitsAndBytes, Hqq, Peer, round_to_nearest
 from benchmarks.reference_table import quantized
+from kappaquant.cli import app
 from kappaquant.evaluate.documents.report import rounded
-from kappaquant.quantizing.calibration.text import Calibration
+from kappaquant.quantizing.calibration.text import Calibration, calibration
 
 NEVER = 1e9  # a κ that no tensor reaches: policies here keep nothing in 16 bits
 OWN: dict[str, dict[str, Any]] = {
@@ -45,17 +47,23 @@ OWN: dict[str, dict[str, Any]] = {
     "kurtosis 2.5": {"policy": "kurtosis", "ladder": (2, 3)},
     "kurtosis 3.5": {"policy": "kurtosis", "ladder": (3, 4)},
 }
-CALIBRATED = {f"calibrated {bits} g64": {"policy": "uniform", "bits": bits, "group_size": 64} for bits in (2, 3, 4)}
+CALIBRATED: dict[str, dict[str, Any]] = {
+    **{f"calibrated {bits} g64": {"policy": "uniform", "bits": bits, "group_size": 64} for bits in (2, 3, 4, 5)},
+    "calibrated kurtosis 2.5 g64": {"policy": "kurtosis", "ladder": (2, 3), "group_size": 64},
+    "calibrated kurtosis 3.5 g64": {"policy": "kurtosis", "ladder": (3, 4), "group_size": 64},
+    "calibrated apex2 g64": {"policy": "recipe", "recipe": "apex2", "group_size": 64},
+}
+OWN_TEXT = {f"own text {bits} g64": {"policy": "uniform", "bits": bits, "group_size": 64} for bits in (3, 4)}
 GROUP = 64  # of a row of 576; 128 does not divide it
 PACKAGES = ("gguf", "llama-cpp-python", "bitsandbytes", "hqq", "llmcompressor", "auto-round")
 
 
-def own(name: str, options: Mapping[str, Any], bench: Bench) -> Packed:
+def own(name: str, options: Mapping[str, Any], bench: Bench, calibration: Calibration | None = None) -> Packed:
     """Quantized as the command does it. A ladder without thresholds gets the median κ, by weights, as its one step."""
     options = dict(options)
     if options["policy"] == "kurtosis":
         options["thresholds"] = (median_kappa(bench), NEVER)
-    return quantized(bench.source, bench.plan(**options), bench.work / name)
+    return quantized(bench.source, bench.plan(**options), bench.work / name, calibration)
 
 
 def calibrated(name: str, options: Mapping[str, Any], bench: Bench) -> Packed:
@@ -63,7 +71,15 @@ def calibrated(name: str, options: Mapping[str, Any], bench: Bench) -> Packed:
     windows = torch.tensor(bench.halves[0])
     digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     record = {"file": "the first half", "tokens": windows.numel(), "window": WINDOW, "tokens_sha256": digest}
-    return quantized(bench.source, bench.plan(**options), bench.work / name, Calibration(windows, record))
+    return own(name, options, bench, Calibration(windows, record))
+
+
+def on_own_text(name: str, options: Mapping[str, Any], bench: Bench) -> Packed:
+    """Quantized as the command does it with --effort calibrated: by text that the model wrote, which is kept beside the model."""
+    path = bench.folder.with_name(f"{bench.folder.name}-written.jsonl")
+    if not path.exists():
+        app(["write", str(bench.folder), "-o", str(path)], standalone_mode=False)
+    return own(name, options, bench, calibration(path, AutoTokenizer.from_pretrained(bench.folder)))
 
 
 def median_kappa(bench: Bench) -> float:
@@ -94,6 +110,10 @@ def variants() -> list[Variant]:
     found += [
         Variant(n, "kappaquant", json.dumps(o), partial(calibrated, n, o), calibrated=True)
         for n, o in CALIBRATED.items()
+    ]
+    found += [
+        Variant(n, "kappaquant", json.dumps(o), partial(on_own_text, n, o), calibrated=True)
+        for n, o in OWN_TEXT.items()
     ]
     for bits in (3, 4):
         setting = f"round to nearest, groups of {GROUP}, float16 scale and {bits}-bit zero point"
