@@ -91,7 +91,7 @@ def test_a_run_cut_off_while_writing_or_rounding_ends_with_the_same_bytes(
         patch.setattr(writing, "_continuation", cut_off)
         assert run_here("quantize", source, "-o", out, *CALIBRATED).returncode == 130
     assert sorted(tmp_path.iterdir()) == before, "nothing is left of half a text"
-    rounded, left = Pass._round, iter(range(3))
+    rounded, left = Pass._write, iter(range(3))
 
     def some(*args: Any, **kwargs: Any) -> None:
         if next(left, None) is None:
@@ -99,7 +99,7 @@ def test_a_run_cut_off_while_writing_or_rounding_ends_with_the_same_bytes(
         rounded(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pass, "_round", some)
+        patch.setattr(Pass, "_write", some)
         assert run_here("quantize", source, "-o", out, *CALIBRATED).returncode == 130
     assert (tmp_path / "out.partial").is_dir()
     monkeypatch.setattr(calibrating, "_write", never)
