@@ -174,13 +174,14 @@ class _Run:
 
     def _calibrate(self, calibration: Calibration, workers: ProcessPoolExecutor | None) -> None:
         """Encode what lies in decoder layers, for the inputs that the text gives them."""
-        from kappaquant.quantizing.calibration.rounding import Pass
+        from kappaquant.quantizing.calibration.rounding import Work, calibrate
 
         by_tensor: dict[str, list[Slice]] = {}
         for piece in (piece for shard in self.source.shards for piece in self._slices(shard)):
             by_tensor.setdefault(piece.tensor, []).append(piece)
         formats = {name: fmt for name in self.source.tensors if (fmt := self._format(name))}
-        Pass(self.source, calibration, formats, self.writer, by_tensor.__getitem__, self.device, workers).run()
+        work = Work(self.source, calibration, formats, by_tensor, frozenset(self.writer.found))
+        calibrate(work, self.writer, self.device, workers)
         self.writer.done = 0  # shards are gone through next, and what was found is counted there
 
     def _encode(self, shard: str, workers: ProcessPoolExecutor | None) -> bool:

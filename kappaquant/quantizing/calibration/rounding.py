@@ -7,7 +7,9 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from kappaquant.files.tensors import read_elements, tensor_bytes
 from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import CodebookFormat
 from kappaquant.planning.moments import Moments
+from kappaquant.quantizing.calibration.cards import Cards, devices, followed
 from kappaquant.quantizing.calibration.layers import Layers
 from kappaquant.quantizing.calibration.moments import ROUTED, Routed, Sum, watched
 from kappaquant.quantizing.calibration.stacks import Stack, Task, matrices_at_once, round_stack
@@ -35,30 +38,72 @@ logger = logging.getLogger("kappaquant")
 _AHEAD = 3  # stacks that wait for each worker's attention: their moments take memory
 
 
-class Pass:
-    """Layer after layer, written as ``writer`` has laid them out.
+@dataclass(frozen=True)
+class Work:
+    """What a pass is about; picklable.
 
-    Args:
-        slices: the pieces of each tensor, by its name, and its shard.
+    Attributes:
         formats: of the tensors to be packed; others stay as the source has them.
-        workers: processes that round, beside a CPU's forward passes; None rounds here.
+        slices: the pieces of each tensor, by its name.
+        found: (tensor, start) of the pieces that earlier runs have written.
     """
 
-    def __init__(
-        self, source: Source, calibration: Calibration, formats: Mapping[str, Format], writer: Writer[Sums],
-        slices: Callable[[str], list[Slice]], device: str, workers: ProcessPoolExecutor | None = None,
-    ) -> None:  # fmt: skip
-        self._layers = Layers(source, device, torch.float32 if device == "cpu" else torch.bfloat16)
-        self._source, self._calibration, self._writer, self._slices = source, calibration, writer, slices
-        self._formats = {name: fmt for name, fmt in formats.items() if isinstance(fmt, CodebookFormat)}
-        self._workers = workers
-        self.fewest: int | None = None
-        """Tokens of the routed expert that saw fewest; None where there are no such experts."""
+    source: Source
+    calibration: Calibration
+    formats: Mapping[str, Format]
+    slices: Mapping[str, list[Slice]]
+    found: frozenset[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Squared errors and energies [rows] of some rows of a layer's task."""
+
+    task: int
+    rows: slice
+    errors: Tensor
+    energies: Tensor
+
+
+def calibrate(
+    work: Work,
+    writer: Writer[Sums],
+    device: str,
+    workers: ProcessPoolExecutor | None,
+) -> None:
+    """Round what lies in decoder layers, on all GPUs for "cuda", and write it as ``writer`` has laid it out.
+
+    Args:
+        workers: processes that round, beside a CPU's forward passes; None rounds in this one.
+    """
+    # a streamed source has one shard at a time, which processes would take from each other
+    names = devices(device) if work.source.folder else [device]
+    with followed(follow, names, work) as cards:
+        Pass(work, names[0], cards, workers).run(writer)
+
+
+def follow(cards: Cards, device: str, work: Work) -> None:
+    """The same pass on another device, whose bytes the leader records."""
+    Pass(work, device, cards).run(None)
+
+
+class Pass:
+    """Layer after layer, on one device."""
+
+    def __init__(self, work: Work, device: str, cards: Cards, workers: ProcessPoolExecutor | None = None) -> None:
+        self._layers = Layers(work.source, device, torch.float32 if device == "cpu" else torch.bfloat16)
+        self._work, self._source, self._cards, self._workers = work, work.source, cards, workers
+        self._formats = {name: fmt for name, fmt in work.formats.items() if isinstance(fmt, CodebookFormat)}
+        self._fewest: int | None = None  # tokens of the routed expert that saw fewest
 
     @torch.no_grad()
-    def run(self) -> None:
-        """Round what the layers' linear modules and routed experts hold; what is elsewhere is left for others."""
-        states = self._layers.embed(self._calibration.windows)
+    def run(self, writer: Writer[Sums] | None) -> None:
+        """Round what the layers' linear modules and routed experts hold; what is elsewhere is left for others.
+
+        Args:
+            writer: vouches for what was written; None for a follower.
+        """
+        states = self._layers.embed(self._work.calibration.windows)
         for number in range(len(self._layers)):
             self._layers.load(number)
             packed = self._packed(number)
@@ -66,16 +111,20 @@ class Pass:
                 with watched({path: self._layers.model.get_submodule(path) for path in set(packed.values())}) as seen:
                     for _ in self._layers.forward(number, states):
                         pass
-                for task, errors, energies in self._round(self._tasks(packed, seen[0]), *seen):
-                    self._record(task, errors, energies)
+                tasks = self._tasks(packed, seen[0])
+                gathered = self._cards.gather((list(self._round(tasks, *seen)), self._fewest))
+                self._cards.meet()  # all have written: anyone may read the layer
+                if writer:
+                    self._record(tasks, [loss for losses, _ in gathered for loss in losses], writer)
+                    self._fewest = min((fewest for _, fewest in gathered if fewest is not None), default=None)
             for name in packed:
                 self._layers.put(name, self._stored(name))
             states = list(self._layers.forward(number, states))
             self._layers.unload(number)
-        if self.fewest is not None:
+        if writer and self._fewest is not None:
             logger.warning(
                 "calibration: of the routed experts rounded in this run the one that saw fewest tokens saw %d",
-                self.fewest,
+                self._fewest,
             )
 
     def _packed(self, number: int) -> dict[str, str]:
@@ -114,37 +163,32 @@ class Pass:
             tasks.append(Task(names, self._formats[names[0]], path, at.target.rpartition(".")[2], experts))
         return tasks
 
-    def _round(
-        self, tasks: list[Task], sums: Mapping[str, Sum], routed: Mapping[str, Routed]
-    ) -> Iterator[tuple[Task, Tensor, Tensor]]:
-        """Round and write what is in the tasks; each with the squared errors and energies [rows] of its rows."""
-        waiting: deque[tuple[Task, slice, bool]] = deque()  # of the stacks that are being rounded
+    def _round(self, tasks: list[Task], sums: Mapping[str, Sum], routed: Mapping[str, Routed]) -> Iterator[Loss]:
+        """Round and write those of the tasks' stacks that are this process's."""
+        waiting: deque[tuple[int, slice]] = deque()  # of the stacks that are being rounded
 
         def stacks() -> Iterator[Stack]:
-            for task in tasks:
+            numbers = count()
+            for number, task in enumerate(tasks):
                 weight = torch.cat([self._read(name).flatten() for name in task.names])
                 width = self._source.tensors[task.names[0]].shape[-1]
                 weight = weight.view(len(task.experts or [0]), -1, width)
                 gram = self._grams(task, sums, routed)
                 step = matrices_at_once(weight.shape[1], width, self._layers.device)
                 for start in range(0, len(weight), step):
+                    if not self._cards.mine(next(numbers)):
+                        continue
                     some = range(start, min(start + step, len(weight)))
-                    rows = slice(some.start * weight.shape[1], some.stop * weight.shape[1])
-                    waiting.append((task, rows, some.stop == len(weight)))
+                    waiting.append((number, slice(some.start * weight.shape[1], some.stop * weight.shape[1])))
                     yield Stack(
                         weight[some.start : some.stop].to(self._layers.device), torch.stack([gram(at) for at in some]), task.fmt,
                         [task.label(at) for at in some],
                     )  # fmt: skip
 
-        errors, energies = [], []
         for made in in_order(round_stack, stacks(), self._workers, _AHEAD):
-            task, rows, last = waiting.popleft()
-            self._write(task, rows, made)
-            errors.append(made.squared_errors.flatten())
-            energies.append(made.energies.flatten())
-            if last:
-                yield task, torch.cat(errors), torch.cat(energies)
-                errors, energies = [], []
+            number, rows = waiting.popleft()
+            self._write(tasks[number], rows, made)
+            yield Loss(number, rows, made.squared_errors.flatten(), made.energies.flatten())
 
     def _grams(self, task: Task, sums: Mapping[str, Sum], routed: Mapping[str, Routed]) -> Callable[[int], Tensor]:
         """What gives the moments [in, in] for which a matrix of the task is rounded."""
@@ -155,7 +199,7 @@ class Pass:
 
         def gram(at: int) -> Tensor:
             found = one(experts[at])
-            self.fewest = found.count if self.fewest is None else min(self.fewest, found.count)
+            self._fewest = found.count if self._fewest is None else min(self._fewest, found.count)
             return found.towards(every)
 
         return gram
@@ -173,7 +217,7 @@ class Pass:
         """Put rows of a task where they belong in its tensors' files."""
         begin = 0
         for name in task.names:
-            piece = self._slices(name)[0]
+            piece = self._work.slices[name][0]
             end = begin + math.prod(self._source.tensors[name].shape[:-1])
             first, stop = max(rows.start, begin), min(rows.stop, end)
             if first < stop:
@@ -183,22 +227,25 @@ class Pass:
                     write_at(piece.target_path, piece.stored[suffix], at, tensor_bytes(flat))
             begin = end
 
-    def _record(self, task: Task, errors: Tensor, energies: Tensor) -> None:
-        """Vouch for the tensors of a task, whose rows lie in their files."""
-        begin = 0
-        for name in task.names:
-            rows = slice(begin, begin + math.prod(self._source.tensors[name].shape[:-1]))
-            begin = rows.stop
-            make = partial(_sums, self._source.read(name), errors[rows], energies[rows])
-            self._writer.fill(self._source.shard_of[name], self._left(name), make, None)
+    def _record(self, tasks: list[Task], losses: list[Loss], writer: Writer[Sums]) -> None:
+        """Vouch for the tensors of a layer, whose rows lie in their files."""
+        for number, task in enumerate(tasks):
+            mine = sorted((loss for loss in losses if loss.task == number), key=lambda loss: loss.rows.start)
+            errors, energies = (torch.cat([getattr(loss, key) for loss in mine]) for key in ("errors", "energies"))
+            begin = 0
+            for name in task.names:
+                rows = slice(begin, begin + math.prod(self._source.tensors[name].shape[:-1]))
+                begin = rows.stop
+                make = partial(_sums, self._source.read(name), errors[rows], energies[rows])
+                writer.fill(self._source.shard_of[name], self._left(name), make, None)
 
     def _left(self, name: str) -> list[Slice]:
-        """The pieces of a tensor that no run has written yet."""
-        return [piece for piece in self._slices(name) if (name, piece.start) not in self._writer.found]
+        """The pieces of a tensor that no earlier run has written."""
+        return [piece for piece in self._work.slices[name] if (name, piece.start) not in self._work.found]
 
     def _stored(self, name: str) -> Tensor:
         """What was written of a tensor, decoded."""
-        piece = self._slices(name)[0]
+        piece = self._work.slices[name][0]
         fmt = self._formats[name]
         parts = {suffix: _read(piece.target_path, stored) for suffix, stored in piece.stored.items()}
         return fmt.decode(parts, piece.source.info.shape[-1])
