@@ -6,6 +6,7 @@ import hashlib
 import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from kappaquant.checkpoints.container import Contents
@@ -132,8 +133,7 @@ class _Run:
             if self.calibration:
                 self._calibrate(self.calibration, workers)
             for shard in self.source.shards:
-                while not self._encode(shard, workers):
-                    self._lay_out(shard)
+                self._encode_whole(shard, workers)
             hashes = self.writer.hashes(workers)
         self._finish(hashes)
 
@@ -176,13 +176,41 @@ class _Run:
         """Encode what lies in decoder layers, for the inputs that the text gives them."""
         from kappaquant.quantizing.calibration.rounding import Work, calibrate
 
-        by_tensor: dict[str, list[Slice]] = {}
-        for piece in (piece for shard in self.source.shards for piece in self._slices(shard)):
-            by_tensor.setdefault(piece.tensor, []).append(piece)
+        shard_of = self.source.shard_of
+
+        @cache
+        def by_tensor(shard: str) -> dict[str, list[Slice]]:
+            found: dict[str, list[Slice]] = {}
+            for piece in self._slices(shard):
+                found.setdefault(piece.tensor, []).append(piece)
+            return found
+
+        def pieces(name: str) -> list[Slice]:
+            """Of a tensor; a streamed source fetches its shard."""
+            return by_tensor(shard_of[name])[name]
+
+        whole = self.source.folder is not None
+        known = (
+            {name: pieces(name) for name in self.source.tensors} if whole else {}
+        )  # other processes can take it over
         formats = {name: fmt for name in self.source.tensors if (fmt := self._format(name))}
-        work = Work(self.source, calibration, formats, by_tensor, frozenset(self.writer.found))
-        calibrate(work, self.writer, self.device, workers)
+        work = Work(
+            self.source, calibration, formats, known.__getitem__ if whole else pieces, frozenset(self.writer.found)
+        )
+
+        def finish(shard: str) -> None:
+            """What else is in a shard, while a streamed source has it."""
+            if not whole:
+                self._encode_whole(shard, workers)
+
+        calibrate(work, self.writer, self.device, workers, finish)
         self.writer.done = 0  # shards are gone through next, and what was found is counted there
+
+    def _encode_whole(self, shard: str, workers: ProcessPoolExecutor | None) -> None:
+        """Encode what is missing of a shard, and let go of the source's."""
+        while not self._encode(shard, workers):
+            self._lay_out(shard)
+        self.source.release(shard)
 
     def _encode(self, shard: str, workers: ProcessPoolExecutor | None) -> bool:
         """Encode what is missing of a shard; False if a tensor had to be kept and the shard must be laid out again."""
@@ -201,7 +229,6 @@ class _Run:
             self.writer.partial.append([{"kept": refused.tensor}])
             self.writer.done = before
             return False
-        self.source.release(shard)
         return True
 
     def _finish(self, hashes: dict[str, str]) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from builders import digests, quantize, tensors, write_source
 from huggingface_hub import constants, hf_api
+from safetensors.torch import load_file, save_file
 
 import kappaquant
+from kappaquant.quantizing.calibration.text import Calibration
 
 REPO, COMMIT = "owner/tiny", "0123456789abcdef0123456789abcdef01234567"
 
@@ -98,21 +101,34 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Hub]]:
+    """What serves a folder as the repository, until the test ends."""
+    running = []
+
+    def start(folder: Path) -> Hub:
+        server = Hub(folder)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        running.append((server, thread))
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        return server
+
+    yield start
+    for server, thread in running:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, serve: Callable[[Path], Hub]) -> Hub:
     large = {"model.layers.5.self_attn.q_proj.weight": torch.ones(1024, 512, dtype=torch.bfloat16)}
-    server = Hub(write_source(tmp_path / "tiny", tensors() | large, shards=3))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    return serve(write_source(tmp_path / "tiny", tensors() | large, shards=3))
 
 
 def test_a_plan_fetches_headers_only(hub: Hub) -> None:
@@ -146,6 +162,49 @@ def test_stream_keeps_one_shard_on_disk(hub: Hub, tmp_path: Path) -> None:
     assert manifests[0] == manifests[1]
     del streamed["kappaquant.json"], local["kappaquant.json"]
     assert streamed == local
+
+
+def test_stream_lets_go_of_shards_whose_layers_are_rounded(tmp_path: Path, serve: Callable[[Path], Hub]) -> None:
+    """Every shard is fetched once and left behind by the layers; the bytes are those of a local folder."""
+    folder = tiny_models.save_tiny("llama", tmp_path / "tiny")
+    split_by_layer(folder)
+    hub = serve(folder)
+    windows = torch.randint(3, 90, (4, 32), generator=torch.Generator().manual_seed(0))
+    calibration = Calibration(windows, {"file": "text.txt", "tokens": 128, "window": 32, "tokens_sha256": "a"})
+    source = kappaquant.open_source(REPO, stream=True)
+    plan = kappaquant.make_plan(source.tensors, source.config, "uniform", bits=3, group_size=32)
+    seen: list[set[str]] = []
+
+    def watch(stage: str, done: int, total: int) -> None:
+        seen.append({path.name for path in Path(source.scratch.name).glob("*.safetensors")})  # type: ignore[attr-defined]
+
+    out = kappaquant.quantize(source, tmp_path / "out", plan, progress=watch, calibration=calibration)
+    first, second, rest = sorted(source.shards)
+    assert {first, rest} in seen  # the embedding is in the last, which waits for the end
+    assert {second, rest} in seen
+    assert not any({first, second} <= shards for shards in seen)
+    for shard in source.shards:  # once, and once when the repository was opened, for its header and as much as 100 kB
+        size = (folder / shard).stat().st_size
+        assert hub.sent[shard] <= 2 * size
+    local = kappaquant.open_source(folder)
+    other = kappaquant.quantize(local, tmp_path / "local", plan, calibration=calibration)
+    streamed, expected = digests(out), digests(other)
+    del streamed["kappaquant.json"], expected["kappaquant.json"]
+    assert streamed == expected
+
+
+def split_by_layer(folder: Path) -> None:
+    """The one shard of a model as three: its two layers, and what is in none."""
+    state = load_file(folder / "model.safetensors")
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in state.items():
+        number = 3 if ".layers." not in name else 1 + int(name.split(".layers.")[1].split(".")[0])
+        shards.setdefault(f"model-{number:05}-of-00003.safetensors", {})[name] = tensor
+    for file, tensors_of in shards.items():
+        save_file(tensors_of, folder / file, {"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: file for file, tensors_of in shards.items() for name in tensors_of}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def test_without_stream_the_snapshot_is_used(hub: Hub, tmp_path: Path) -> None:

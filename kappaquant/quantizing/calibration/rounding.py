@@ -40,19 +40,23 @@ _AHEAD = 3  # stacks that wait for each worker's attention: their moments take m
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass is about; picklable.
+    """What a pass is about; picklable, of a source that lies in a folder.
 
     Attributes:
         formats: of the tensors to be packed; others stay as the source has them.
-        slices: the pieces of each tensor, by its name.
+        slices: the pieces of a tensor, by its name.
         found: (tensor, start) of the pieces that earlier runs have written.
     """
 
     source: Source
     calibration: Calibration
     formats: Mapping[str, Format]
-    slices: Mapping[str, list[Slice]]
+    slices: Callable[[str], list[Slice]]
     found: frozenset[tuple[str, int]]
+
+
+Finish = Callable[[str], None]
+"""Told of a shard of which no layer to come needs anything."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def calibrate(
     writer: Writer[Sums],
     device: str,
     workers: ProcessPoolExecutor | None,
+    finish: Finish,
 ) -> None:
     """Round what lies in decoder layers, on all GPUs for "cuda", and write it as ``writer`` has laid it out.
 
@@ -79,12 +84,12 @@ def calibrate(
     # a streamed source has one shard at a time, which processes would take from each other
     names = devices(device) if work.source.folder else [device]
     with followed(follow, names, work) as cards:
-        Pass(work, names[0], cards, workers).run(writer)
+        Pass(work, names[0], cards, workers).run(writer, finish)
 
 
 def follow(cards: Cards, device: str, work: Work) -> None:
     """The same pass on another device, whose bytes the leader records."""
-    Pass(work, device, cards).run(None)
+    Pass(work, device, cards).run(None, lambda shard: None)
 
 
 class Pass:
@@ -97,12 +102,14 @@ class Pass:
         self._fewest: int | None = None  # tokens of the routed expert that saw fewest
 
     @torch.no_grad()
-    def run(self, writer: Writer[Sums] | None) -> None:
+    def run(self, writer: Writer[Sums] | None, finish: Finish) -> None:
         """Round what the layers' linear modules and routed experts hold; what is elsewhere is left for others.
 
         Args:
             writer: vouches for what was written; None for a follower.
         """
+        shards = self._source.shard_of
+        needed = {shards[name]: number for number in range(len(self._layers)) for name in self._layers.names(number)}
         states = self._layers.embed(self._work.calibration.windows)
         for number in range(len(self._layers)):
             self._layers.load(number)
@@ -121,6 +128,8 @@ class Pass:
                 self._layers.put(name, self._stored(name))
             states = list(self._layers.forward(number, states))
             self._layers.unload(number)
+            for shard in [shard for shard, last in needed.items() if last == number]:
+                finish(shard)
         if writer and self._fewest is not None:
             logger.warning(
                 "calibration: of the routed experts rounded in this run the one that saw fewest tokens saw %d",
@@ -170,7 +179,8 @@ class Pass:
         def stacks() -> Iterator[Stack]:
             numbers = count()
             for number, task in enumerate(tasks):
-                weight = torch.cat([self._read(name).flatten() for name in task.names])
+                tensors = [self._read(name).flatten() for name in task.names]
+                weight = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # no copy of a layer's experts
                 width = self._source.tensors[task.names[0]].shape[-1]
                 weight = weight.view(len(task.experts or [0]), -1, width)
                 gram = self._grams(task, sums, routed)
@@ -217,7 +227,7 @@ class Pass:
         """Put rows of a task where they belong in its tensors' files."""
         begin = 0
         for name in task.names:
-            piece = self._work.slices[name][0]
+            piece = self._work.slices(name)[0]
             end = begin + math.prod(self._source.tensors[name].shape[:-1])
             first, stop = max(rows.start, begin), min(rows.stop, end)
             if first < stop:
@@ -236,28 +246,27 @@ class Pass:
             for name in task.names:
                 rows = slice(begin, begin + math.prod(self._source.tensors[name].shape[:-1]))
                 begin = rows.stop
-                make = partial(_sums, self._source.read(name), errors[rows], energies[rows])
+                make = partial(_sums, self._source.read(name), errors[rows], energies[rows], self._layers.device)
                 writer.fill(self._source.shard_of[name], self._left(name), make, None)
 
     def _left(self, name: str) -> list[Slice]:
         """The pieces of a tensor that no earlier run has written."""
-        return [piece for piece in self._work.slices[name] if (name, piece.start) not in self._work.found]
+        return [piece for piece in self._work.slices(name) if (name, piece.start) not in self._work.found]
 
     def _stored(self, name: str) -> Tensor:
-        """What was written of a tensor, decoded."""
-        piece = self._work.slices[name][0]
+        """What was written of a tensor, decoded on the device."""
+        piece = self._work.slices(name)[0]
         fmt = self._formats[name]
-        parts = {suffix: _read(piece.target_path, stored) for suffix, stored in piece.stored.items()}
+        parts = {suffix: self._on_disk(piece.target_path, stored) for suffix, stored in piece.stored.items()}
         return fmt.decode(parts, piece.source.info.shape[-1])
 
+    def _on_disk(self, path: Path, stored: Stored) -> Tensor:
+        return read_elements(path, stored, 0, stored.info.numel).view(stored.info.shape).to(self._layers.device)
 
-def _sums(weight: Tensor, errors: Tensor, energies: Tensor, piece: Slice) -> Sums:
+
+def _sums(weight: Tensor, errors: Tensor, energies: Tensor, device: torch.device, piece: Slice) -> Sums:
     """What ``encode_slice`` says of a slice of a weight, flattened, whose rows lost so much."""
     width = piece.source.info.shape[-1]
     rows = slice(piece.start // width, piece.stop // width)
-    moments = Moments.of(weight[piece.start : piece.stop])
+    moments = Moments.of(weight[piece.start : piece.stop].to(device))
     return Sums(moments, errors[rows].double().sum().item(), energies[rows].double().sum().item())
-
-
-def _read(path: Path, stored: Stored) -> Tensor:
-    return read_elements(path, stored, 0, stored.info.numel).view(stored.info.shape)
