@@ -40,6 +40,7 @@ benchmark: $(READY)
 	$(BIN)/python -m benchmarks.serving_sizes
 	$(BIN)/python -m benchmarks.quantize_cost
 	$(BIN)/python -m scripts.demo --results
+	$(BIN)/python -m benchmarks.reference_calibrated
 	$(BIN)/python -m benchmarks.readme
 
 # Two checkpoints of the reference model measured, compared, one with a model card; offline.
@@ -59,6 +60,7 @@ real-model: $(READY)
 	scripts/calibrated_venv.sh
 	$(BIN)/python -m benchmarks.real_model --text $(TEXT)
 	$(BIN)/python -m benchmarks.real_report
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf $(VENV) demo

@@ -1,4 +1,4 @@
-"""Write the measured numbers into README.md, between <!-- name --> and <!-- /name -->, from benchmarks/results/.
+"""Write the measured numbers into README.md and docs/, between <!-- name --> and <!-- /name -->, from benchmarks/results/.
 
 python -m benchmarks.readme
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks import real_report
 from benchmarks.environment import RESULTS, ROOT
 
 README = ROOT / "README.md"
+COMPARISON = ROOT / "docs" / "comparison.md"
 
 
 def result(name: str) -> dict[str, Any]:
@@ -38,7 +40,8 @@ def demo() -> str:
     return (
         f"{_table(head, rows)}\n\n{first['exact_match']['of']} held-out arithmetic stories of 2 to 4 steps; "
         f"{first['perplexity']['tokens']:,} predicted tokens of held-out text; {measured['seconds']:.0f} s in all on "
-        f"{measured['environment']['cores']} CPU cores ([demo.json](benchmarks/results/demo.json))."
+        f"{measured['environment']['cores']} CPU cores, begun at a load of {measured['environment']['load_before']} "
+        "([demo.json](benchmarks/results/demo.json))."
     )
 
 
@@ -185,18 +188,55 @@ def ablation() -> str:
     )
 
 
-BLOCKS = {
-    "demo": demo, "sizes": sizes, "cost": cost, "codec": codec, "gpu_kernels": gpu_kernels, "gpu_decode": gpu_decode,
-    "reference_table": reference_table, "ablation": ablation,
+def real_model() -> str:
+    """Real weights: ours, and the best of the others at like bits."""
+    return real_report.headline(result("real_model"))
+
+
+def reference_calibrated() -> str:
+    """The reference model at 2 and 3 bits, without text and calibrated."""
+    measured = result("reference_calibrated")
+    rows = []
+    for row in measured["rows"]:
+        if row["draw"]:
+            continue
+        same = [r for r in measured["rows"] if all(r[key] == row[key] for key in ("bits", "text", "tokens"))]
+        kld, match, less = row["kld_nats"], row["exact_match"], row.get("kld_less_without")
+        low, high = match["wilson_95"]
+        rows.append(
+            [
+                str(row["bits"]), f"{row['text']}, {row['tokens']:,} tokens" if row["tokens"] else "none",
+                f"{row['bytes'] / 1e6:.2f}", f"{1e3 * kld['mean']:.3f} ± {1e3 * kld['mean_error']:.3f}",
+                _thousandths({"mean": less["value"], **less}, "+") if less else "–",
+                ", ".join(f"{1e3 * r['kld_nats']['mean']:.3f}" for r in same if r["draw"]) or "–",
+                f"{kld['top1_agreement']:.1%}", f"{row['perplexity']['value']:.3f}",
+                f"{match['share']:.1%} ({low:.1%} – {high:.1%})",
+            ]
+        )  # fmt: skip
+    head = [
+        "bits", "text", "MB", "KLD · 1000 ± s.e.", "less that without text, paired (95 %)", "other draws", "same top token",
+        "perplexity", "exact match (95 %)",
+    ]  # fmt: skip
+    return (
+        f"{_table(head, rows)}\n\n{measured['sequences']} held-out texts, {measured['tokens']:,} predicted tokens; "
+        f"{measured['problems']} problems ([reference_calibrated.json](../benchmarks/results/reference_calibrated.json))."
+    )
+
+
+Blocks = Mapping[str, Callable[[], str]]
+BLOCKS: Blocks = {
+    "demo": demo, "real_model": real_model, "sizes": sizes, "cost": cost, "codec": codec, "gpu_kernels": gpu_kernels,
+    "gpu_decode": gpu_decode, "reference_table": reference_table, "ablation": ablation,
 }  # fmt: skip
+PAGES = {README: BLOCKS, COMPARISON: {"reference_calibrated": reference_calibrated}}
 
 
-def render(text: str) -> str:
-    """README's text with every block made anew."""
-    for name, block in BLOCKS.items():
+def render(text: str, blocks: Blocks = BLOCKS) -> str:
+    """A page's text with every block made anew."""
+    for name, block in blocks.items():
         found = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
         if len(found.findall(text)) != 1:
-            raise SystemExit(f"README.md needs exactly one block {name}")
+            raise SystemExit(f"the page needs exactly one block {name}")
         made = block()
         text = found.sub(lambda match, made=made: match[1] + made + match[2], text)  # type: ignore[misc]
     return text
@@ -213,7 +253,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def main() -> None:
-    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, blocks in PAGES.items():
+        page.write_text(render(page.read_text(encoding="utf-8"), blocks), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,29 +7,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import RESULTS, ROOT
+from benchmarks.real_picture import draw
 
 RESULT, PICTURE, PAGE = RESULTS / "real_model.json", ROOT / "docs" / "real_model.png", ROOT / "docs" / "real_model.md"
 HEAD = (
     "variant", "calibrated", "bits/weight of the matrices", "MB of the model", "KLD (95 %)", "same top token", "perplexity",
 )  # fmt: skip
 BEGIN, END = "<!-- table -->\n", "\n<!-- /table -->"
-#: (what lines join: group and whether calibrated) -> name, marker
-SERIES = {
-    ("kappaquant", False): ("kappaquant", "o"),
-    ("kappaquant", True): ("kappaquant, calibrated", "D"),
-    ("llama.cpp", False): ("llama.cpp files", "s"),
-    ("llama.cpp", True): ("llama.cpp files, imatrix", "s"),
-    ("llama.cpp type", False): ("llama.cpp types", "v"),
-    ("llama.cpp type", True): ("llama.cpp types, imatrix", "^"),
-    ("peer", False): ("HQQ, bitsandbytes", "x"),
-    ("rounding", False): ("round to nearest", "+"),
-    ("calibrated peer", True): ("GPTQ, AutoRound", "*"),
-}
+#: README's rows of ours, where they have been measured
+OURS = ("uniform 3 g64", "own text 3 g64", "calibrated 3 g64", "own text 4 g64", "calibrated 4 g64")
+NEAR = 0.5  # bits a weight between two rows that README puts side by side
 
 
 def table(result: dict[str, Any]) -> str:
@@ -51,44 +42,31 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def caption(result: dict[str, Any]) -> str:
-    """What the table was measured on."""
+def caption(result: dict[str, Any], up: str = "../") -> str:
+    """What the table was measured on; ``up``: from the page to the root."""
     return (
         f"{result['tokens']:,} predicted tokens; perplexity of the original in float32: {result['original']['value']:.2f}. "
-        f"{result['environment']['cores']} CPU cores ([{RESULT.name}](../benchmarks/results/{RESULT.name}))."
+        f"{result['environment']['cores']} CPU cores ([{RESULT.name}]({up}benchmarks/results/{RESULT.name}))."
     )
 
 
-def series(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, bool], list[tuple[float, float, str]]]:
-    """(group, calibrated) -> (bits of the matrices, KLD, name), by bits."""
-    found: dict[tuple[str, bool], list[tuple[float, float, str]]] = {key: [] for key in SERIES}
-    for row in rows:
-        if "absent" not in row:
-            point = row["matrix_bits_per_weight"], row["kld_nats"]["mean"], row["name"]
-            found[row["group"], row["calibrated"]].append(point)
-    return {key: sorted(points) for key, points in found.items() if points}
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for key, points in series(result["rows"]).items():
-        name, marker = SERIES[key]
-        bits, kld, _ = zip(*points, strict=True)
-        joined = key[0] in ("kappaquant", "llama.cpp type", "calibrated peer")
-        style = "-" if key[0] == "kappaquant" else ":" if joined else "none"
-        axes.plot(bits, kld, marker=marker, ls=style, lw=1.6 if key[0] == "kappaquant" else 1, label=name)
-    axes.set_yscale("log")
-    axes.set(xlabel="bits per weight of the matrices", ylabel="KL divergence from float32, nats")
-    axes.set_title("SmolLM2-135M-Instruct", fontsize=10)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def headline(result: dict[str, Any]) -> str:
+    """README's table: rows of ours, and of every other kind the best within ``NEAR`` bits of one of them."""
+    made = [row for row in result["rows"] if "absent" not in row]
+    ours = [row for row in made if row["name"] in OURS]
+    best: dict[tuple[str, bool, float], dict[str, Any]] = {}
+    for width in {row["matrix_bits_per_weight"] for row in ours}:
+        for row in made:
+            if row["group"] != "kappaquant" and abs(row["matrix_bits_per_weight"] - width) <= NEAR:
+                key = row["group"], row["calibrated"], width
+                best[key] = min(best.get(key, row), row, key=lambda r: r["kld_nats"]["mean"])
+    beside = {row["name"]: row for row in (*ours, *best.values())}
+    ordered = sorted(beside.values(), key=lambda r: (r["matrix_bits_per_weight"], r["calibrated"]))
+    kept = [at for at, title in enumerate(HEAD) if title not in ("MB of the model", "same top token")]
+    lines = [HEAD, ["---"] * len(HEAD), *map(cells, ordered)]
+    shown = "\n".join(f"| {' | '.join(line[at] for at in kept)} |" for line in lines)
+    written = " Own text: calibrated on what the model wrote itself." if any("own text" in n for n in beside) else ""
+    return f"{shown}\n\n{caption(result, '')}{written}"
 
 
 def page(text: str, result: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """The whole way on the small trained model of reference/: scan, plan, quantize, evaluate, and one answer.
 
+Scanning and quantizing are printed as the commands that do the same.
+
 python -m scripts.demo [--results]
 
 Everything it makes lies in demo/ afterwards: profile.json, kappa.png, a plan and a checkpoint per variant, results.json.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -30,7 +33,10 @@ from kappaquant.commands.plots import kurtosis_by_layer
 from kappaquant.commands.tables import profile_table
 from kappaquant.planning import profile as scanner
 from kappaquant.planning.sizes import summary
+from kappaquant.quantizing.calibration.text import Calibration, calibration_of_texts
+from kappaquant.quantizing.calibration.written import header_of
 from kappaquant.runtime.generate import stream
+from kappaquant.runtime.writing import write
 from kappaquant.sources.source import Source
 from reference.text import extract_answer, problems, scenes
 
@@ -38,10 +44,13 @@ MODEL = ROOT / "reference" / "model"
 OUTPUT = ROOT / "demo"
 VARIANTS: dict[str, dict[str, Any]] = {
     "uniform 2": {"policy": "uniform", "bits": 2},  # too few: what it looks like when a model breaks
+    "uniform 2, calibrated": {"policy": "uniform", "bits": 2},
     "uniform 3": {"policy": "uniform", "bits": 3},
     "recipe apex2": {"policy": "recipe", "recipe": "apex2"},
     "kurtosis": {"policy": "kurtosis"},
 }
+CALIBRATED = ", calibrated"
+TOKENS = 8192  # that the model writes for its calibration: a quarter of what the command asks for, and of its time
 SHOWN = "recipe apex2"  # the variant that answers at the end
 MAX_NEW_TOKENS = 80  # the longest worked answer takes 61
 
@@ -86,17 +95,41 @@ class Step:
         self._progress.stop()
 
 
-def quantize_all(source: Source, profile: scanner.Profile, console: Console) -> dict[str, tuple[Path, float]]:
+def quantize_all(
+    source: Source, profile: scanner.Profile, calibration: Calibration, console: Console
+) -> dict[str, tuple[Path, float]]:
     """Variant -> its checkpoint and bits per weight."""
     made = {}
     for name, options in VARIANTS.items():
-        folder = OUTPUT / name.replace(" ", "-")
+        folder = OUTPUT / name.replace(",", "").replace(" ", "-")
+        show(quantizing(name, str(source.folder), folder), console)
         with Step(console, f"plan and quantize {name}"):
             plan = kappaquant.make_plan(source.tensors, source.config, profile=profile.kurtosis(), **options)
             plan.save(folder.with_suffix(".plan.json"))
-            kappaquant.quantize(source, folder, plan)
+            kappaquant.quantize(source, folder, plan, calibration=calibration if name.endswith(CALIBRATED) else None)
         made[name] = folder, summary(plan, source.tensors, source.config).bits_per_weight
     return made
+
+
+def quantizing(name: str, model: str, folder: Path) -> list[str]:
+    """What the command kappaquant takes to make a variant."""
+    options = [part for key, value in VARIANTS[name].items() for part in (f"--{key}", str(value))]
+    if VARIANTS[name]["policy"] == "kurtosis":
+        options += ["--profile", str(OUTPUT / "profile.json")]
+    if name.endswith(CALIBRATED):
+        options += ["--effort", "calibrated", "--calibration-tokens", str(TOKENS)]
+    return ["quantize", model, "-o", str(folder), *options]
+
+
+def show(arguments: list[str], console: Console) -> None:
+    """Print a command as one types it at the root of the repository."""
+    line = shlex.join(["kappaquant", *(part.removeprefix(f"{ROOT}/") for part in arguments)])
+    console.print(f"$ {line}", style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def written(source: Source, model: Any, tokenizer: Any) -> Calibration:
+    """The text that ``--effort calibrated`` lets the model write."""
+    return calibration_of_texts(write(model, tokenizer, TOKENS), header_of(source, TOKENS), tokenizer, TOKENS)
 
 
 def weight_bytes(folder: Path) -> int:
@@ -143,16 +176,19 @@ def main() -> None:
     OUTPUT.mkdir()
 
     source = kappaquant.open_source(args.model)
+    show(["scan", str(args.model), "-o", str(OUTPUT / "profile.json"), "--plot", str(OUTPUT / "kappa.png")], console)
     with Step(console, "scan"):
         profile = kappaquant.scan(source)
     profile.save(OUTPUT / "profile.json")
     kurtosis_by_layer(profile, OUTPUT / "kappa.png", {"4": 4, "8": 8, "15": 15})
     console.print(profile_table(profile))
-    made = quantize_all(source, profile, console)
 
     # float32 arithmetic on both sides: bf16's own rounding would drown the smaller divergences
     original: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    with Step(console, f"the model writes {TOKENS} tokens for its calibration"):
+        calibration = written(source, original, tokenizer)
+    made = quantize_all(source, profile, calibration, console)
     held_out = HeldOut.make(tokenizer, args.problems, args.texts)
     with Step(console, "evaluate bf16"):
         variants = [evaluate.Variant("bf16", weight_bytes(args.model), 16.0, **held_out.measure(original, tokenizer))]

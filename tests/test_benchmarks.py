@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import gpu_plot
-from benchmarks.readme import README, render, result
+from benchmarks.readme import PAGES, README, render, result
 from kappaquant.formats.codebook import BITS
 
 
@@ -19,9 +19,11 @@ def test_results_say_what_they_ran_on(name: str) -> None:
         assert about[key], f"{name}.json: {key}"
 
 
-def test_readme_shows_the_results() -> None:
+def test_pages_show_the_results() -> None:
+    for page, blocks in PAGES.items():
+        text = page.read_text(encoding="utf-8")
+        assert render(text, blocks) == text, f"{page.name}: run python -m benchmarks.readme"
     text = README.read_text(encoding="utf-8")
-    assert render(text) == text, "run python -m benchmarks.readme"
     assert render(text.replace("| uniform 3 |", "| uniform 9 |")) == text
 
 
