@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +143,74 @@ def test_a_run_that_is_cut_off_ends_with_the_same_bytes(tmp_path: Path, monkeypa
     assert digests(quantize(folder, "resumed")) == expected
 
 
+DRIVER = """
+import sys
+
+import torch
+
+import kappaquant
+from kappaquant.checkpoints import writer
+from kappaquant.quantizing.calibration.text import Calibration
+
+writer.COMMIT_SECONDS = 0.0
+if __name__ == "__main__":
+    windows = torch.randint(3, 90, (16, 32), generator=torch.Generator().manual_seed(0))
+    record = {"file": "text.txt", "tokens": 512, "window": 32, "tokens_sha256": "a"}
+    source = kappaquant.open_source(sys.argv[1])
+    plan = kappaquant.make_plan(source.tensors, source.config, "uniform", bits=3, group_size=32)
+    options = kappaquant.Options(jobs=int(sys.argv[3]), device="cpu")
+    kappaquant.quantize(source, sys.argv[2], plan, options, calibration=Calibration(windows, record))
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment(tmp_path: Path) -> None:
+    """Before anything is recorded, between records of a layer, and in the part that needs no calibration."""
+    folder, driver, out = (
+        tiny_models.save_tiny("qwen3_moe", tmp_path / "source"),
+        tmp_path / "driver.py",
+        tmp_path / "out",
+    )
+    driver.write_text(DRIVER)
+    expected = digests(quantize(folder, "whole", jobs=1, device="cpu"))
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    killed = []
+    for jobs, lines in ((1, 0), (1, 3), (2, 20), (1, 2), (1, 40)):
+        command = [sys.executable, str(driver), str(folder), str(out), str(jobs)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        before = journal.read_bytes().count(b"\n") if journal.exists() else 0
+        while process.poll() is None:
+            if journal.exists() and journal.read_bytes().count(b"\n") >= before + lines:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode in (0, -signal.SIGKILL), errors.decode()
+        killed.append(process.returncode != 0)
+        assert killed[-1] or out.exists()
+        if out.exists():
+            break
+    assert sum(killed) >= 3
+    assert digests(quantize(folder, "out", jobs=1, device="cpu") if not out.exists() else out) == expected
+
+
 def test_processes_that_share_the_layers_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As several GPUs do, on this CPU."""
     folder = tiny_models.save_tiny("qwen3_moe", tmp_path / "source", experts="fused")
     expected = digests(quantize(folder, "whole", jobs=1))
     monkeypatch.setattr(rounding, "devices", lambda device: ["cpu"] * 3)
     assert digests(quantize(folder, "shared", jobs=1)) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("experts", ["split", "fused"])
+def test_on_gpus(experts: tiny_models.Experts, tmp_path: Path) -> None:
+    """As close as on a CPU, the same bytes each time, and on all GPUs of the host those of one."""
+    folder = tiny_models.save_tiny("qwen3_moe", tmp_path / "source", experts=experts)
+    one = quantize(folder, "one", device="cuda:0")
+    assert divergence(folder, one) < 1.2 * divergence(folder, quantize(folder, "cpu", device="cpu"))
+    assert digests(quantize(folder, "again", device="cuda:0")) == digests(one)
+    assert digests(quantize(folder, "all", device="cuda")) == digests(one)
 
 
 def test_another_text_does_not_resume_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
