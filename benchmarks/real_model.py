@@ -53,6 +53,13 @@ CALIBRATED: dict[str, dict[str, Any]] = {
     "calibrated kurtosis 3.5 g64": {"policy": "kurtosis", "ladder": (3, 4), "group_size": 64},
     "calibrated apex2 g64": {"policy": "recipe", "recipe": "apex2", "group_size": 64},
 }
+# by megabytes the embedding, a fifth of this model, counts as much as the matrices
+CALIBRATED |= {
+    f"calibrated {bits} g64, embedding 8": {
+        "policy": "uniform", "bits": bits, "group_size": 64, "overrides": (("*embed_tokens.weight", 8),)
+    }
+    for bits in (3, 4)
+}  # fmt: skip
 OWN_TEXT = {f"own text {bits} g64": {"policy": "uniform", "bits": bits, "group_size": 64} for bits in (3, 4)}
 GROUP = 64  # of a row of 576; 128 does not divide it
 PACKAGES = ("gguf", "llama-cpp-python", "bitsandbytes", "hqq", "llmcompressor", "auto-round")

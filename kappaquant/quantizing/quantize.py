@@ -190,9 +190,8 @@ class _Run:
             return by_tensor(shard_of[name])[name]
 
         whole = self.source.folder is not None
-        known = (
-            {name: pieces(name) for name in self.source.tensors} if whole else {}
-        )  # other processes can take it over
+        # a table of a folder's, which other processes can take over
+        known = {name: pieces(name) for name in self.source.tensors} if whole else {}
         formats = {name: fmt for name in self.source.tensors if (fmt := self._format(name))}
         work = Work(
             self.source, calibration, formats, known.__getitem__ if whole else pieces, frozenset(self.writer.found)

@@ -70,11 +70,7 @@ class Loss:
 
 
 def calibrate(
-    work: Work,
-    writer: Writer[Sums],
-    device: str,
-    workers: ProcessPoolExecutor | None,
-    finish: Finish,
+    work: Work, writer: Writer[Sums], device: str, workers: ProcessPoolExecutor | None, finish: Finish
 ) -> None:
     """Round what lies in decoder layers, on all GPUs for "cuda", and write it as ``writer`` has laid it out.
 
