@@ -44,6 +44,7 @@ def never(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("the model was asked to write")
 
 
+@pytest.mark.slow
 def test_the_bundled_model_calibrates_itself(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run_here(

@@ -194,6 +194,7 @@ def test_sigkill_at_any_moment(tmp_path: Path) -> None:
     assert digests(quantize(folder, "out", jobs=1, device="cpu") if not out.exists() else out) == expected
 
 
+@pytest.mark.slow
 def test_processes_that_share_the_layers_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As several GPUs do, on this CPU."""
     folder = tiny_models.save_tiny("qwen3_moe", tmp_path / "source", experts="fused")
