@@ -109,7 +109,7 @@ def _names(made: Figure, axes: Axes, drawn: Mapping[str, Sequence[tuple[float, f
         if SERIES[key].line:
             lines.append(Line(at))
     names: list[Bbox] = []
-    for key, points in reversed(drawn.items()):  # the longest names first
+    for key, points in reversed([*drawn.items()]):  # the longest names first
         for bits, kld, name in points:
             for right, up, across, along in PLACES:
                 text = axes.annotate(
