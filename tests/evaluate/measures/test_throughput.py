@@ -11,6 +11,7 @@ from kappaquant.evaluate.measures.throughput import cases, measure
 from kappaquant.planning.sizes import active_shares
 
 
+@pytest.mark.slow
 def test_throughput_of_both_models(pair: Any) -> None:
     with pytest.raises(UnsupportedError, match="context = 4080: must be 1 to 4059, for 32 tokens follow"):
         cases(pair, [4080])

@@ -36,6 +36,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_moment(tmp_path: Path) -> None:
     source = save("qwen3_moe", tmp_path / "source", tokenizer=False)
     driver = tmp_path / "driver.py"
