@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import pickle
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -116,21 +117,28 @@ def in_order(
 ) -> Iterator[R]:
     """task(item) in the items' order; of those to come no more than ``ahead`` are made before they are needed.
 
+    What travels is pickled whole: torch would put tensors into shared memory, of which containers often have 64 MB.
+
     Raises what the first task that fails raised, when no task runs any more.
     """
-    waiting: deque[Future[R]] = deque()
+    waiting: deque[Future[bytes]] = deque()
     try:
         for item in items:
             if workers is None:
                 yield task(item)
                 continue
-            waiting.append(workers.submit(task, item))
+            waiting.append(workers.submit(_pickled, pickle.dumps((task, item))))
             if len(waiting) >= ahead:
-                yield _result(waiting.popleft())
+                yield pickle.loads(_result(waiting.popleft()))
         while waiting:
-            yield _result(waiting.popleft())
+            yield pickle.loads(_result(waiting.popleft()))
     finally:
         wait([future for future in waiting if not future.cancel()])
+
+
+def _pickled(call: bytes) -> bytes:
+    task, item = pickle.loads(call)
+    return pickle.dumps(task(item))
 
 
 def _result(future: Future[R]) -> R:

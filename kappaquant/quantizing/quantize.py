@@ -131,7 +131,7 @@ class _Run:
         jobs = choose_jobs(self.options.jobs, sum(i.nbytes for i in self.source.tensors.values()))
         with pool(jobs if self.device == "cpu" else 1) as workers:
             if self.calibration:
-                self._calibrate(self.calibration, workers)
+                self._calibrate(self.calibration, workers, jobs)
             for shard in self.source.shards:
                 self._encode_whole(shard, workers)
             hashes = self.writer.hashes(workers)
@@ -172,7 +172,7 @@ class _Run:
             ]  # fmt: skip
         return slices
 
-    def _calibrate(self, calibration: Calibration, workers: ProcessPoolExecutor | None) -> None:
+    def _calibrate(self, calibration: Calibration, workers: ProcessPoolExecutor | None, jobs: int) -> None:
         """Encode what lies in decoder layers, for the inputs that the text gives them."""
         from kappaquant.quantizing.calibration.rounding import Work, calibrate
 
@@ -202,7 +202,7 @@ class _Run:
             if not whole:
                 self._encode_whole(shard, workers)
 
-        calibrate(work, self.writer, self.device, workers, finish)
+        calibrate(work, self.writer, self.device, workers, jobs, finish)
         self.writer.done = 0  # shards are gone through next, and what was found is counted there
 
     def _encode_whole(self, shard: str, workers: ProcessPoolExecutor | None) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from kappaquant.errors import NonFiniteError, PlanError, UnsupportedError, WorkerError
 from kappaquant.files import processes as workers_module
-from kappaquant.files.processes import ItemError, choose_device, choose_jobs, each, pool
+from kappaquant.files.processes import ItemError, choose_device, choose_jobs, each, in_order, pool
 
 
 def write_late_or_fail(path: Path) -> str:
@@ -47,6 +49,38 @@ def test_after_a_failure_nothing_writes_any_more(tmp_path: Path) -> None:
 def test_a_killed_worker_is_a_typed_error() -> None:
     with pool(2) as workers, pytest.raises(WorkerError, match="fewer --jobs"):
         list(each(kill_yourself, range(4), workers))
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    if x.isnan():
+        raise NonFiniteError("x: holds NaN")
+    assert not x.is_shared()
+    time.sleep(0.2 if x == 0 else 0)  # the first is the last that is done
+    return 2 * x
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_results_in_the_items_order_of_which_few_are_made_ahead(jobs: int) -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[torch.Tensor]:
+        for number in range(6):
+            made.append(number)
+            yield torch.tensor(float(number))
+
+    with pool(jobs) as workers:
+        for number, found in enumerate(in_order(doubled, items(), workers, 3)):
+            assert float(found) == 2 * number
+            assert not found.is_shared()  # a container's shared memory may be small
+            assert len(made) <= number + 3
+        assert made == [*range(6)]
+        with pytest.raises(NonFiniteError, match="x: holds NaN"):
+            list(in_order(doubled, [torch.tensor(1.0), torch.tensor(torch.nan)], workers, 3))
+
+
+def test_a_killed_worker_ends_results_in_order() -> None:
+    with pool(2) as workers, pytest.raises(WorkerError, match="run again with fewer --jobs"):
+        list(in_order(os._exit, [1], workers, 3))
 
 
 @pytest.mark.parametrize("jobs", [0, -1])

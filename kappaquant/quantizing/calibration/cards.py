@@ -7,6 +7,7 @@ Every process has the same hidden states, and which of them rounds a stack chang
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -47,12 +48,12 @@ class Cards:
             WorkerError: a follower is gone.
         """
         if self.rank:
-            self.others[0].send(part)
+            self.others[0].send_bytes(pickle.dumps(part))  # not by shared memory, as torch's tensors would go
             return []
         parts = [part]
         for number, other in enumerate(self.others, 1):
             try:
-                received = other.recv()
+                received = pickle.loads(other.recv_bytes())
             except EOFError:
                 raise WorkerError(
                     f"the process of GPU {number} was killed, perhaps for want of memory; run again to resume, or give one GPU: "
@@ -113,4 +114,4 @@ def _run(
         try:
             follow(Cards(rank, count, [leader]), device, *args)
         except KappaquantError as problem:
-            leader.send(problem)
+            leader.send_bytes(pickle.dumps(problem))

@@ -35,8 +35,6 @@ from kappaquant.sources.source import Source
 
 logger = logging.getLogger("kappaquant")
 
-_AHEAD = 3  # stacks that wait for each worker's attention: their moments take memory
-
 
 @dataclass(frozen=True)
 class Work:
@@ -70,17 +68,17 @@ class Loss:
 
 
 def calibrate(
-    work: Work, writer: Writer[Sums], device: str, workers: ProcessPoolExecutor | None, finish: Finish
+    work: Work, writer: Writer[Sums], device: str, workers: ProcessPoolExecutor | None, jobs: int, finish: Finish
 ) -> None:
     """Round what lies in decoder layers, on all GPUs for "cuda", and write it as ``writer`` has laid it out.
 
     Args:
-        workers: processes that round, beside a CPU's forward passes; None rounds in this one.
+        workers: ``jobs`` processes that round, beside a CPU's forward passes; None rounds in this one.
     """
     # a streamed source has one shard at a time, which processes would take from each other
     names = devices(device) if work.source.folder else [device]
     with followed(follow, names, work) as cards:
-        Pass(work, names[0], cards, workers).run(writer, finish)
+        Pass(work, names[0], cards, workers, jobs + 1).run(writer, finish)
 
 
 def follow(cards: Cards, device: str, work: Work) -> None:
@@ -89,11 +87,18 @@ def follow(cards: Cards, device: str, work: Work) -> None:
 
 
 class Pass:
-    """Layer after layer, on one device."""
+    """Layer after layer, on one device.
 
-    def __init__(self, work: Work, device: str, cards: Cards, workers: ProcessPoolExecutor | None = None) -> None:
+    Args:
+        ahead: stacks that are made before workers can take them; their moments take memory.
+    """
+
+    def __init__(
+        self, work: Work, device: str, cards: Cards, workers: ProcessPoolExecutor | None = None, ahead: int = 1
+    ) -> None:
         self._layers = Layers(work.source, device, torch.float32 if device == "cpu" else torch.bfloat16)
-        self._work, self._source, self._cards, self._workers = work, work.source, cards, workers
+        self._work, self._source, self._cards = work, work.source, cards
+        self._workers, self._ahead = workers, ahead
         self._formats = {name: fmt for name, fmt in work.formats.items() if isinstance(fmt, CodebookFormat)}
         self._fewest: int | None = None  # tokens of the routed expert that saw fewest
 
@@ -187,11 +192,11 @@ class Pass:
                     some = range(start, min(start + step, len(weight)))
                     waiting.append((number, slice(some.start * weight.shape[1], some.stop * weight.shape[1])))
                     yield Stack(
-                        weight[some.start : some.stop].to(self._layers.device), torch.stack([gram(at) for at in some]), task.fmt,
-                        [task.label(at) for at in some],
+                        weight[some.start : some.stop].to(self._layers.device, copy=True),  # a view would travel with all it views
+                        torch.stack([gram(at) for at in some]), task.fmt, [task.label(at) for at in some],
                     )  # fmt: skip
 
-        for made in in_order(round_stack, stacks(), self._workers, _AHEAD):
+        for made in in_order(round_stack, stacks(), self._workers, self._ahead):
             number, rows = waiting.popleft()
             self._write(tasks[number], rows, made)
             yield Loss(number, rows, made.squared_errors.flatten(), made.energies.flatten())
