@@ -143,9 +143,8 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=300, help="questions for exact match")
     parser.add_argument("--draws", type=int, default=3, help="texts of its own, each sampled with another seed")
     args = parser.parse_args()
-    torch.set_num_threads(
-        1
-    )  # tensors this small gain nothing from more, and on a busy machine threads wait for each other
+    # tensors this small gain nothing from more, and on a busy machine threads wait for each other
+    torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     result = measure(args.model, args.texts, args.problems, args.draws, console := Console())
