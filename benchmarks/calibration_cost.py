@@ -47,10 +47,12 @@ def build(folder: Path, layers: int) -> None:
 def quantize(source: Path, output: Path, tokens: int, device: str, plan: dict[str, Any]) -> dict[str, Any]:
     """Quantize once, in this process; seconds, and the most that the GPU held."""
     import kappaquant
+    from kappaquant.models.skeleton import load_config
     from kappaquant.quantizing.calibration.text import Calibration
 
     opened = kappaquant.open_source(source)
-    windows = torch.randint(0, 200000, (tokens // WINDOW, WINDOW), generator=torch.Generator().manual_seed(0))
+    vocabulary = load_config(opened.config).get_text_config().vocab_size
+    windows = torch.randint(0, vocabulary, (tokens // WINDOW, WINDOW), generator=torch.Generator().manual_seed(0))
     record = {"file": "random", "tokens": windows.numel(), "window": WINDOW, "tokens_sha256": ""}
     made = kappaquant.make_plan(opened.tensors, opened.config, **plan)
     begin = time.perf_counter()

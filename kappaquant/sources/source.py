@@ -58,6 +58,8 @@ class Source(ABC):
     folder: Path | None
     tensors: dict[str, TensorInfo] = field(init=False)
     shard_of: dict[str, str] = field(init=False)
+    _located: dict[str, tuple[tuple[int, int], dict[str, Stored]]] = field(init=False, repr=False, default_factory=dict)
+    """Of each shard its file's size and time, and the offsets that were in it then: a header of many tensors takes long to read."""
 
     def __post_init__(self) -> None:
         counts = Counter(name for shard in self.shards.values() for name in shard)
@@ -106,15 +108,24 @@ class Source(ABC):
     def locate(self, shard: str) -> tuple[Path, dict[str, Stored]]:
         """Local path and checked offsets of one shard's tensors."""
         path = self.fetch(shard)
-        stored = read_header(path)
-        if {name: s.info for name, s in stored.items()} != self.shards[shard]:
-            raise SourceError(f"{path}: its header changed since it was first read; start again")
+        try:
+            status = path.stat()
+        except OSError as problem:
+            raise SourceError(f"{path}: cannot be read ({problem.strerror}); fetch the model again") from None
+        stamp = status.st_size, status.st_mtime_ns
+        before, stored = self._located.get(shard, (None, {}))
+        if stamp != before:
+            stored = read_header(path)
+            if {name: s.info for name, s in stored.items()} != self.shards[shard]:
+                raise SourceError(f"{path}: its header changed since it was first read; start again")
+            self._located[shard] = stamp, stored
         return path, stored
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements [start, stop) of a tensor, flat, in its own dtype."""
-        info = self.tensors[name]
-        return self.read_entries(self.shard_of[name])[name].elements(start, info.numel if stop is None else stop)
+        path, stored = self.locate(self.shard_of[name])
+        where = stored[name]
+        return Entry(where.info, None, {"": (path, where)}).elements(start, where.info.numel if stop is None else stop)
 
 
 def check_config(config: dict[str, Any], label: str, error: type[KappaquantError]) -> None:

@@ -126,11 +126,11 @@ def _run(
 def _tables(books: tuple[tuple[float, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Thresholds and centroids of each codebook, and the first one's table for the search."""
     nears = [nearest(book, torch.device("cpu")) for book in books]
-    parts = [part for near in nears for part in (_thresholds(near), near.centroids)]
+    parts = [part for near in nears for part in (thresholds(near), near.centroids)]
     return torch.cat(parts).to(device), nears[0].magnitude.to(device)
 
 
-def _thresholds(table: Nearest) -> Tensor:
+def thresholds(table: Nearest) -> Tensor:
     """The decision thresholds, ascending, and infinity. The code of y is the number of those below it."""
     return torch.cat([table.threshold[table.threshold.isfinite()], torch.tensor([math.inf])])
 

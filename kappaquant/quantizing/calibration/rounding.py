@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -100,6 +99,7 @@ class Pass:
         self._work, self._source, self._cards = work, work.source, cards
         self._workers, self._ahead = workers, ahead
         self._formats = {name: fmt for name, fmt in work.formats.items() if isinstance(fmt, CodebookFormat)}
+        self._moments: dict[tuple[str, int], Moments] = {}  # of the slices of a layer, by tensor and start
         self._fewest: int | None = None  # tokens of the routed expert that saw fewest
 
     @torch.no_grad()
@@ -180,7 +180,7 @@ class Pass:
         def stacks() -> Iterator[Stack]:
             numbers = count()
             for number, task in enumerate(tasks):
-                tensors = [self._read(name).flatten() for name in task.names]
+                tensors = [self._read(name) for name in task.names]
                 weight = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # no copy of a layer's experts
                 width = self._source.tensors[task.names[0]].shape[-1]
                 weight = weight.view(len(task.experts or [0]), -1, width)
@@ -216,8 +216,11 @@ class Pass:
         return gram
 
     def _read(self, name: str) -> Tensor:
-        weight = self._source.read(name)
-        if not bool(weight.isfinite().all()):
+        """A tensor on the device, flat; its slices' moments are kept for the record."""
+        weight = self._source.read(name).to(self._layers.device)
+        found = {(name, piece.start): Moments.of(weight[piece.start : piece.stop]) for piece in self._work.slices(name)}
+        self._moments |= found
+        if not all(moments.finite for moments in found.values()):
             raise NonFiniteError(
                 f"{name}: holds NaN or infinity, with which no activations can be computed; repair the source, or quantize "
                 "without --calibration"
@@ -240,6 +243,7 @@ class Pass:
 
     def _record(self, tasks: list[Task], losses: list[Loss], writer: Writer[Sums]) -> None:
         """Vouch for the tensors of a layer, whose rows lie in their files."""
+        lost: dict[str, tuple[Tensor, Tensor]] = {}
         for number, task in enumerate(tasks):
             mine = sorted((loss for loss in losses if loss.task == number), key=lambda loss: loss.rows.start)
             errors, energies = (torch.cat([getattr(loss, key) for loss in mine]) for key in ("errors", "energies"))
@@ -247,8 +251,20 @@ class Pass:
             for name in task.names:
                 rows = slice(begin, begin + math.prod(self._source.tensors[name].shape[:-1]))
                 begin = rows.stop
-                make = partial(_sums, self._source.read(name), errors[rows], energies[rows], self._layers.device)
-                writer.fill(self._source.shard_of[name], self._left(name), make, None)
+                lost[name] = errors[rows], energies[rows]
+
+        def sums(piece: Slice) -> Sums:
+            width = piece.source.info.shape[-1]
+            rows = slice(piece.start // width, piece.stop // width)
+            error, energy = (each[rows].double().sum().item() for each in lost[piece.tensor])
+            return Sums(self._moments[piece.tensor, piece.start], error, energy)
+
+        by_shard: dict[str, list[Slice]] = {}
+        for name in lost:
+            by_shard.setdefault(self._source.shard_of[name], []).extend(self._left(name))
+        for shard, pieces in by_shard.items():
+            writer.fill(shard, pieces, sums, None)
+        self._moments.clear()
 
     def _left(self, name: str) -> list[Slice]:
         """The pieces of a tensor that no earlier run has written."""
@@ -263,11 +279,3 @@ class Pass:
 
     def _on_disk(self, path: Path, stored: Stored) -> Tensor:
         return read_elements(path, stored, 0, stored.info.numel).view(stored.info.shape).to(self._layers.device)
-
-
-def _sums(weight: Tensor, errors: Tensor, energies: Tensor, device: torch.device, piece: Slice) -> Sums:
-    """What ``encode_slice`` says of a slice of a weight, flattened, whose rows lost so much."""
-    width = piece.source.info.shape[-1]
-    rows = slice(piece.start // width, piece.stop // width)
-    moments = Moments.of(weight[piece.start : piece.stop].to(device))
-    return Sums(moments, errors[rows].double().sum().item(), energies[rows].double().sum().item())

@@ -22,6 +22,8 @@ from kappaquant.errors import NonFiniteError
 from kappaquant.formats import codec
 from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat
 from kappaquant.formats.search import Assignment, nearest
+from kappaquant.kernels import dispatch
+from kappaquant.quantizing.rounding import groups
 
 logger = logging.getLogger("kappaquant")
 
@@ -120,11 +122,15 @@ def prepare(gram: Tensor, group_size: int, names: Sequence[str], damping: float 
 
 def _inverse_factor(gram: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """(upper Cholesky factors of inverses [B, K, K] in another order, float32, and which could be made)."""
-    across = columns[:, None, :].expand_as(gram)
-    lower, failed = torch.linalg.cholesky_ex(gram.gather(2, across).gather(1, across.mT))
-    upper, then = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    upper = upper.float()
-    return upper, (failed == 0) & (then == 0) & upper.isfinite().flatten(1).all(1)
+    upper = torch.empty(gram.shape, device=gram.device)
+    fine = torch.empty(len(gram), dtype=torch.bool, device=gram.device)
+    # one by one: a GPU's factorizations of a batch are meant for small matrices
+    for at, (matrix, order) in enumerate(zip(gram, columns, strict=True)):
+        lower, failed = torch.linalg.cholesky_ex(matrix[order][:, order])
+        factor, then = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        upper[at] = factor
+        fine[at] = (failed == 0) & (then == 0) & upper[at].isfinite().all()
+    return upper, fine
 
 
 def encode(weight: Tensor, fmt: CodebookFormat, inputs: Inputs, name: str = "weight") -> Rounded:
@@ -133,7 +139,7 @@ def encode(weight: Tensor, fmt: CodebookFormat, inputs: Inputs, name: str = "wei
     Raises:
         NonFiniteError: a weight holds NaN or infinity, or values that the norms cannot.
     """
-    plain = codec.encode(weight, fmt, "best", name=name)  # refuses what cannot be stored
+    plain = dispatch.encode(weight, fmt, "best", name=name)  # refuses what cannot be stored
     target = fmt.rotate(weight).mT.contiguous()
     free = _State.of(plain.parts[PACKED_SUFFIX], plain.parts[NORMS_SUFFIX], fmt)
     found = _feed_back(target, fmt, inputs)
@@ -177,25 +183,6 @@ def _better(a: _State, b: _State, target: Tensor, fmt: CodebookFormat, gram: Ten
     return _State(torch.where(take, b.codes, a.codes), torch.where(take, b.norms, a.norms))
 
 
-class _Book:
-    """Nearest centroids of values of one shape: by table on a CPU, where a binary search takes twice as long; a GPU counts launches."""
-
-    def __init__(self, fmt: CodebookFormat, shape: Sequence[int], device: torch.device) -> None:
-        self._shape = shape
-        self._centroids = codec.centroids(fmt, device)
-        self._thresholds = (self._centroids[1:] + self._centroids[:-1]) / 2
-        self._table = nearest(fmt.codebook, device)
-        self._assignment = Assignment(1, torch.Size(shape).numel(), device) if device.type == "cpu" else None
-
-    def __call__(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes, centroids), good until the next call."""
-        if self._assignment is None:
-            code = torch.bucketize(y, self._thresholds, out_int32=True)
-            return code, self._centroids[code]
-        self._assignment.assign(y.view(1, -1), self._table)
-        return self._assignment.codes.view(self._shape), self._assignment.centroids.view(self._shape)
-
-
 def _feed_back(target: Tensor, fmt: CodebookFormat, inputs: Inputs) -> _State:
     """Codes and norms group by group; of each group's norms that are tried the one whose rounding leaves least to spread."""
     size = fmt.group_size
@@ -205,12 +192,11 @@ def _feed_back(target: Tensor, fmt: CodebookFormat, inputs: Inputs) -> _State:
     codes = torch.empty(grouped.shape, dtype=torch.uint8, device=target.device)
     norms = torch.empty(count, width // size, rows, device=target.device)
     scales = torch.tensor(_SCALES, device=target.device)[:, None, None]
-    book = _Book(fmt, (len(_SCALES), count, rows), target.device)
     for start in range(0, width, size):
         stop = start + size
         block, upper = rest[:, start:stop], inputs.upper[:, start:stop]
         tried = _stored(scales * _plain_norms(block, fmt), fmt)
-        found, errors = _round_group(block, tried, upper[:, :, start:stop], book)
+        found, errors = groups.feed(block, tried, upper[:, :, start:stop], fmt)
         best = errors.square().sum(0).argmin(0, keepdim=True)
         each = best.expand(size, 1, count, rows)
         codes[:, start // size] = found.gather(1, each).squeeze(1).transpose(0, 1)
@@ -219,19 +205,6 @@ def _feed_back(target: Tensor, fmt: CodebookFormat, inputs: Inputs) -> _State:
     back = inputs.order.argsort(1)[..., None]
     codes = codes.gather(1, back[..., None].expand_as(codes))
     return _State(codes.view_as(target), norms.gather(1, back.expand_as(norms)))
-
-
-def _round_group(block: Tensor, norms: Tensor, upper: Tensor, book: _Book) -> tuple[Tensor, Tensor]:
-    """(codes, errors over U's diagonal), both [size, tried, B, N], for a block [B, size, N] at norms [tried, B, N]."""
-    rest = block.transpose(0, 1)[:, None].expand(-1, len(norms), -1, -1).contiguous()
-    codes, errors = torch.empty_like(rest, dtype=torch.uint8), torch.empty_like(rest)
-    inverse = torch.where(norms == 0, 0.0, 1 / norms)
-    for j in range(block.shape[1]):
-        code, centroid = book(rest[j] * inverse)
-        codes[j] = code
-        errors[j] = (rest[j] - centroid * norms) / upper[:, j, j, None]
-        rest[j + 1 :].addcmul_(upper[:, j, j + 1 :].t()[:, None, :, None], errors[j], value=-1)
-    return codes, errors
 
 
 def _plain_norms(block: Tensor, fmt: CodebookFormat) -> Tensor:
@@ -248,16 +221,16 @@ def _plain_norms(block: Tensor, fmt: CodebookFormat) -> Tensor:
 
 def _refit(state: _State, target: Tensor, fmt: CodebookFormat, gram: Tensor) -> _State:
     """The norms that minimize a row's error under H for its codes, where they are positive and do lower it."""
-    (count, groups, rows), size = state.norms.shape, fmt.group_size
+    (count, number, rows), size = state.norms.shape, fmt.group_size
     book = codec.centroids(fmt, target.device)
     norms = torch.empty_like(state.norms)
-    across = gram.view(count, groups, size, -1).mT
-    step = max(1, _REFITTED[target.device.type] // (count * groups * target.shape[1]))
+    across = gram.view(count, number, size, -1).mT
+    step = max(1, _REFITTED[target.device.type] // (count * number * target.shape[1]))
     for start in range(0, rows, step):
         some = slice(start, start + step)
-        unit = book[state.codes[..., some].int()].view(count, groups, size, -1)
+        unit = book[state.codes[..., some].int()].view(count, number, size, -1)
         weighted = across @ unit  # [B, groups, K, n]
-        system = (weighted.view(count, groups, groups, size, -1) * unit[:, None]).sum(3).permute(0, 3, 1, 2)
+        system = (weighted.view(count, number, number, size, -1) * unit[:, None]).sum(3).permute(0, 3, 1, 2)
         wanted = (weighted * target[:, None, :, some]).sum(2).mT
         system.diagonal(dim1=2, dim2=3).mul_(1 + 1e-6)
         solved, _ = torch.linalg.solve_ex(system, wanted[..., None])
@@ -269,28 +242,20 @@ def _refit(state: _State, target: Tensor, fmt: CodebookFormat, gram: Tensor) -> 
 def _descend(state: _State, target: Tensor, fmt: CodebookFormat, gram: Tensor) -> _State:
     """Codes changed one input at a time to what is nearest to the best value of it, all others as they are."""
     size = fmt.group_size
+    book = codec.centroids(fmt, target.device)
     codes, values = state.codes.clone(), state.values(fmt)
     inverses = 1 / gram.diagonal(dim1=1, dim2=2)
     left = gram @ (target - values)
-    book = _Book(fmt, (len(target), target.shape[2]), target.device)
     for _ in range(_SWEEPS):
         for start in range(0, target.shape[1], size):
-            stop = start + size
-            norm = state.norms[:, start // size]
-            inverse = torch.where(norm == 0, 0.0, 1 / norm)
-            mine, now = (
-                x[:, start:stop].transpose(0, 1).clone(memory_format=torch.contiguous_format) for x in (left, values)
+            some = slice(start, start + size)
+            norms = state.norms[:, start // size]
+            found, changes = groups.descend(
+                left[:, some], values[:, some], norms, gram[:, some, some], inverses[:, some], fmt
             )
-            changes, inner = torch.empty_like(mine), gram[:, start:stop, start:stop]
-            for j in range(size):
-                code, centroid = book((now[j] + mine[j] * inverses[:, start + j, None]) * inverse)
-                codes[:, start + j] = code
-                value = centroid * norm
-                changes[j] = value - now[j]
-                now[j] = value
-                mine[j + 1 :].addcmul_(inner[:, j, j + 1 :].t()[..., None], changes[j], value=-1)
-            values[:, start:stop] = now.transpose(0, 1)
-            left -= gram[:, :, start:stop] @ changes.transpose(0, 1)
+            codes[:, some] = found.transpose(0, 1)
+            values[:, some] = book[codes[:, some].int()] * norms[:, None]
+            left -= gram[:, :, some] @ changes.transpose(0, 1)
     return _better(state, _State(codes, state.norms), target, fmt, gram)
 
 

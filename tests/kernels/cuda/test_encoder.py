@@ -63,7 +63,7 @@ def test_a_code_is_the_number_of_thresholds_below(fmt: CodebookFormat) -> None:
     table = nearest(fmt.codebook, CPU)
     assignment = Assignment(*y.shape, CPU)
     assignment.assign(y, table)
-    ascending = encoder._thresholds(table)
+    ascending = encoder.thresholds(table)
     assert torch.equal(ascending[:-1], exact)
     assert torch.equal(assignment.codes.int(), (y > ascending).sum(1, keepdim=True, dtype=torch.int32))
 
