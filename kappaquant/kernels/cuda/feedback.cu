@@ -1,7 +1,7 @@
 // One group of quantizing/rounding/groups.py: codes input by input, each making up for what those before it left.
 //
 // A warp takes a row: input e * 32 + lane lies in register e of a lane. The thresholds lie in registers too, and a code is counted
-// by a vote of the lanes. Products, sums and quotients are rounded by themselves but for the update, as torch's kernels do.
+// by a vote of the lanes. Products, sums and quotients are rounded by themselves, as torch's kernels do.
 
 #include "numbers.cuh"
 
@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(32 * WARPS) feedback(const __grid_constant__ F
             }
 #pragma unroll
             for (int later = e; later < EACH; later++)
-                if (later > e || lane > owner) rest[later] = __fmaf_rn(-line[later * 32 + lane], moved, rest[later]);
+                if (later > e || lane > owner)
+                    rest[later] = __fsub_rn(rest[later], __fmul_rn(line[later * 32 + lane], moved));
         }
     }
     const long long step = (long long)p.tried * p.matrices * p.rows;

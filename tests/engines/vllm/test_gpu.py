@@ -114,7 +114,9 @@ def test_two_cards_share_a_large_model(tmp_path: Path) -> None:
     check_resident(tmp_path / "apex2", packed)
     whole, stages = (sum(sum(weights(rank).values()) for rank in packed[way]["resident"]) for way in (0, 3))
     assert len(packed[3]["resident"]) == 2
-    assert 0.98 * whole <= stages <= 1.02 * whole
+    # vLLM 0.32 makes the embedding on every stage, which the last one never reads
+    embedding = kappaquant.open_checkpoint(tmp_path / "apex2").tensors["model.embed_tokens.weight"].nbytes
+    assert 0.999 * (whole + embedding) <= stages <= 1.001 * (whole + embedding)
 
 
 def weights(rank: dict[str, int]) -> dict[str, int]:
