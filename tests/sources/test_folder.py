@@ -15,6 +15,7 @@ import kappaquant
 from kappaquant import SourceError
 from kappaquant.files import safetensors as safetensors_io
 from kappaquant.files import tensors as elements
+from kappaquant.sources import source
 
 
 def test_every_slice_is_what_is_stored(tmp_path: Path) -> None:
@@ -72,6 +73,21 @@ def test_a_header_that_changes_under_way(tmp_path: Path) -> None:
     opened = kappaquant.open_source(folder)
     save_file({Q: torch.zeros(3, 256)}, folder / "model.safetensors")
     with pytest.raises(SourceError, match=r"model\.safetensors: its header changed"):
+        opened.read(Q)
+
+
+def test_a_header_is_read_once_while_its_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard of thousands of experts has a header of megabytes, which each of them would read again."""
+    opened, read = kappaquant.open_source(write_source(tmp_path / "source")), []
+    monkeypatch.setattr(source, "read_header", lambda path: read.append(path) or safetensors_io.read_header(path))
+    for name in (*opened.tensors, *opened.tensors):
+        opened.read(name)
+    assert len(read) == 1
+    save_file({Q: torch.zeros(3, 256)}, tmp_path / "source/model.safetensors")
+    with pytest.raises(SourceError, match=r"model\.safetensors: its header changed"):
+        opened.read(Q)
+    (tmp_path / "source/model.safetensors").unlink()
+    with pytest.raises(SourceError, match=r"model\.safetensors: cannot be read \(No such file or directory\)"):
         opened.read(Q)
 
 
