@@ -1,0 +1,166 @@
+"""How much worse a model gets where some of its tensors are quantized: what ``calibrate`` measured, as data and JSON. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kappaquant.errors import PlanError
+from kappaquant.files.documents import read_json, write_whole
+
+EVIDENCE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorErrors:
+    """What a tensor's outputs lose in each format.
+
+    Attributes:
+        energy: sum of squares of the outputs, over the tokens that were read; of the weights where there were no tokens.
+        errors: format id -> sum of squared errors of the outputs over ``energy``.
+    """
+
+    energy: float
+    errors: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors of one layer and role, which are measured together and get one width together.
+
+    Attributes:
+        layer: its number; None outside of numbered layers.
+        family: of its role, as reports call it.
+        role: value of its ``Role``.
+        tensors: their names.
+        bits: at which ``kld`` was measured.
+        kld: mean KL divergence (nats a token) of the model with only these quantized from the original; None where it was not measured.
+        interval_95: of the mean, over windows.
+        tokens: that the poorest of its routed experts saw; None for what every token goes through.
+    """
+
+    layer: int | None
+    family: str
+    role: str
+    tensors: tuple[str, ...]
+    bits: int
+    kld: float | None
+    interval_95: tuple[float, float] | None
+    tokens: int | None
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """What planning by measurement needs, and its JSON.
+
+    Attributes:
+        kind: "calibration", or "weights" where no tokens were read: errors are then those of weights, and no unit has a ``kld``.
+        model, revision, sha256: which model, as calibration text names it.
+        text: what is known of the tokens.
+        effort: how the tensors of a unit were quantized for its ``kld``: "best" or "calibrated".
+        group_size: that was asked for, or "auto".
+        kurtosis: tensor -> excess kurtosis κ.
+    """
+
+    kind: str
+    model: str
+    revision: str | None
+    sha256: str
+    text: dict[str, Any]
+    effort: str
+    group_size: int | str
+    units: tuple[Unit, ...]
+    tensors: dict[str, TensorErrors]
+    kurtosis: dict[str, float | None]
+
+    def loss(self, unit: Unit, formats: Mapping[str, str | None]) -> float:
+        """Predicted KL divergence where a unit's tensors are in these formats, None for one that is kept.
+
+        The unit's measured divergence, in proportion to the squared error of its outputs. Without a measured one the error itself,
+        relative to the outputs: a number to compare by, no divergence.
+
+        Raises:
+            PlanError: a tensor or a format was not measured.
+        """
+        lost = sum(self._error(name, fmt) for name, fmt in formats.items())
+        if unit.kld is None:
+            return lost / (sum(self.tensors[name].energy for name in unit.tensors) or 1.0)
+        base = sum(self._error(name, self._format_at(name, unit.bits)) for name in unit.tensors)
+        return unit.kld * lost / base if base else 0.0
+
+    def _error(self, name: str, fmt: str | None) -> float:
+        if fmt is None:
+            return 0.0
+        if name not in self.tensors:
+            raise PlanError(
+                f"{name}: the evidence does not have it; calibrate this very model, or set its bits by hand"
+            )
+        known = self.tensors[name]
+        if fmt not in known.errors:
+            raise PlanError(
+                f"{name}: the evidence has no error for {fmt}, only for {', '.join(known.errors)}; calibrate with this group size, or "
+                "set the tensor by hand"
+            )
+        return known.energy * known.errors[fmt]
+
+    def _format_at(self, name: str, bits: int) -> str:
+        prefix = f"tq{bits}g"
+        for fmt in self.tensors[name].errors if name in self.tensors else ():
+            if fmt.startswith(prefix):
+                return fmt
+        raise PlanError(
+            f"{name}: the evidence has no error at {bits} bits, at which its layer was measured; calibrate again"
+        )
+
+    def to_json(self) -> str:
+        return json.dumps({"evidence_version": EVIDENCE_VERSION, **asdict(self)}, indent=1, allow_nan=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON to ``path``, whole or not at all."""
+        write_whole(Path(path), self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Sensitivities:
+        """Read what ``save`` wrote. Raises PlanError, which names the file, and the tensor or unit that has no such number."""
+        data = read_json(Path(path), PlanError)
+        if data.pop("evidence_version", None) != EVIDENCE_VERSION:
+            raise PlanError(f"{path}: no evidence that this version reads ({EVIDENCE_VERSION}); make it with calibrate")
+        try:
+            units = tuple(_unit(entry) for entry in data.pop("units"))
+            tensors = {name: _errors(entry) for name, entry in data.pop("tensors").items()}
+            made = cls(**data, units=units, tensors=tensors)
+        except (KeyError, TypeError, AttributeError, ValueError) as problem:
+            raise PlanError(f"{path}: not evidence as calibrate writes it ({problem!r})") from problem
+        made._check(str(path))
+        return made
+
+    def _check(self, label: str) -> None:
+        for name, known in self.tensors.items():
+            _check_numbers(f"{label}: {name}", [known.energy, *known.errors.values()])
+        for unit in self.units:
+            where = f"{label}: {unit.family} of layer {unit.layer}"
+            _check_numbers(where, [] if unit.kld is None else [unit.kld])
+            for name in unit.tensors:
+                if name not in self.tensors:
+                    raise PlanError(f"{where}: names {name}, of which there are no errors; calibrate again")
+
+
+def _unit(entry: dict[str, Any]) -> Unit:
+    interval = entry["interval_95"]
+    return Unit(**{**entry, "tensors": tuple(entry["tensors"]), "interval_95": interval and tuple(interval)})
+
+
+def _errors(entry: dict[str, Any]) -> TensorErrors:
+    return TensorErrors(entry["energy"], dict(entry["errors"]))
+
+
+def _check_numbers(where: str, values: Sequence[object]) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise PlanError(
+                f"{where}: {value!r} is no sensitivity; it must be a finite number, zero or more; calibrate again"
+            )
