@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from kappaquant.commands.calibrating import write
+from kappaquant.commands.calibrating import calibrate, write
 from kappaquant.commands.checkpoints import dequantize, inspect, verify
 from kappaquant.commands.evaluation import evaluate
 from kappaquant.commands.exporting import export
@@ -21,7 +21,7 @@ from kappaquant.commands.text import chat, generate
 from kappaquant.errors import KappaquantError
 
 _COMMANDS = (
-    scan, plan, write, quantize, inspect, verify, dequantize, export, generate, chat, bench, evaluate, compare, card, push,
+    scan, calibrate, plan, write, quantize, inspect, verify, dequantize, export, generate, chat, bench, evaluate, compare, card, push,
     convert, serve,
 )  # fmt: skip
 _PLANNING = (plan, quantize, export)  # take the options of every registered policy

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kappaquant.commands.options import DeviceOpt, RevisionOpt
+from kappaquant.commands.options import DeviceOpt, GroupOpt, JobsOpt, RevisionOpt, SourceArg, group_choice
 from kappaquant.commands.terminal import console, progress
 from kappaquant.errors import OutputError, PlanError, SourceError
 from kappaquant.files.documents import check_file
@@ -51,6 +51,58 @@ def write(
         weights = open_source(model, revision)
     _write(weights, output, header_of(weights, wanted), choose_device(device))
     console().print(f"{output}: {wanted} tokens written by {model}", markup=False, highlight=False)
+
+
+def calibrate(
+    source: SourceArg,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The evidence (JSON) to write, for plan --evidence.")],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Text to measure with, .txt or .jsonl; without it the model writes some first."),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option("--calibration-tokens", help="How many of its tokens, at most; 8192 unless given.")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="At which each part of the model is tried, 2 to 8.")] = 3,
+    effort: Annotated[
+        str,
+        typer.Option(help="How it is tried: calibrated, as quantize --calibration rounds, or best, which is faster."),
+    ] = "calibrated",
+    data_free: Annotated[
+        bool, typer.Option("--data-free", help="Without text: errors of weights, and κ; cruder by far, and fast.")
+    ] = False,
+    group_size: GroupOpt = "auto",
+    jobs: JobsOpt = None,
+    device: DeviceOpt = None,
+    revision: RevisionOpt = None,
+) -> None:
+    """Measure how much worse the model gets by each of its parts, as evidence for plans of any size."""
+    from kappaquant.commands.tables import sensitivity_table
+    from kappaquant.quantizing.calibration import sensitivity
+    from kappaquant.quantizing.calibration.data_free import of_weights
+    from kappaquant.sources.open import open_source
+
+    if effort not in ("best", "calibrated"):
+        raise PlanError(f"--effort {effort}: must be calibrated or best")
+    if data_free and (calibration or calibration_tokens is not None):
+        raise PlanError("--data-free reads no text; leave out --calibration and --calibration-tokens, or --data-free")
+    check_file(output)
+    group = group_choice(group_size)
+    opened = open_source(source, revision)
+    if data_free:
+        with progress("weights") as report:
+            found = of_weights(opened, group, jobs, device, lambda done, total: report("weights", done, total))
+    else:
+        tokens = sensitivity.TOKENS if calibration_tokens is None else calibration_tokens
+        text = calibration_of(opened, output, calibration, tokens, device)
+        with progress("layers", "layers") as report:
+            found = sensitivity.sensitivities(
+                opened, text, sensitivity.Trial(bits, effort, group), device, jobs,
+                lambda done, total: report("layers", done, total),
+            )  # fmt: skip
+    found.save(output)
+    console().print(sensitivity_table(found))
+    console().print(f"{output}: for kappaquant plan --evidence", markup=False, highlight=False)
 
 
 def _write(weights: Source | Checkpoint, path: Path, header: Header, device: str) -> None:

@@ -17,6 +17,7 @@ from kappaquant.checkpoints.checkpoint import Checkpoint
 from kappaquant.models.roles import Role
 from kappaquant.planning.plan import Plan
 from kappaquant.planning.profile import Profile
+from kappaquant.planning.sensitivity import Sensitivities
 from kappaquant.planning.sizes import Summary, Total
 
 
@@ -47,10 +48,31 @@ class ProgressBar:
         task = self._tasks[stage]
         speed = self._progress.tasks[task].speed
         if self._unit:
-            amount, rate = f"{done:,}/{total:,}", f"{speed or 0:,.0f} {self._unit}/s"
+            amount, rate = f"{done:,}/{total:,}", f"{speed or 0:,.{0 if (speed or 0) > 10 else 2}f} {self._unit}/s"
         else:
             amount, rate = f"{decimal(done)} of {decimal(total)}", f"{(speed or 0) / 1e9:.2f} GB/s"
         self._progress.update(task, completed=done, total=total, amount=amount, rate=rate if speed else "")
+
+
+def sensitivity_table(found: Sensitivities) -> Table:
+    """Families by what all of theirs lose together, each quantized by itself."""
+    tried = {unit.bits for unit in found.units if unit.bits}
+    loss = f"KLD at {min(tried)} bits, nats" if tried else "relative error at 3 bits"
+    text = (
+        f"{found.text.get('tokens', 0):,} tokens, {found.effort}"
+        if tried
+        else "no text was read: errors of weights alone"
+    )
+    table = _table(f"sensitivity of {found.model} ({text})", ["parts", loss, "largest", "where"])
+    families: dict[str, list[tuple[float, str]]] = {}
+    for unit in found.units:
+        lost = found.loss(unit, {name: found.format_at(name, unit.bits or 3) for name in unit.tensors})
+        where = unit.role if unit.layer is None else f"{unit.role}, layer {unit.layer}"
+        families.setdefault(unit.family, []).append((lost, where))
+    for family, each in sorted(families.items(), key=lambda item: -sum(lost for lost, _ in item[1])):
+        most, where = max(each)
+        table.add_row(family, str(len(each)), f"{sum(lost for lost, _ in each):.4g}", f"{most:.3g}", where)
+    return table
 
 
 def profile_table(profile: Profile) -> Table:

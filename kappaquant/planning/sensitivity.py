@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kappaquant.errors import PlanError
 from kappaquant.files.documents import read_json, write_whole
+from kappaquant.models.roles import Role, TensorKind
 
 EVIDENCE_VERSION = 1
+SHRINKABLE = (Role.EMBEDDING, Role.LM_HEAD)
+"""Roles that other policies keep, and that are measured and may shrink: a tied embedding is half of a small model."""
+Report = Callable[[int, int], None]
+"""Told of what is done, and of how much there is."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class TensorErrors:
     """What a tensor's outputs lose in each format.
 
     Attributes:
-        energy: sum of squares of the outputs, over the tokens that were read; of the weights where there were no tokens.
+        energy: sum of squares of the outputs, over the tokens that were read; the number of weights where there were no tokens.
         errors: format id -> sum of squared errors of the outputs over ``energy``.
     """
 
@@ -37,7 +42,7 @@ class Unit:
         family: of its role, as reports call it.
         role: value of its ``Role``.
         tensors: their names.
-        bits: at which ``kld`` was measured.
+        bits: at which ``kld`` was measured; None where nothing was.
         kld: mean KL divergence (nats a token) of the model with only these quantized from the original; None where it was not measured.
         interval_95: of the mean, over windows.
         tokens: that the poorest of its routed experts saw; None for what every token goes through.
@@ -47,7 +52,7 @@ class Unit:
     family: str
     role: str
     tensors: tuple[str, ...]
-    bits: int
+    bits: int | None
     kld: float | None
     interval_95: tuple[float, float] | None
     tokens: int | None
@@ -87,9 +92,9 @@ class Sensitivities:
             PlanError: a tensor or a format was not measured.
         """
         lost = sum(self._error(name, fmt) for name, fmt in formats.items())
-        if unit.kld is None:
+        if unit.kld is None or unit.bits is None:
             return lost / (sum(self.tensors[name].energy for name in unit.tensors) or 1.0)
-        base = sum(self._error(name, self._format_at(name, unit.bits)) for name in unit.tensors)
+        base = sum(self._error(name, self.format_at(name, unit.bits)) for name in unit.tensors)
         return unit.kld * lost / base if base else 0.0
 
     def _error(self, name: str, fmt: str | None) -> float:
@@ -107,7 +112,8 @@ class Sensitivities:
             )
         return known.energy * known.errors[fmt]
 
-    def _format_at(self, name: str, bits: int) -> str:
+    def format_at(self, name: str, bits: int) -> str:
+        """Id of the format of so many bits that a tensor's error is known for. Raises PlanError where there is none."""
         prefix = f"tq{bits}g"
         for fmt in self.tensors[name].errors if name in self.tensors else ():
             if fmt.startswith(prefix):
@@ -147,6 +153,22 @@ class Sensitivities:
             for name in unit.tensors:
                 if name not in self.tensors:
                     raise PlanError(f"{where}: names {name}, of which there are no errors; calibrate again")
+
+
+def decided(kind: TensorKind) -> bool:
+    """Whether plans by sensitivity choose a tensor's bits."""
+    return not kind.refuse and (not kind.keep or kind.role in SHRINKABLE)
+
+
+def units_of(kinds: Mapping[str, TensorKind], names: Iterable[str], bits: int | None) -> list[Unit]:
+    """The units that these tensors make, in the order of their first, not measured yet."""
+    together: dict[tuple[int | None, Role], list[str]] = {}
+    for name in names:
+        together.setdefault((kinds[name].layer, kinds[name].role), []).append(name)
+    return [
+        Unit(layer, kinds[members[0]].family, role.value, tuple(members), bits, None, None, None)
+        for (layer, role), members in together.items()
+    ]
 
 
 def _unit(entry: dict[str, Any]) -> Unit:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kappaquant.errors import SourceError, UnsupportedError
+from kappaquant.errors import NonFiniteError, SourceError, UnsupportedError
 from kappaquant.models.skeleton import Place, meta_model, place
 from kappaquant.sources.source import Source
 
@@ -65,7 +65,7 @@ class Layers:
         """One layer with the source's weights."""
         layer = self._layers[number].to_empty(device=self.device).to(self.dtype)
         for name in self.names(number):
-            self.put(name, self.source.read(name).view(self.source.tensors[name].shape))
+            self._put_own(name)
         return layer
 
     def put(self, name: str, weight: Tensor) -> None:
@@ -73,6 +73,16 @@ class Layers:
         at = self.places[name]
         target = self.target(at)
         target.copy_(weight.to(self.device, target.dtype).view(target.shape))
+
+    def _put_own(self, name: str) -> None:
+        """A tensor of the source into its place."""
+        weight = self.source.read(name).view(self.source.tensors[name].shape).to(self.device)
+        if not bool(weight.isfinite().all()):
+            raise NonFiniteError(
+                f"{name}: holds NaN or infinity, with which no activations can be computed; repair the source, or quantize "
+                "without --calibration"
+            )
+        self.put(name, weight)
 
     def target(self, at: Place) -> Tensor:
         """The parameter, or the part of it, that a place names."""
@@ -117,6 +127,41 @@ class Layers:
             out = self._layers[number](state, *args, **kwargs)
             yield out[0] if isinstance(out, tuple) else out
 
+    def load_head(self) -> nn.Linear:
+        """The module that makes logits, with the source's weights: those of the embedding where both are one.
+
+        Raises:
+            UnsupportedError: the model has none.
+        """
+        head: Any = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise UnsupportedError(
+                f"{type(self.model).__name__}: has no linear layer that makes logits, by which to measure"
+            )
+        weight = f"{_name_of(self.model, head)}.weight"
+        if any(at.target == weight for at in self.places.values()):
+            self._load(head)
+        else:
+            head.weight = self._decoder.embed_tokens.weight
+        return head
+
+    @torch.no_grad()
+    def norm(self, state: Tensor) -> Tensor:
+        """What the head reads, of hidden states [rows, tokens, width] behind the last layer."""
+        return self._decoder.norm(state)
+
+    @torch.no_grad()
+    def logits(self, state: Tensor) -> Tensor:
+        """Logits [rows, tokens, vocabulary] by the model's own forward, of hidden states behind the last layer; after ``load_head``."""
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        made = MoeModelOutputWithPast(last_hidden_state=self.norm(state))
+        self._decoder.forward = lambda *args, **kwargs: made
+        try:
+            return self.model(input_ids=torch.zeros(state.shape[:2], dtype=torch.int64, device=self.device)).logits
+        finally:
+            del self._decoder.forward
+
     def _prepare(self) -> None:
         """Load the embedding, and make anew what holds tables that no file has, such as rotary embeddings."""
         inside = {id(module) for layer in self._layers for module in layer.modules()}
@@ -131,14 +176,17 @@ class Layers:
                     f"{type(module).__name__} ({name}): holds a table that no file has, and that calibration does not know how to "
                     "make; quantize without --calibration"
                 )
-        embedding = self._decoder.embed_tokens.to_empty(device=self.device).to(self.dtype)
-        prefix = f"{_name_of(self.model, embedding)}."
+        self._load(self._decoder.embed_tokens)
+        if getattr(self._decoder, "norm", None) is not None:
+            self._load(self._decoder.norm)
+
+    def _load(self, module: nn.Module) -> None:
+        """The source's weights into a module outside of the layers."""
+        module.to_empty(device=self.device).to(self.dtype)
+        prefix = f"{_name_of(self.model, module)}."
         for name, at in self.places.items():
             if at.target.startswith(prefix):
-                self.put(name, self.source.read(name).view(self.source.tensors[name].shape))
-        norm = getattr(self._decoder, "norm", None)
-        if norm is not None:  # its result is not used
-            self._decoder.norm = nn.Identity()
+                self._put_own(name)
 
 
 def _again(module: nn.Module, config: Any, device: torch.device) -> nn.Module:

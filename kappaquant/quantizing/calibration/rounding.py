@@ -10,13 +10,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kappaquant.checkpoints.writer import Writer
-from kappaquant.errors import NonFiniteError, UnsupportedError
 from kappaquant.files.processes import in_order
 from kappaquant.files.safetensors import Stored, write_at
 from kappaquant.files.tensors import read_elements, tensor_bytes
@@ -25,8 +23,9 @@ from kappaquant.formats.codebook import CodebookFormat
 from kappaquant.planning.moments import Moments
 from kappaquant.quantizing.calibration.cards import Cards, devices, followed
 from kappaquant.quantizing.calibration.layers import Layers
-from kappaquant.quantizing.calibration.moments import ROUTED, Routed, Sum, watched
-from kappaquant.quantizing.calibration.stacks import Stack, Task, matrices_at_once, round_stack
+from kappaquant.quantizing.calibration.moments import Routed, Sum, watched
+from kappaquant.quantizing.calibration.stacks import Stack, matrices_at_once, round_stack
+from kappaquant.quantizing.calibration.tasks import Seen, Task, moments_of, packable, tasks_of
 from kappaquant.quantizing.calibration.text import Calibration
 from kappaquant.quantizing.rounding.feedback import Rounded
 from kappaquant.quantizing.slices import Slice, Sums
@@ -114,12 +113,12 @@ class Pass:
         states = self._layers.embed(self._work.calibration.windows)
         for number in range(len(self._layers)):
             self._layers.load(number)
-            packed = self._packed(number)
+            packed = packable(self._layers, self._formats, number)
             if any(self._left(name) for name in packed):
                 with watched({path: self._layers.model.get_submodule(path) for path in set(packed.values())}) as seen:
                     for _ in self._layers.forward(number, states):
                         pass
-                tasks = self._tasks(packed, seen[0])
+                tasks = tasks_of(self._layers, self._formats, packed, seen[0])
                 gathered = self._cards.gather((list(self._round(tasks, *seen)), self._fewest))
                 self._cards.meet()  # all have written: anyone may read the layer
                 if writer:
@@ -137,42 +136,6 @@ class Pass:
                 self._fewest,
             )
 
-    def _packed(self, number: int) -> dict[str, str]:
-        """Tensor -> path of its module, of a layer's tensors that are to be packed and whose inputs can be seen."""
-        found = {}
-        for name in self._layers.names(number):
-            target = self._layers.places[name].target
-            path, _, parameter = target.rpartition(".")
-            module = self._layers.model.get_submodule(path)
-            linear = isinstance(module, nn.Linear) and parameter == "weight"
-            routed = parameter in ROUTED and callable(getattr(module, "act_fn", None))
-            if name not in self._formats:
-                continue
-            if routed and (getattr(module, "is_transposed", False) or getattr(module, "has_bias", False)):
-                raise UnsupportedError(
-                    f"{name}: experts with transposed matrices or biases are not calibrated; quantize without --calibration"
-                )
-            if linear or routed:
-                found[name] = path
-        return found
-
-    def _tasks(self, packed: Mapping[str, str], sums: Mapping[str, Sum]) -> list[Task]:
-        """What is to be rounded of a layer. A layer is rounded whole, for what goes together decides the last digits."""
-        together: dict[Any, list[str]] = {}
-        for name, path in packed.items():
-            at, fmt, shape = self._layers.places[name], self._formats[name], self._source.tensors[name].shape
-            key: Any = (fmt, id(sums[path])) if path in sums else (fmt, at.target, at.row, shape)
-            together.setdefault(key, []).append(name)
-        tasks = []
-        for names in together.values():
-            path, at = packed[names[0]], self._layers.places[names[0]]
-            experts = None
-            if path not in sums:
-                split = [expert for name in names if (expert := self._layers.places[name].expert) is not None]
-                experts = split or list(range(self._source.tensors[names[0]].shape[0]))
-            tasks.append(Task(names, self._formats[names[0]], path, at.target.rpartition(".")[2], experts))
-        return tasks
-
     def _round(self, tasks: list[Task], sums: Mapping[str, Sum], routed: Mapping[str, Routed]) -> Iterator[Loss]:
         """Round and write those of the tasks' stacks that are this process's."""
         waiting: deque[tuple[int, slice]] = deque()  # of the stacks that are being rounded
@@ -184,16 +147,18 @@ class Pass:
                 weight = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # no copy of a layer's experts
                 width = self._source.tensors[task.names[0]].shape[-1]
                 weight = weight.view(len(task.experts or [0]), -1, width)
-                gram = self._grams(task, sums, routed)
+                moments = moments_of(task, sums, routed)
                 step = matrices_at_once(weight.shape[1], width, self._layers.device)
                 for start in range(0, len(weight), step):
                     if not self._cards.mine(next(numbers)):
                         continue
                     some = range(start, min(start + step, len(weight)))
                     waiting.append((number, slice(some.start * weight.shape[1], some.stop * weight.shape[1])))
+                    seen = [moments(at) for at in some]
+                    self._note(task, seen)
                     yield Stack(
                         weight[some.start : some.stop].to(self._layers.device, copy=True),  # a view would travel with all it views
-                        torch.stack([gram(at) for at in some]), task.fmt, [task.label(at) for at in some],
+                        torch.stack([found.drawn for found in seen]), task.fmt, [task.label(at) for at in some],
                     )  # fmt: skip
 
         for made in in_order(round_stack, stacks(), self._workers, self._ahead):
@@ -201,30 +166,18 @@ class Pass:
             self._write(tasks[number], rows, made)
             yield Loss(number, rows, made.squared_errors.flatten(), made.energies.flatten())
 
-    def _grams(self, task: Task, sums: Mapping[str, Sum], routed: Mapping[str, Routed]) -> Callable[[int], Tensor]:
-        """What gives the moments [in, in] for which a matrix of the task is rounded."""
-        if task.experts is None:
-            return lambda at: sums[task.path].gram
-        experts = task.experts
-        one, every = routed[task.path].sums(task.projection)
-
-        def gram(at: int) -> Tensor:
-            found = one(experts[at])
-            self._fewest = found.count if self._fewest is None else min(self._fewest, found.count)
-            return found.towards(every)
-
-        return gram
+    def _note(self, task: Task, seen: list[Seen]) -> None:
+        """Remember the routed expert that saw fewest tokens."""
+        if task.experts is not None:
+            counts = [found.own.count for found in seen]
+            self._fewest = min(counts if self._fewest is None else [self._fewest, *counts])
 
     def _read(self, name: str) -> Tensor:
         """A tensor on the device, flat; its slices' moments are kept for the record."""
         weight = self._source.read(name).to(self._layers.device)
-        found = {(name, piece.start): Moments.of(weight[piece.start : piece.stop]) for piece in self._work.slices(name)}
-        self._moments |= found
-        if not all(moments.finite for moments in found.values()):
-            raise NonFiniteError(
-                f"{name}: holds NaN or infinity, with which no activations can be computed; repair the source, or quantize "
-                "without --calibration"
-            )
+        self._moments |= {
+            (name, piece.start): Moments.of(weight[piece.start : piece.stop]) for piece in self._work.slices(name)
+        }
         return weight
 
     def _write(self, task: Task, rows: slice, made: Rounded) -> None:

@@ -16,29 +16,6 @@ _BYTES = {"cpu": 1 << 28, "cuda": 4 << 30}
 
 
 @dataclass(frozen=True)
-class Task:
-    """Tensors whose rows, one tensor after another, are those of the matrices to be rounded.
-
-    Attributes:
-        path: the module that reads what the matrices multiply.
-        projection: the module's parameter.
-        experts: of each matrix the expert it is; None for linear layers, whose rows are one matrix.
-    """
-
-    names: list[str]
-    fmt: CodebookFormat
-    path: str
-    projection: str
-    experts: list[int] | None
-
-    def label(self, matrix: int) -> str:
-        """What messages call a matrix."""
-        if self.experts is None:
-            return ", ".join(self.names)
-        return self.names[matrix] if len(self.names) > 1 else f"{self.names[0]}[{self.experts[matrix]}]"
-
-
-@dataclass(frozen=True)
 class Stack:
     """Matrices and the inputs they are rounded for; picklable.
 

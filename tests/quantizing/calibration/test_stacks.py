@@ -1,4 +1,4 @@
-"""What is rounded together: how much of it, what messages call it, and one thread on CPUs whatever the process has."""
+"""What is rounded together: how much of it, and one thread on CPUs whatever the process has."""
 
 from __future__ import annotations
 
@@ -7,19 +7,10 @@ import torch
 
 from kappaquant.errors import NonFiniteError
 from kappaquant.formats.codebook import CodebookFormat
-from kappaquant.quantizing.calibration.stacks import Stack, Task, matrices_at_once, round_stack
+from kappaquant.quantizing.calibration.stacks import Stack, matrices_at_once, round_stack
 from kappaquant.quantizing.rounding import feedback
 
 FMT = CodebookFormat(3, 32)
-
-
-def test_a_matrix_has_the_name_of_its_tensor_or_of_its_expert() -> None:
-    linear = Task(["q", "k"], FMT, "attention", "weight", None)
-    stacked = Task(["experts.gate_up_proj"], FMT, "experts", "gate_up_proj", [0, 1, 2])
-    split = Task(["experts.5.up_proj", "experts.7.up_proj"], FMT, "experts", "gate_up_proj", [5, 7])
-    assert linear.label(0) == "q, k"
-    assert [stacked.label(at) for at in (0, 2)] == ["experts.gate_up_proj[0]", "experts.gate_up_proj[2]"]
-    assert [split.label(at) for at in (0, 1)] == split.names
 
 
 def test_a_stack_fits_its_device_and_holds_at_least_one() -> None:

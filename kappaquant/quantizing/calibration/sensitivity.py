@@ -1,0 +1,316 @@
+"""How much worse a model gets by each of its parts: every layer and role quantized by itself, all in one pass through the layers.
+
+A variant is the model with one unit quantized and the rest original. It begins at its layer with the original's hidden states and is
+carried through those above, so one layer is in memory at a time; variants' hidden states are kept in the host's memory. What other
+formats than the one tried would do follows from the errors of a unit's outputs, which are measured for each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from kappaquant.errors import NonFiniteError
+from kappaquant.files.processes import choose_device, choose_jobs, in_order, pool
+from kappaquant.formats.codebook import BITS, CodebookFormat, GroupSize, check_bits, check_group_choice, fitting
+from kappaquant.kernels import dispatch
+from kappaquant.models.inventory import Inventory
+from kappaquant.models.roles import Role
+from kappaquant.planning.moments import Moments
+from kappaquant.planning.sensitivity import Report, Sensitivities, TensorErrors, Unit, decided, units_of
+from kappaquant.quantizing.calibration.layers import Layers
+from kappaquant.quantizing.calibration.moments import Routed, Sum, watched
+from kappaquant.quantizing.calibration.stacks import Stack, matrices_at_once, round_stack
+from kappaquant.quantizing.calibration.tasks import moments_of, packable, tasks_of
+from kappaquant.quantizing.calibration.text import Calibration
+from kappaquant.quantizing.calibration.written import model_of
+from kappaquant.sources.source import Source
+
+TOKENS = 8 * 1024
+"""How many tokens are read unless more or fewer are asked for."""
+_LOGITS = 1 << 26  # at once
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How units are quantized to see what it costs.
+
+    Attributes:
+        bits: of every tensor.
+        effort: "calibrated", for what a layer reads, or "best".
+        group_size: of all formats, or "auto".
+    """
+
+    bits: int = 3
+    effort: str = "calibrated"
+    group_size: GroupSize = "auto"
+
+
+@dataclass
+class Variant:
+    """The model with one unit quantized.
+
+    Attributes:
+        states: hidden states [rows, tokens, width] before the layer that comes next, a piece for each forward, on the CPU.
+        head: weights in place of the head's; None for the head's own.
+        kld: [windows], once it is known.
+    """
+
+    unit: Unit
+    states: list[Tensor]
+    head: Tensor | None = None
+    kld: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """By row, float64 [rows]: squares of outputs, and in each format (by its id) of what they lose."""
+
+    energies: Tensor
+    errors: dict[str, Tensor]
+
+
+def sensitivities(
+    source: Source, calibration: Calibration, trial: Trial, device: str | None = None, jobs: int | None = None,
+    report: Report = lambda done, total: None,
+) -> Sensitivities:  # fmt: skip
+    """Measure every layer and role of a source on a text.
+
+    Args:
+        device: None takes CUDA if there is one.
+        jobs: processes that round on a CPU; one a core by default.
+        report: told of layers done, and of how many there are.
+
+    Raises:
+        UnsupportedError: an architecture that the pass does not know how to go through.
+        NonFiniteError: weights, activations or logits that are NaN or infinite; names the tensor or module.
+        PlanError: a width or group size that there is not.
+    """
+    check_bits(trial.bits)
+    check_group_choice(trial.group_size)
+    where = choose_device(device)
+    count = choose_jobs(jobs, sum(info.nbytes for info in source.tensors.values()))
+    with pool(count if where == "cpu" and trial.effort == "calibrated" else 1) as workers:
+        return _Pass(source, calibration, trial, where, workers, count).run(report)
+
+
+class _Pass:
+    """One pass, whose stacks are rounded by ``workers``, some ``jobs``, beside a CPU's forward passes; without them in this process."""
+
+    def __init__(
+        self, source: Source, calibration: Calibration, trial: Trial, device: str, workers: ProcessPoolExecutor | None,
+        jobs: int,
+    ) -> None:  # fmt: skip
+        self._source, self._calibration, self._trial = source, calibration, trial
+        self._layers = Layers(source, device, torch.float32 if device == "cpu" else torch.bfloat16)
+        self._workers, self._ahead = workers, jobs + 1
+        self._kinds = Inventory(source.tensors, source.config).kinds
+        self._formats = {name: self._format(name, trial.bits) for name, kind in self._kinds.items() if decided(kind)}
+        self._errors: dict[str, TensorErrors] = {}
+        self._kurtosis: dict[str, float | None] = {}
+        self._fewest: dict[str, int] = {}
+
+    @torch.no_grad()
+    def run(self, report: Report) -> Sensitivities:
+        """Carry the original and all variants through the layers; ``report`` is told of layers done, and how many there are."""
+        layers, windows = self._layers, self._calibration.windows
+        variants = [self._of_embedding(name) for name in self._outside(Role.EMBEDDING)]
+        states = layers.embed(windows)
+        for number in range(len(layers)):
+            report(number, len(layers))
+            layers.load(number)
+            packed = packable(layers, self._formats, number)
+            with watched({path: layers.model.get_submodule(path) for path in set(packed.values())}) as seen:
+                after = list(layers.forward(number, states))
+            for variant in variants:
+                variant.states = self._forward(number, variant.states)
+            quantized = self._quantized(packed, *seen)
+            for unit in self._units(list(packed)):
+                originals = {name: layers.target(layers.places[name]).clone() for name in unit.tensors}
+                for name in unit.tensors:
+                    layers.put(name, quantized[name])
+                variants.append(Variant(unit, self._forward(number, states)))
+                for name, weight in originals.items():
+                    layers.put(name, weight)
+            states = after
+            layers.unload(number)
+        head = layers.load_head()
+        variants += [self._of_head(name, states) for name in self._outside(Role.LM_HEAD)]
+        self._compare(head, states, variants)
+        report(len(layers), len(layers))
+        return self._made(variants)
+
+    def _format(self, name: str, bits: int) -> CodebookFormat:
+        return fitting(bits, self._source.tensors[name].shape[-1], self._trial.group_size)
+
+    def _outside(self, role: Role) -> list[str]:
+        return [name for name in self._formats if self._kinds[name].role is role]
+
+    def _units(self, names: Sequence[str]) -> list[Unit]:
+        """What these tensors are measured as, and how few tokens an expert of it saw."""
+        made = units_of(self._kinds, names, self._trial.bits)
+        fewest = [[self._fewest[name] for name in unit.tensors if name in self._fewest] for unit in made]
+        return [replace(unit, tokens=min(few, default=None)) for unit, few in zip(made, fewest, strict=True)]
+
+    def _forward(self, number: int, states: Sequence[Tensor]) -> list[Tensor]:
+        moved = [state.to(self._layers.device) for state in states]
+        return [state.cpu() for state in self._layers.forward(number, moved)]
+
+    def _of_embedding(self, name: str) -> Variant:
+        """A variant that begins before the first layer; with the head, where that is the embedding."""
+        layers, weight = self._layers, self._read(name)
+        decoded = self._encoded(name, weight, None)
+        layers.put(name, decoded)
+        states = [state.cpu() for state in layers.embed(self._calibration.windows)]
+        layers.put(name, weight)
+        tied = not self._outside(Role.LM_HEAD) and not any(kind.role is Role.LM_HEAD for kind in self._kinds.values())
+        return Variant(self._units([name])[0], states, decoded if tied else None)
+
+    def _of_head(self, name: str, states: Sequence[Tensor]) -> Variant:
+        weight = self._read(name)
+        seen = Sum.empty(weight.shape[-1], self._layers.device)
+        for state in states:
+            seen.add(self._layers.norm(state))
+        return Variant(self._units([name])[0], [state.cpu() for state in states], self._encoded(name, weight, seen))
+
+    def _encoded(self, name: str, weight: Tensor, seen: Sum | None) -> Tensor:
+        """A tensor outside of layers as ``quantize`` stores it, decoded; its errors are noted."""
+        self._note([name], [self._losses(weight[None], [seen] if seen else None)])
+        fmt = self._formats[name]
+        return fmt.decode(dispatch.encode(weight, fmt, "best", name=name).parts, weight.shape[-1])
+
+    def _read(self, name: str) -> Tensor:
+        weight = self._source.read(name).view(self._source.tensors[name].shape).to(self._layers.device)
+        kurtosis = Moments.of(weight).kurtosis
+        self._kurtosis[name] = _digits(kurtosis) if math.isfinite(kurtosis) else None
+        return weight
+
+    def _quantized(
+        self, packed: Mapping[str, str], sums: Mapping[str, Sum], routed: Mapping[str, Routed]
+    ) -> dict[str, Tensor]:
+        """A layer's tensors as they come back from their formats; their errors are noted."""
+        tasks = tasks_of(self._layers, self._formats, packed, sums)
+        losses: list[list[Losses]] = [[] for _ in tasks]
+        owners: list[int] = []
+
+        def stacks() -> Iterator[Stack]:
+            for number, task in enumerate(tasks):
+                weight = torch.cat([self._read(name).flatten(0, -2) for name in task.names])
+                weight = weight.view(len(task.experts or [0]), -1, weight.shape[-1])
+                moments = moments_of(task, sums, routed)
+                step = matrices_at_once(weight.shape[1], weight.shape[2], self._layers.device)
+                for start in range(0, len(weight), step):
+                    some = weight[start : start + step].clone()  # a view would travel with all it views
+                    seen = [moments(start + at) for at in range(len(some))]
+                    if task.experts is not None:
+                        for name in task.names:
+                            self._fewest[name] = min(
+                                [self._fewest.get(name, 1 << 62), *(one.own.count for one in seen)]
+                            )
+                    losses[number].append(self._losses(some, [one.own for one in seen]))
+                    owners.append(number)
+                    labels = [task.label(start + at) for at in range(len(some))]
+                    yield Stack(some, torch.stack([one.drawn for one in seen]), task.fmt, labels)
+
+        rows: list[list[Tensor]] = [[] for _ in tasks]
+        for at, parts in enumerate(self._rounded(stacks())):
+            task = tasks[owners[at]]
+            on_device = {suffix: part.to(self._layers.device) for suffix, part in parts.items()}
+            width = self._source.tensors[task.names[0]].shape[-1]
+            rows[owners[at]].append(task.fmt.decode(on_device, width).flatten(0, 1))
+        found: dict[str, Tensor] = {}
+        for number, task in enumerate(tasks):
+            self._note(task.names, losses[number])
+            decoded = torch.cat(rows[number]).split([self._rows(name) for name in task.names])
+            found |= {n: part.view(self._source.tensors[n].shape) for n, part in zip(task.names, decoded, strict=True)}
+        return found
+
+    def _rounded(self, stacks: Iterator[Stack]) -> Iterator[Mapping[str, Tensor]]:
+        """The parts of each stack in its format."""
+        if self._trial.effort == "calibrated":
+            for made in in_order(round_stack, stacks, self._workers, self._ahead):
+                yield made.parts
+        else:
+            for stack in stacks:
+                yield dispatch.encode(stack.weight, stack.fmt, "best", name=stack.names[0]).parts
+
+    def _rows(self, name: str) -> int:
+        return math.prod(self._source.tensors[name].shape[:-1])
+
+    def _losses(self, weight: Tensor, seen: Sequence[Sum] | None) -> Losses:
+        """What the outputs of matrices [B, N, in] are, and lose in every format, by row; without inputs, of weights."""
+        gram = None if seen is None else torch.stack([one.gram for one in seen])
+
+        def squares(x: Tensor) -> Tensor:
+            return (x * x if gram is None else (x @ gram) * x).sum(-1).flatten().double()
+
+        plain, width, errors = weight.float(), weight.shape[-1], {}
+        for bits in BITS:
+            fmt = fitting(bits, width, self._trial.group_size)
+            errors[fmt.id] = squares(plain - fmt.decode(dispatch.encode(weight, fmt, "best").parts, width))
+        return Losses(squares(plain), errors)
+
+    def _note(self, names: Sequence[str], losses: Sequence[Losses]) -> None:
+        """The errors of tensors, of whose rows, one tensor after another, these are."""
+        sizes = [self._rows(name) for name in names]
+        energies = [part.sum().item() for part in torch.cat([one.energies for one in losses]).split(sizes)]
+        errors = {
+            fmt: [part.sum().item() for part in torch.cat([one.errors[fmt] for one in losses]).split(sizes)]
+            for fmt in losses[0].errors
+        }
+        for at, name in enumerate(names):
+            whole = energies[at]
+            relative = {fmt: _digits(each[at] / whole if whole else 0.0) for fmt, each in errors.items()}
+            self._errors[name] = TensorErrors(_digits(whole), relative)
+
+    def _compare(self, head: nn.Linear, states: Sequence[Tensor], variants: Sequence[Variant]) -> None:
+        """Every variant's divergence from the original, window by window."""
+        own = head.weight
+        others = {id(v): nn.Parameter(v.head.to(own), requires_grad=False) for v in variants if v.head is not None}
+        for at, state in enumerate(states):
+            kld = [torch.zeros(len(state)) for _ in variants]
+            step = max(1, _LOGITS // (len(state) * own.shape[0]))
+            for start in range(0, state.shape[1], step):
+                some = slice(start, start + step)
+                original = self._log_probabilities(state[:, some])
+                probabilities = original.exp()
+                for number, variant in enumerate(variants):
+                    head.weight = others.get(id(variant), own)
+                    found = self._log_probabilities(variant.states[at][:, some])
+                    kld[number] += (probabilities * (original - found)).sum(-1).sum(-1).cpu()
+                    head.weight = own
+            for variant, found in zip(variants, kld, strict=True):
+                variant.kld.append(found / state.shape[1])
+
+    def _log_probabilities(self, state: Tensor) -> Tensor:
+        return self._layers.logits(state.to(self._layers.device)).float().log_softmax(-1)
+
+    def _made(self, variants: Sequence[Variant]) -> Sensitivities:
+        model = model_of(self._source)
+        return Sensitivities(
+            "calibration", model.model, model.revision, model.sha256, self._calibration.record, self._trial.effort,
+            self._trial.group_size, tuple(map(_measured, variants)), self._errors, self._kurtosis,
+        )  # fmt: skip
+
+
+def _measured(variant: Variant) -> Unit:
+    """The unit with its mean divergence over windows, and the normal interval of the mean; none for a single window."""
+    kld = torch.cat(variant.kld)
+    if not bool(kld.isfinite().all()):
+        raise NonFiniteError(
+            f"{variant.unit.tensors[0]}: the model's logits are NaN or infinite where it is quantized to {variant.unit.bits} bits; "
+            "calibrate with more --bits, or other text"
+        )
+    mean = kld.mean().item()
+    reach = 1.96 * kld.std().item() / len(kld) ** 0.5 if len(kld) > 1 else math.nan
+    interval = (_digits(max(mean - reach, 0.0)), _digits(mean + reach)) if math.isfinite(reach) else None
+    return replace(variant.unit, kld=_digits(max(mean, 0.0)), interval_95=interval)
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.6g}")
