@@ -28,7 +28,7 @@ from kappaquant.quantizing.calibration.moments import Routed, Sum, watched
 from kappaquant.quantizing.calibration.stacks import Stack, matrices_at_once, round_stack
 from kappaquant.quantizing.calibration.tasks import moments_of, packable, tasks_of
 from kappaquant.quantizing.calibration.text import Calibration
-from kappaquant.quantizing.calibration.written import model_of
+from kappaquant.quantizing.calibration.written import Model, model_of
 from kappaquant.sources.source import Source
 
 TOKENS = 8 * 1024
@@ -89,18 +89,31 @@ def sensitivities(
     Raises:
         UnsupportedError: an architecture that the pass does not know how to go through.
         NonFiniteError: weights, activations or logits that are NaN or infinite; names the tensor or module.
-        PlanError: a width or group size that there is not.
+        PlanError: a width or group size that there is not, or text that another model wrote.
     """
     check_bits(trial.bits)
     check_group_choice(trial.group_size)
+    model = model_of(source)
+    if writer := calibration.record.get("written_by"):
+        model.check(Model(**writer), calibration.record.get("file", "calibration"))
     where = choose_device(device)
     count = choose_jobs(jobs, sum(info.nbytes for info in source.tensors.values()))
     with pool(count if where == "cpu" and trial.effort == "calibrated" else 1) as workers:
-        return _Pass(source, calibration, trial, where, workers, count).run(report)
+        found = _Pass(source, calibration, trial, where, workers, count)
+        units = found.run(report)
+    return Sensitivities(
+        "calibration", model.model, model.revision, model.sha256, calibration.record, trial.effort, trial.group_size, units,
+        found.errors, found.kurtosis,
+    )  # fmt: skip
 
 
 class _Pass:
-    """One pass, whose stacks are rounded by ``workers``, some ``jobs``, beside a CPU's forward passes; without them in this process."""
+    """One pass, whose stacks are rounded by ``workers``, some ``jobs``, beside a CPU's forward passes; without them in this process.
+
+    Attributes:
+        errors: tensor -> what its outputs lose in each format.
+        kurtosis: tensor -> κ.
+    """
 
     def __init__(
         self, source: Source, calibration: Calibration, trial: Trial, device: str, workers: ProcessPoolExecutor | None,
@@ -111,12 +124,12 @@ class _Pass:
         self._workers, self._ahead = workers, jobs + 1
         self._kinds = Inventory(source.tensors, source.config).kinds
         self._formats = {name: self._format(name, trial.bits) for name, kind in self._kinds.items() if decided(kind)}
-        self._errors: dict[str, TensorErrors] = {}
-        self._kurtosis: dict[str, float | None] = {}
+        self.errors: dict[str, TensorErrors] = {}
+        self.kurtosis: dict[str, float | None] = {}
         self._fewest: dict[str, int] = {}
 
     @torch.no_grad()
-    def run(self, report: Report) -> Sensitivities:
+    def run(self, report: Report) -> tuple[Unit, ...]:
         """Carry the original and all variants through the layers; ``report`` is told of layers done, and how many there are."""
         layers, windows = self._layers, self._calibration.windows
         variants = [self._of_embedding(name) for name in self._outside(Role.EMBEDDING)]
@@ -143,7 +156,7 @@ class _Pass:
         variants += [self._of_head(name, states) for name in self._outside(Role.LM_HEAD)]
         self._compare(head, states, variants)
         report(len(layers), len(layers))
-        return self._made(variants)
+        return tuple(map(_measured, variants))
 
     def _format(self, name: str, bits: int) -> CodebookFormat:
         return fitting(bits, self._source.tensors[name].shape[-1], self._trial.group_size)
@@ -187,7 +200,7 @@ class _Pass:
     def _read(self, name: str) -> Tensor:
         weight = self._source.read(name).view(self._source.tensors[name].shape).to(self._layers.device)
         kurtosis = Moments.of(weight).kurtosis
-        self._kurtosis[name] = _digits(kurtosis) if math.isfinite(kurtosis) else None
+        self.kurtosis[name] = _digits(kurtosis) if math.isfinite(kurtosis) else None
         return weight
 
     def _quantized(
@@ -266,7 +279,7 @@ class _Pass:
         for at, name in enumerate(names):
             whole = energies[at]
             relative = {fmt: _digits(each[at] / whole if whole else 0.0) for fmt, each in errors.items()}
-            self._errors[name] = TensorErrors(_digits(whole), relative)
+            self.errors[name] = TensorErrors(_digits(whole), relative)
 
     def _compare(self, head: nn.Linear, states: Sequence[Tensor], variants: Sequence[Variant]) -> None:
         """Every variant's divergence from the original, window by window."""
@@ -289,13 +302,6 @@ class _Pass:
 
     def _log_probabilities(self, state: Tensor) -> Tensor:
         return self._layers.logits(state.to(self._layers.device)).float().log_softmax(-1)
-
-    def _made(self, variants: Sequence[Variant]) -> Sensitivities:
-        model = model_of(self._source)
-        return Sensitivities(
-            "calibration", model.model, model.revision, model.sha256, self._calibration.record, self._trial.effort,
-            self._trial.group_size, tuple(map(_measured, variants)), self._errors, self._kurtosis,
-        )  # fmt: skip
 
 
 def _measured(variant: Variant) -> Unit:

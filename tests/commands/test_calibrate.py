@@ -1,0 +1,99 @@
+"""The calibrate command: evidence of a text, of the model's own, or of weights alone; and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+from command_line import run_here
+
+from kappaquant import open_source
+from kappaquant.commands import calibrating
+from kappaquant.planning.sensitivity import Sensitivities
+from kappaquant.quantizing.calibration.written import model_of
+
+FAST = ("--effort", "best", "--group-size", 32, "--device", "cpu")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tiny_models.save_tiny("llama", tmp_path / "tiny")
+    tiny_models.character_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("Whatever a model reads while each of its parts is tried. " * 8)
+    return path
+
+
+def test_evidence_says_what_it_is_of(source: Path, text: Path, tmp_path: Path) -> None:
+    done = run_here(
+        "calibrate", source, "-o", tmp_path / "e.json", "--calibration", text, "--calibration-tokens", 96, *FAST
+    )
+    assert done.returncode == 0, done.stderr
+    assert "KLD at 3 bits" in done.stdout
+    assert "embedding" in done.stdout
+    found, model = Sensitivities.load(tmp_path / "e.json"), model_of(open_source(source))
+    assert (found.kind, found.model, found.sha256) == ("calibration", "tiny", model.sha256)
+    assert (found.effort, found.group_size) == ("best", 32)
+    assert found.text["file"] == "text.txt"
+    assert found.text["tokens"] == 96
+    assert all(unit.kld is not None and unit.bits == 3 for unit in found.units)
+
+
+def test_without_a_file_the_model_writes(source: Path, tmp_path: Path) -> None:
+    done = run_here("calibrate", source, "-o", tmp_path / "e.json", "--calibration-tokens", 64, *FAST, "--bits", 4)
+    assert done.returncode == 0, done.stderr
+    found = Sensitivities.load(tmp_path / "e.json")
+    assert found.text["written_by"]["model"] == "tiny"
+    assert {unit.bits for unit in found.units} == {4}
+    assert calibrating.kept_text(tmp_path / "e.json").exists()
+
+
+def test_without_text_it_says_so(source: Path, tmp_path: Path) -> None:
+    done = run_here(
+        "calibrate", source, "-o", tmp_path / "e.json", "--data-free", "--group-size", 32, "--device", "cpu"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no text was read: errors of weights alone" in done.stdout
+    found = Sensitivities.load(tmp_path / "e.json")
+    assert (found.kind, found.text) == ("weights", {})
+    assert all(unit.kld is None and unit.bits is None for unit in found.units)
+    known = found.tensors["model.layers.0.mlp.up_proj.weight"]
+    assert list(known.errors) == [f"tq{bits}g32" for bits in range(2, 9)]
+    assert set(found.kurtosis) == set(found.tensors)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--effort", "fast"), "--effort fast: must be calibrated or best"),
+        (("--data-free", "--calibration-tokens", 5), "--data-free reads no text"),
+        (("--bits", 9, "--calibration", "text.txt"), "bits = 9"),
+        (("--group-size", 48), "--group-size|group size 48"),
+        (("--calibration", "nowhere.txt"), "nowhere.txt: no such file"),
+        (("--calibration-tokens", 1, "--calibration", "text.txt"), "--calibration-tokens 1: must be 2 or more"),
+    ],
+)
+def test_what_is_refused(
+    options: tuple[object, ...], message: str, source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run_here("calibrate", source, "-o", "e.json", "--device", "cpu", *options)
+    assert done.returncode == 2
+    assert any(part in done.stderr for part in message.split("|")), done.stderr
+    assert not (tmp_path / "e.json").exists()
+
+
+def test_text_of_another_model_is_refused(source: Path, tmp_path: Path) -> None:
+    other = tiny_models.save_tiny("qwen3", tmp_path / "other")
+    tiny_models.character_tokenizer().save_pretrained(other)
+    written = tmp_path / "other.jsonl"
+    assert run_here("write", other, "-o", written, "--tokens", 64, "--device", "cpu").returncode == 0
+    done = run_here("calibrate", source, "-o", tmp_path / "e.json", "--calibration", written, *FAST)
+    assert done.returncode == 2
+    assert "calibration text of another model or revision" in done.stderr

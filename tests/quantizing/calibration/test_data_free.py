@@ -1,0 +1,37 @@
+"""Evidence without text: the errors that scan finds, in the groups each tensor would have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+import kappaquant
+from kappaquant.planning.profile import scan
+from kappaquant.quantizing.calibration.data_free import of_weights
+
+
+def test_it_is_what_scan_finds_in_the_groups_of_each_tensor(tmp_path: Path) -> None:
+    source = kappaquant.open_source(tiny_models.save_tiny("qwen3_moe", tmp_path / "source", experts="split"))
+    seen: list[tuple[int, int]] = []
+    found = of_weights(source, jobs=1, device="cpu", report=lambda done, total: seen.append((done, total)))
+    groups = {int(fmt.rpartition("g")[2]) for known in found.tensors.values() for fmt in known.errors}
+    profiles = {size: scan(source, group_size=size, jobs=1, device="cpu") for size in groups}
+    for name, known in found.tensors.items():
+        for fmt, error in known.errors.items():
+            bits, _, size = fmt.removeprefix("tq").partition("g")
+            assert error == profiles[int(size)].tensors[name].relative_mse[int(bits)]
+        assert known.energy == source.tensors[name].numel
+        assert found.kurtosis[name] == profiles[min(groups)].tensors[name].kurtosis
+    assert seen[-1][0] == seen[-1][1]
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert sorted(name for unit in found.units for name in unit.tensors) == sorted(found.tensors)
+
+
+def test_a_part_loses_its_share_of_weights(tmp_path: Path) -> None:
+    source = kappaquant.open_source(tiny_models.save_tiny("llama", tmp_path / "source"))
+    found = of_weights(source, 32, jobs=1, device="cpu")
+    unit = next(unit for unit in found.units if unit.role == "mlp.down")
+    (name,) = unit.tensors
+    assert found.loss(unit, {name: "tq4g32"}) == pytest.approx(found.tensors[name].errors["tq4g32"])
