@@ -80,6 +80,7 @@ def calibrate(
     from kappaquant.commands.tables import sensitivity_table
     from kappaquant.quantizing.calibration import sensitivity
     from kappaquant.quantizing.calibration.data_free import of_weights
+    from kappaquant.quantizing.calibration.trials import Trial
     from kappaquant.sources.open import open_source
 
     if effort not in ("best", "calibrated"):
@@ -97,7 +98,7 @@ def calibrate(
         text = calibration_of(opened, output, calibration, tokens, device)
         with progress("layers", "layers") as report:
             found = sensitivity.sensitivities(
-                opened, text, sensitivity.Trial(bits, effort, group), device, jobs,
+                opened, text, Trial(bits, effort, group), device, jobs,
                 lambda done, total: report("layers", done, total),
             )  # fmt: skip
     found.save(output)

@@ -17,38 +17,24 @@ from torch import Tensor, nn
 
 from kappaquant.errors import NonFiniteError
 from kappaquant.files.processes import choose_device, choose_jobs, in_order, pool
-from kappaquant.formats.codebook import BITS, CodebookFormat, GroupSize, check_bits, check_group_choice, fitting
-from kappaquant.kernels import dispatch
+from kappaquant.files.tensors import SLICE_ELEMENTS
+from kappaquant.formats.codebook import check_bits, check_group_choice
 from kappaquant.models.inventory import Inventory
 from kappaquant.models.roles import Role
 from kappaquant.planning.moments import Moments
 from kappaquant.planning.sensitivity import Report, Sensitivities, TensorErrors, Unit, decided, units_of
 from kappaquant.quantizing.calibration.layers import Layers
 from kappaquant.quantizing.calibration.moments import Routed, Sum, watched
-from kappaquant.quantizing.calibration.stacks import Stack, matrices_at_once, round_stack
-from kappaquant.quantizing.calibration.tasks import moments_of, packable, tasks_of
+from kappaquant.quantizing.calibration.stacks import matrices_at_once
+from kappaquant.quantizing.calibration.tasks import Seen, Task, moments_of, packable, tasks_of
 from kappaquant.quantizing.calibration.text import Calibration
+from kappaquant.quantizing.calibration.trials import Piece, Trial, Tried, digits, errors_of, tried
 from kappaquant.quantizing.calibration.written import Model, model_of
 from kappaquant.sources.source import Source
 
 TOKENS = 8 * 1024
 """How many tokens are read unless more or fewer are asked for."""
 _LOGITS = 1 << 26  # at once
-
-
-@dataclass(frozen=True)
-class Trial:
-    """How units are quantized to see what it costs.
-
-    Attributes:
-        bits: of every tensor.
-        effort: "calibrated", for what a layer reads, or "best".
-        group_size: of all formats, or "auto".
-    """
-
-    bits: int = 3
-    effort: str = "calibrated"
-    group_size: GroupSize = "auto"
 
 
 @dataclass
@@ -65,14 +51,6 @@ class Variant:
     states: list[Tensor]
     head: Tensor | None = None
     kld: list[Tensor] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Losses:
-    """By row, float64 [rows]: squares of outputs, and in each format (by its id) of what they lose."""
-
-    energies: Tensor
-    errors: dict[str, Tensor]
 
 
 def sensitivities(
@@ -98,7 +76,7 @@ def sensitivities(
         model.check(Model(**writer), calibration.record.get("file", "calibration"))
     where = choose_device(device)
     count = choose_jobs(jobs, sum(info.nbytes for info in source.tensors.values()))
-    with pool(count if where == "cpu" and trial.effort == "calibrated" else 1) as workers:
+    with pool(count if where == "cpu" else 1) as workers:
         found = _Pass(source, calibration, trial, where, workers, count)
         units = found.run(report)
     return Sensitivities(
@@ -123,7 +101,8 @@ class _Pass:
         self._layers = Layers(source, device, torch.float32 if device == "cpu" else torch.bfloat16)
         self._workers, self._ahead = workers, jobs + 1
         self._kinds = Inventory(source.tensors, source.config).kinds
-        self._formats = {name: self._format(name, trial.bits) for name, kind in self._kinds.items() if decided(kind)}
+        widths = {name: info.shape[-1] for name, info in source.tensors.items() if decided(self._kinds[name])}
+        self._formats = {name: trial.format(width) for name, width in widths.items()}
         self.errors: dict[str, TensorErrors] = {}
         self.kurtosis: dict[str, float | None] = {}
         self._fewest: dict[str, int] = {}
@@ -158,9 +137,6 @@ class _Pass:
         report(len(layers), len(layers))
         return tuple(map(_measured, variants))
 
-    def _format(self, name: str, bits: int) -> CodebookFormat:
-        return fitting(bits, self._source.tensors[name].shape[-1], self._trial.group_size)
-
     def _outside(self, role: Role) -> list[str]:
         return [name for name in self._formats if self._kinds[name].role is role]
 
@@ -193,14 +169,17 @@ class _Pass:
 
     def _encoded(self, name: str, weight: Tensor, seen: Sum | None) -> Tensor:
         """A tensor outside of layers as ``quantize`` stores it, decoded; its errors are noted."""
-        self._note([name], [self._losses(weight[None], [seen] if seen else None)])
-        fmt = self._formats[name]
-        return fmt.decode(dispatch.encode(weight, fmt, "best", name=name).parts, weight.shape[-1])
+        own = None if seen is None else seen.gram[None]
+        step = max(1, SLICE_ELEMENTS // weight.shape[1])
+        pieces = (Piece(rows[None].clone(), None, own, [name], self._trial) for rows in weight.split(step))
+        found = list(in_order(tried, pieces, self._workers, self._ahead))
+        (self.errors[name],) = errors_of(found, [len(weight)])
+        return torch.cat([part.decoded for part in found])
 
     def _read(self, name: str) -> Tensor:
         weight = self._source.read(name).view(self._source.tensors[name].shape).to(self._layers.device)
         kurtosis = Moments.of(weight).kurtosis
-        self.kurtosis[name] = _digits(kurtosis) if math.isfinite(kurtosis) else None
+        self.kurtosis[name] = digits(kurtosis) if math.isfinite(kurtosis) else None
         return weight
 
     def _quantized(
@@ -208,10 +187,9 @@ class _Pass:
     ) -> dict[str, Tensor]:
         """A layer's tensors as they come back from their formats; their errors are noted."""
         tasks = tasks_of(self._layers, self._formats, packed, sums)
-        losses: list[list[Losses]] = [[] for _ in tasks]
         owners: list[int] = []
 
-        def stacks() -> Iterator[Stack]:
+        def pieces() -> Iterator[Piece]:
             for number, task in enumerate(tasks):
                 weight = torch.cat([self._read(name).flatten(0, -2) for name in task.names])
                 weight = weight.view(len(task.experts or [0]), -1, weight.shape[-1])
@@ -220,66 +198,28 @@ class _Pass:
                 for start in range(0, len(weight), step):
                     some = weight[start : start + step].clone()  # a view would travel with all it views
                     seen = [moments(start + at) for at in range(len(some))]
-                    if task.experts is not None:
-                        for name in task.names:
-                            self._fewest[name] = min(
-                                [self._fewest.get(name, 1 << 62), *(one.own.count for one in seen)]
-                            )
-                    losses[number].append(self._losses(some, [one.own for one in seen]))
+                    self._count(task, seen)
                     owners.append(number)
-                    labels = [task.label(start + at) for at in range(len(some))]
-                    yield Stack(some, torch.stack([one.drawn for one in seen]), task.fmt, labels)
+                    drawn = torch.stack([one.drawn for one in seen]) if self._trial.effort == "calibrated" else None
+                    names = [task.label(start + at) for at in range(len(some))]
+                    yield Piece(some, drawn, torch.stack([one.own.gram for one in seen]), names, self._trial)
 
-        rows: list[list[Tensor]] = [[] for _ in tasks]
-        for at, parts in enumerate(self._rounded(stacks())):
-            task = tasks[owners[at]]
-            on_device = {suffix: part.to(self._layers.device) for suffix, part in parts.items()}
-            width = self._source.tensors[task.names[0]].shape[-1]
-            rows[owners[at]].append(task.fmt.decode(on_device, width).flatten(0, 1))
+        parts: list[list[Tried]] = [[] for _ in tasks]
+        for at, part in enumerate(in_order(tried, pieces(), self._workers, self._ahead)):
+            parts[owners[at]].append(part)
         found: dict[str, Tensor] = {}
-        for number, task in enumerate(tasks):
-            self._note(task.names, losses[number])
-            decoded = torch.cat(rows[number]).split([self._rows(name) for name in task.names])
+        for task, of_task in zip(tasks, parts, strict=True):
+            rows = [math.prod(self._source.tensors[name].shape[:-1]) for name in task.names]
+            self.errors |= dict(zip(task.names, errors_of(of_task, rows), strict=True))
+            decoded = torch.cat([part.decoded for part in of_task]).split(rows)
             found |= {n: part.view(self._source.tensors[n].shape) for n, part in zip(task.names, decoded, strict=True)}
         return found
 
-    def _rounded(self, stacks: Iterator[Stack]) -> Iterator[Mapping[str, Tensor]]:
-        """The parts of each stack in its format."""
-        if self._trial.effort == "calibrated":
-            for made in in_order(round_stack, stacks, self._workers, self._ahead):
-                yield made.parts
-        else:
-            for stack in stacks:
-                yield dispatch.encode(stack.weight, stack.fmt, "best", name=stack.names[0]).parts
-
-    def _rows(self, name: str) -> int:
-        return math.prod(self._source.tensors[name].shape[:-1])
-
-    def _losses(self, weight: Tensor, seen: Sequence[Sum] | None) -> Losses:
-        """What the outputs of matrices [B, N, in] are, and lose in every format, by row; without inputs, of weights."""
-        gram = None if seen is None else torch.stack([one.gram for one in seen])
-
-        def squares(x: Tensor) -> Tensor:
-            return (x * x if gram is None else (x @ gram) * x).sum(-1).flatten().double()
-
-        plain, width, errors = weight.float(), weight.shape[-1], {}
-        for bits in BITS:
-            fmt = fitting(bits, width, self._trial.group_size)
-            errors[fmt.id] = squares(plain - fmt.decode(dispatch.encode(weight, fmt, "best").parts, width))
-        return Losses(squares(plain), errors)
-
-    def _note(self, names: Sequence[str], losses: Sequence[Losses]) -> None:
-        """The errors of tensors, of whose rows, one tensor after another, these are."""
-        sizes = [self._rows(name) for name in names]
-        energies = [part.sum().item() for part in torch.cat([one.energies for one in losses]).split(sizes)]
-        errors = {
-            fmt: [part.sum().item() for part in torch.cat([one.errors[fmt] for one in losses]).split(sizes)]
-            for fmt in losses[0].errors
-        }
-        for at, name in enumerate(names):
-            whole = energies[at]
-            relative = {fmt: _digits(each[at] / whole if whole else 0.0) for fmt, each in errors.items()}
-            self.errors[name] = TensorErrors(_digits(whole), relative)
+    def _count(self, task: Task, seen: Sequence[Seen]) -> None:
+        """Remember how few tokens an expert of these tensors saw."""
+        if task.experts is not None:
+            fewest = min(one.own.count for one in seen)
+            self._fewest |= {name: min(fewest, self._fewest.get(name, fewest)) for name in task.names}
 
     def _compare(self, head: nn.Linear, states: Sequence[Tensor], variants: Sequence[Variant]) -> None:
         """Every variant's divergence from the original, window by window."""
@@ -314,9 +254,5 @@ def _measured(variant: Variant) -> Unit:
         )
     mean = kld.mean().item()
     reach = 1.96 * kld.std().item() / len(kld) ** 0.5 if len(kld) > 1 else math.nan
-    interval = (_digits(max(mean - reach, 0.0)), _digits(mean + reach)) if math.isfinite(reach) else None
-    return replace(variant.unit, kld=_digits(max(mean, 0.0)), interval_95=interval)
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.6g}")
+    interval = (digits(max(mean - reach, 0.0)), digits(mean + reach)) if math.isfinite(reach) else None
+    return replace(variant.unit, kld=digits(max(mean, 0.0)), interval_95=interval)

@@ -15,8 +15,9 @@ from kappaquant.formats import codec
 from kappaquant.formats.registry import format_by_id
 from kappaquant.models.skeleton import load_config, model_class
 from kappaquant.planning.sensitivity import Sensitivities, Unit
-from kappaquant.quantizing.calibration.sensitivity import Trial, sensitivities
+from kappaquant.quantizing.calibration.sensitivity import sensitivities
 from kappaquant.quantizing.calibration.text import Calibration
+from kappaquant.quantizing.calibration.trials import Trial
 
 WINDOWS = torch.randint(3, 90, (6, 32), generator=torch.Generator().manual_seed(0))
 TEXT = Calibration(WINDOWS, {"file": "text.txt", "tokens": 192, "window": 32, "tokens_sha256": "a"})
