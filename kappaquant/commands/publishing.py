@@ -57,18 +57,29 @@ def _table(comparison: Comparison) -> Any:
 
     table = Table(title=escape(f"against {comparison.original.path}"), title_justify="left")
     tasks = list(comparison.original_tasks)
-    for column in ("checkpoint", "size", "bits/weight", "KLD, nats", "same top token", "perplexity", *tasks):
+    predicted = ["predicted"] if any(row.predicted is not None for row in comparison.rows) else []
+    for column in (
+        "checkpoint",
+        "size",
+        "bits/weight",
+        "KLD, nats",
+        *predicted,
+        "same top token",
+        "perplexity",
+        *tasks,
+    ):
         table.add_column(column, justify="left" if column == "checkpoint" else "right")
     original = comparison.original
     table.add_row(
-        "original", decimal(original.bytes), "", "", "", _cell(comparison.original_perplexity, "{:.4f}"),
+        "original", decimal(original.bytes), "", "", *("" for _ in predicted), "", _cell(comparison.original_perplexity, "{:.4f}"),
         *(_cell(comparison.original_tasks[task], "{:.2%}") for task in tasks),
     )  # fmt: skip
     table.add_section()
     for row in comparison.rows:
         table.add_row(
             escape(row.name) + " *" * row.pareto, decimal(row.nbytes), f"{row.bits_per_weight:.3f}",
-            _cell(row.divergence, "{:.3g}"), _cell(row.agreement, "{:.2%}"), _cell(row.perplexity, "{:.4f}"),
+            _cell(row.divergence, "{:.3g}"), *("–" if row.predicted is None else f"{row.predicted:.3g}" for _ in predicted),
+            _cell(row.agreement, "{:.2%}"), _cell(row.perplexity, "{:.4f}"),
             *(_cell(row.tasks[task], "{:.2%}") if task in row.tasks else "–" for task in tasks),
         )  # fmt: skip
     floor = (
@@ -76,6 +87,8 @@ def _table(comparison: Comparison) -> Any:
         if comparison.noise_floor is not None
         else ""
     )
+    if comparison.rank_correlation is not None:
+        floor += f"\nrank correlation of predicted and measured KLD: {comparison.rank_correlation:.3f}"
     table.caption = (
         f"{comparison.text.tokens:,} predicted tokens of {escape(comparison.text.name)}; in brackets 95 % intervals; "
         f"*: none is both smaller and closer{floor}"

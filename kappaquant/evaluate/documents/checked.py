@@ -56,10 +56,11 @@ def _read_object(value: Any, kind: Any, file: str, place: str) -> Any:
     prefix = f"{place}." if place else ""
     types = get_type_hints(kind)
     names = [f.name for f in fields(kind)]
+    later = {f.name for f in fields(kind) if f.default is None}  # older files do without
     for name in names:
-        if name not in value:
+        if name not in value and name not in later:
             raise FormatError(f"{file}: has no {prefix}{name}; measure again with kappaquant evaluate")
     unknown = sorted(value.keys() - set(names))
     if unknown:
         raise FormatError(f"{file}: {prefix}{unknown[0]} is not known; allowed there: {', '.join(names)}")
-    return kind(**{name: read_as(value[name], types[name], file, prefix + name) for name in names})
+    return kind(**{name: read_as(value.get(name), types[name], file, prefix + name) for name in names})

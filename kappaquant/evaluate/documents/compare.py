@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -47,6 +48,7 @@ class Row:
         divergence: mean KL divergence from the original, nats; agreement: share of tokens with the same likeliest one.
         pareto: no other checkpoint is as small and as close, and better in one of both.
         tasks: share of right answers by task and metric, such as "gsm8k, exact_match, strict-match".
+        predicted: mean KL divergence that its plan predicted, nats; None where it predicted none.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Row:
     perplexity: Measured
     pareto: bool = False
     tasks: dict[str, Measured] = field(default_factory=dict)
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Comparison:
         noise_floor: largest mean divergence of the original from itself in other batches, nats; None if never measured.
         original_tasks: the original's share of right answers, by task and metric.
         pairs: every two checkpoints that answered the same questions.
+        rank_correlation: Spearman's, of predicted and measured divergences; None of fewer than three that have both.
     """
 
     rows: tuple[Row, ...]
@@ -88,6 +92,7 @@ class Comparison:
     noise_floor: float | None
     original_tasks: dict[str, Measured] = field(default_factory=dict)
     pairs: tuple[PairedRow, ...] = ()
+    rank_correlation: float | None = None
 
 
 def report_path(location: str | Path) -> Path:
@@ -137,7 +142,18 @@ def compare(evaluations: Mapping[str, Evaluation], against: SourceFacts | None =
             label: scored.source for found in evaluations.values() for label, scored in _scores(found).items()
         },
         pairs=tuple(_pairs(evaluations)),
+        rank_correlation=_rank_correlation(rows),
     )
+
+
+def _rank_correlation(rows: Sequence[Row]) -> float | None:
+    from scipy.stats import spearmanr
+
+    both = [(row.predicted, row.divergence.value) for row in rows if row.predicted is not None]
+    if len(both) < 3:
+        return None
+    found = float(spearmanr(*zip(*both, strict=True)).statistic)
+    return found if math.isfinite(found) else None
 
 
 def _scores(found: Evaluation) -> dict[str, Score]:
@@ -173,6 +189,7 @@ def _row(name: str, found: Evaluation) -> Row:
         Measured(found.divergence.mean, found.divergence.interval_95),
         Measured(found.divergence.top1_agreement, found.divergence.top1_interval_95), found.perplexity.checkpoint,
         tasks={label: scored.checkpoint for label, scored in _scores(found).items()},
+        predicted=found.checkpoint.predicted_kld,
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ class CheckpointFacts:
         format: "kappaquant" or "tq3_native".
         bytes: of its weight files; bits_per_weight: 8 * bytes of its tensors / weights.
         manifest_sha256: of kappaquant.json; None for tq3_native, which has none.
+        predicted_kld: mean KL divergence (nats) that its plan predicted, by evidence; None where it predicted none.
     """
 
     path: str
@@ -39,6 +40,7 @@ class CheckpointFacts:
     bytes: int
     bits_per_weight: float
     manifest_sha256: str | None
+    predicted_kld: float | None = None
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,11 @@ def markdown(evaluation: Evaluation) -> str:
 def tables(evaluation: Evaluation) -> str:
     """Divergence beside the noise floor, perplexities, then positions, families, tasks and throughput."""
     e, d, floor = evaluation, evaluation.divergence, evaluation.noise_floor
+    predicted = e.checkpoint.predicted_kld
     least = "" if e.settings.exact else f" of the top {e.settings.top_k} and the rest"
     rows = [
         [f"KL divergence{least}, mean (nats)", *_both(d, floor, lambda r: _measured(r.mean, r.interval_95))],
+        *([["predicted by its plan", _number(predicted), ""]] if predicted is not None else []),
         ["median", *_both(d, floor, lambda r: _number(r.median))],
         ["99 %", *_both(d, floor, lambda r: _number(r.p99))],
         ["maximum", *_both(d, floor, lambda r: _number(r.maximum))],

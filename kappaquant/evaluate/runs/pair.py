@@ -12,7 +12,7 @@ from typing import Any
 from kappaquant.checkpoints.checkpoint import Checkpoint
 from kappaquant.checkpoints.open import open_checkpoint
 from kappaquant.checkpoints.side_files import MANIFEST_NAME, MARKER_NAME
-from kappaquant.errors import SourceError, UnsupportedError
+from kappaquant.errors import FormatError, SourceError, UnsupportedError
 from kappaquant.evaluate.documents.evaluation import CheckpointFacts, SourceFacts
 from kappaquant.files.documents import read_json
 from kappaquant.files.safetensors import read_bytes
@@ -145,8 +145,19 @@ def checkpoint_facts(checkpoint: Checkpoint | LocalSource) -> CheckpointFacts:
     shards = {path for entry in entries for path, _ in entry.parts.values()}
     bits = 8 * sum(map(checkpoint.nbytes, checkpoint.entries)) / sum(entry.info.numel for entry in entries)
     manifest = checkpoint.path / MANIFEST_NAME
-    digest = file_digest(manifest) if manifest.exists() else None
-    return CheckpointFacts(checkpoint.path.resolve().name, checkpoint.container.id, _total(list(shards)), bits, digest)
+    name, container = checkpoint.path.resolve().name, checkpoint.container.id
+    if not manifest.exists():
+        return CheckpointFacts(name, container, _total(list(shards)), bits, None)
+    predicted = _predicted(read_json(manifest, FormatError))
+    return CheckpointFacts(name, container, _total(list(shards)), bits, file_digest(manifest), predicted)
+
+
+def _predicted(manifest: Mapping[str, Any]) -> float | None:
+    """The divergence that the plan of a checkpoint predicted."""
+    match manifest.get("plan"):
+        case {"inputs": {"predicted_kld": float() | int() as predicted}}:
+            return float(predicted)
+    return None
 
 
 def source_facts(source: LocalSource) -> SourceFacts:

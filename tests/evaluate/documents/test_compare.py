@@ -37,6 +37,25 @@ def test_front_and_order() -> None:
     assert found.original_perplexity.value == 1.78211
 
 
+def test_what_plans_predicted_is_held_against_what_was_measured(tmp_path: Path) -> None:
+    made = {
+        "a": (10, 0.1, 0.2),
+        "b": (20, 0.02, 0.03),
+        "c": (30, 0.01, 0.04),
+        "d": (40, 0.001, 0.002),
+        "e": (50, 0.5, None),
+    }
+    for name, (nbytes, mean, predicted) in made.items():
+        found = evaluation(nbytes, mean)
+        replace(found, checkpoint=replace(found.checkpoint, predicted_kld=predicted)).save(tmp_path / f"{name}.json")
+    printed = run("compare", *(tmp_path / f"{name}.json" for name in made))
+    assert "predicted" in printed
+    assert "rank correlation of predicted and measured KLD: 0.800" in printed  # c and b the other way round
+    found = json.loads(run("compare", "--json", tmp_path / "a.json", tmp_path / "b.json"))
+    assert found["rank_correlation"] is None
+    assert {row["name"][-6:]: row["predicted"] for row in found["rows"]} == {"a.json": 0.2, "b.json": 0.03}
+
+
 @pytest.mark.parametrize(
     ("part", "field", "value"),
     [

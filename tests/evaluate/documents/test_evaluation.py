@@ -53,6 +53,13 @@ def test_a_broken_report_is_named(
         Evaluation.load(path)
 
 
+def test_a_report_from_before_plans_predicted_is_read(report: Evaluation, tmp_path: Path) -> None:
+    content = json.loads(report.to_json())
+    del content["checkpoint"]["predicted_kld"]
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    assert Evaluation.load(tmp_path / "evaluation.json").checkpoint.predicted_kld is None
+
+
 def test_files_that_are_no_report(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="no such file; kappaquant evaluate writes one"):
         Evaluation.load(tmp_path / "absent.json")

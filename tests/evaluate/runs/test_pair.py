@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluations import evaluation
 
+from kappaquant import Options, make_plan, open_checkpoint, open_source, quantize
 from kappaquant.errors import UnsupportedError
-from kappaquant.evaluate.runs.pair import open_pair
+from kappaquant.evaluate.documents.markdown import markdown
+from kappaquant.evaluate.runs.pair import checkpoint_facts, open_pair
 
 
 def _set(folder: Path, name: str, key: str, value: Any) -> None:
@@ -56,3 +60,16 @@ def test_tokenizers_of_one_side(checkpoint: Path, source: Path, tmp_path: Path) 
     reformatted = shutil.copytree(source, tmp_path / "reformatted")
     _set(reformatted, "tokenizer.json", "truncation", {"max_length": 5})  # says nothing of the tokens
     assert open_pair(checkpoint, reformatted).tokenizer == reformatted
+
+
+def test_what_its_plan_predicted_is_known_of_a_checkpoint(source: Path, tmp_path: Path) -> None:
+    opened = open_source(source)
+    plan = make_plan(opened.tensors, opened.config, "uniform", bits=3, group_size=32)
+    told = replace(plan, inputs={**plan.inputs, "predicted_kld": 0.125})
+    for name, made, predicted in (("without", plan, None), ("with", told, 0.125)):
+        folder = quantize(opened, tmp_path / name, made, Options(device="cpu", jobs=1))
+        facts = checkpoint_facts(open_checkpoint(folder))
+        assert facts.predicted_kld == predicted
+        shown = markdown(replace(evaluation(), checkpoint=facts))
+        (line,) = [line.split() for line in shown.splitlines() if "predicted by its plan" in line] or [None]
+        assert line is None if predicted is None else "0.125" in line
