@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kappaquant.commands.calibrating import calibration_of, check_calibration, kept_text
+from kappaquant.commands.exploring import EvidenceOpt, ExploreOpt, MeasuredOpt, check_explore, write_page
 from kappaquant.commands.options import (
     DeviceOpt,
     FuseOpt,
@@ -89,6 +90,9 @@ def plan(
     target: Annotated[
         str | None, typer.Option(help="vllm: warn of mixed widths that cost it speed, and list the numbers of cards.")
     ] = None,
+    evidence: EvidenceOpt = None,
+    explore: ExploreOpt = None,
+    measured: MeasuredOpt = None,
     revision: RevisionOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
@@ -103,6 +107,7 @@ def plan(
 
     if output:
         check_file(output)
+    check_explore(explore, evidence, measured)
     opened = open_source(source, revision, stream=True)
     settings = PlanSettings(policy, policy_options, profile, size, group_size, overrides)
     made = settings.plan(opened, fuse, target)
@@ -111,6 +116,10 @@ def plan(
     files = container.output_bytes(opened.shards, made.format_of)
     if output:
         made.save(output)
+    if explore and evidence:
+        write_page(explore, source, revision, opened, made, evidence, measured)
+        if not as_json:
+            console().print(f"{explore}: open it in a browser", markup=False, highlight=False)
     show(made.to_json() if as_json else plan_table(made, sizes, files), as_json)
     if fuse and not as_json:
         freely = settings.plan(opened, False)

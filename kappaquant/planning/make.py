@@ -69,7 +69,7 @@ def make_plan(
             f"size {size}: the {chosen.name} policy keeps to no size; leave it out, or take a policy that does"
         )
     inventory = Inventory(tensors, config)
-    fixed = {n: Choice(KEPT, why) for n in tensors if (why := _keep(inventory, n, group_size))}
+    fixed = {n: Choice(KEPT, why) for n in tensors if (why := why_kept(inventory, n, group_size))}
     fixed |= _overridden(inventory, overrides, group_size)
     budget = Budget(fixed, size, group_size)
     decided = chosen.choose(inventory, Evidence(profile), budget)
@@ -111,7 +111,7 @@ def parse_override(text: str) -> tuple[str, Setting]:
     return pattern, int(setting) if setting.isdecimal() else setting
 
 
-def _keep(inventory: Inventory, name: str, group_size: GroupSize) -> str:
+def why_kept(inventory: Inventory, name: str, group_size: GroupSize) -> str:
     """Why no policy is asked about a tensor; empty where one is."""
     if keep := inventory.kinds[name].keep:
         return keep

@@ -1,0 +1,54 @@
+"""Evidence of sensitivities without a measurement: numbers as a calibration has them, the same for the same model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from kappaquant.files.safetensors import TensorInfo
+from kappaquant.formats.codebook import GroupSize, fitting
+from kappaquant.models.inventory import Inventory
+from kappaquant.models.role_defaults import Role
+from kappaquant.planning.sensitivity import Sensitivities, TensorErrors, Unit
+
+ERRORS = {2: 0.114, 3: 0.0316, 4: 0.00778, 5: 0.00189, 6: 0.00047, 7: 0.00012, 8: 0.00003}  # of a Gaussian
+
+
+def evidence(
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    *,
+    kind: str = "calibration",
+    model: str = "someone/model",
+    widths: Iterable[int] = tuple(ERRORS),
+    group_size: GroupSize = "auto",
+    outer: bool = True,
+) -> Sensitivities:
+    """Of each tensor that a policy decides, and with ``outer`` of embeddings and head, which may shrink as well."""
+    draw, inventory, widths = random.Random(7), Inventory(tensors, config), tuple(widths)
+    members: dict[tuple[int | None, Role], list[str]] = {}
+    for name, each in inventory.kinds.items():
+        if not each.refuse and (not each.keep or (outer and each.role in (Role.EMBEDDING, Role.LM_HEAD))):
+            members.setdefault((each.layer, each.role), []).append(name)
+    errors = {
+        name: TensorErrors(
+            draw.lognormvariate(5, 1),
+            {
+                fitting(bits, tensors[name].shape[-1], group_size).id: ERRORS[bits] * draw.lognormvariate(0, 0.2)
+                for bits in widths
+            },
+        )
+        for names in members.values()
+        for name in names
+    }
+    units = []
+    for (layer, role), names in members.items():
+        kld = draw.lognormvariate(-7, 1) if kind == "calibration" else None
+        interval = None if kld is None else (0.9 * kld, 1.1 * kld)
+        family = inventory.kinds[names[0]].family
+        units.append(Unit(layer, family, str(role), tuple(names), widths[0], kld, interval, None))
+    return Sensitivities(
+        kind, model, None, "0" * 64, {"name": "text.txt", "tokens": 4096}, "calibrated", group_size, tuple(units), errors,
+        {name: draw.lognormvariate(0, 1) for name in errors},
+    )  # fmt: skip
