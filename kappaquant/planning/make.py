@@ -79,7 +79,8 @@ def make_plan(
     for what, limit, taken in (("size", size, chosen.takes_size), ("active size", active, chosen.takes_active)):
         if limit is not None and not taken:
             raise PlanError(
-                f"{what} {limit}: the {chosen.name} policy keeps to no {what}; leave it out, or take a policy that does"
+                f"{what} {limit}: the {chosen.name} policy keeps to no {what}; leave it out, or take a policy that does, such as "
+                "sensitivity (with what calibrate measured)"
             )
     if profile is None and sensitivity is not None:
         profile = sensitivity.kurtosis
