@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_STATES = 3_000
+MOST_STATES = 2_000
 """Partial choices that the search keeps; where there are more it goes on with the most promising ones, and proves nothing."""
 _BUDGETS = 2
 _UNLIMITED = 1 << 62
@@ -174,18 +174,19 @@ def _search(problem: _Problem, prices: Floats) -> tuple[Integers | None, bool]:
         if above < best.above:
             best.above, best.chosen = above, chosen
     proven = False
-    for states in (MOST_STATES // 40, MOST_STATES):
-        proven = _pass(problem, prices, best, states)
+    for states, near in ((MOST_STATES // 10, 0.3), (MOST_STATES, 0.02)):
+        proven = _pass(problem, prices, best, states, near)
         if proven:
             break
     return best.chosen, proven
 
 
-def _pass(problem: _Problem, prices: Floats, best: _Best, most: int) -> bool:
+def _pass(problem: _Problem, prices: Floats, best: _Best, most: int, near: float) -> bool:
     """Improve ``best``, variable by variable, by at most ``most`` partial choices at a time; whether none was dropped for that.
 
     A choice costs, above the bound, what its options cost at the prices plus the unspent bytes at their price. All variables begin at
-    their best option, so that a partial choice is a whole one too; it is given up once it cannot become better than ``best``.
+    their best option, so that a partial choice is a whole one too; it is given up once it cannot become better than ``best``. Where
+    there are too many, those go on that cost least, with this share of what lies between them and the budgets, at its price.
     """
     priced = problem.priced(prices)
     base = priced.argmin(axis=1)
@@ -212,7 +213,8 @@ def _pass(problem: _Problem, prices: Floats, best: _Best, most: int) -> bool:
         kept = kept[_undominated(above[kept], spent[kept], prices)]
         if len(kept) > most:
             whole = False
-            kept = kept[np.argsort(above[kept], kind="stable")[:most]]
+            promise = above[kept] + unspent[kept] + near * (np.abs(room[kept]) @ prices)
+            kept = kept[np.argsort(promise, kind="stable")[:most]]
         steps.append((kept // len(numbers), numbers[kept % len(numbers)]))
         above, spent = above[kept], spent[kept]
         if not len(kept):

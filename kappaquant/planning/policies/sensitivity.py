@@ -202,7 +202,7 @@ class _Planner:
         if active is not None:
             active -= active_bytes(self.budget.fixed, self.inventory, self._shares)
         found = allocate(options, left, active)
-        if found is None or left is None or self.budget.size is None:
+        if found is None or not found.proven or left is None or self.budget.size is None:
             return found
         unspent = self.budget.size - self.budget.file_bytes(self._choices(variables, self._widths(variables, found)))
         again = allocate(options, found.size + unspent, active) if found.size + unspent > left else None
