@@ -9,10 +9,8 @@ from typing import Any
 
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.codebook import BITS, GroupSize, fitting
-from kappaquant.models.roles import Role, kind_of
-from kappaquant.planning.sensitivity import Sensitivities, TensorErrors, Unit
-
-_LEFT_OUT = (Role.VISION, Role.MTP)
+from kappaquant.models.roles import kind_of
+from kappaquant.planning.sensitivity import Sensitivities, TensorErrors, decided, units_of
 
 
 def evidence_of(
@@ -33,22 +31,17 @@ def evidence_of(
         fields: of ``Sensitivities``, in place of the usual ones.
     """
     rng = random.Random(seed)
-    found: dict[tuple[int | None, Role], list[str]] = {}
+    kinds = {name: kind_of(name, info, config) for name, info in tensors.items()}
+    names = [name for name, kind in kinds.items() if decided(kind)]
     errors = {}
-    for name, info in tensors.items():
-        kind = kind_of(name, info, config)
-        if kind.refuse or kind.role in _LEFT_OUT:
-            continue
-        found.setdefault((kind.layer, kind.role), []).append(name)
-        noise = rng.lognormvariate(0, 0.1)
+    for name in names:
+        noise, info = rng.lognormvariate(0, 0.1), tensors[name]
         ids = {width: fitting(width, info.shape[-1], group_size).id for width in bits}
         errors[name] = TensorErrors(float(info.numel), {ids[width]: noise * 4.0 ** (1 - width) for width in bits})
-    at = 3 if 3 in bits else bits[0]
     units = []
-    for (layer, role), names in found.items():
-        value = kld(names[0]) if kld else rng.lognormvariate(-6, 1.2)
-        family = kind_of(names[0], tensors[names[0]], config).family
-        units.append(Unit(layer, family, role.value, tuple(names), at, value, (0.9 * value, 1.1 * value), None))
+    for unit in units_of(kinds, names, 3 if 3 in bits else bits[0]):
+        value = kld(unit.tensors[0]) if kld else rng.lognormvariate(-6, 1.2)
+        units.append(replace(unit, kld=value, interval_95=(0.9 * value, 1.1 * value)))
     made = Sensitivities(
         kind="calibration", model="made-up", revision=None, sha256="0" * 64, text={}, effort="best", group_size=group_size,
         units=tuple(units), tensors=errors, kurtosis={name: rng.uniform(-1, 20) for name in errors},
@@ -58,5 +51,5 @@ def evidence_of(
 
 def of_weights(evidence: Sensitivities) -> Sensitivities:
     """The same, as it is where no text was read."""
-    units = tuple(replace(unit, kld=None, interval_95=None) for unit in evidence.units)
+    units = tuple(replace(unit, bits=None, kld=None, interval_95=None) for unit in evidence.units)
     return replace(evidence, kind="weights", units=units)

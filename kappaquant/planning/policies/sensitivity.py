@@ -12,15 +12,12 @@ from kappaquant.errors import BudgetError, PlanError
 from kappaquant.formats.codebook import BITS
 from kappaquant.formats.entry import KEPT_BITS
 from kappaquant.models.inventory import Inventory
-from kappaquant.models.roles import Role
 from kappaquant.planning.allocation import Allocation, Option, allocate
 from kappaquant.planning.plan import KEPT, Choice
 from kappaquant.planning.policies.base import Budget, Decision, Evidence, Policy, active_bytes, check_limit
-from kappaquant.planning.sensitivity import Sensitivities, Unit
+from kappaquant.planning.sensitivity import SHRINKABLE, Sensitivities, Unit
 from kappaquant.planning.sizes import active_shares, shown
 from kappaquant.planning.ties import check_overrides, tied
-
-_CLAIMED = (Role.EMBEDDING, Role.LM_HEAD)  # half of a small model, and measured like everything else
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Sensitivity(Policy):
     def claims(self, inventory: Inventory, evidence: Evidence) -> Collection[str]:
         units = evidence.sensitivity.units if evidence.sensitivity else ()
         kinds = inventory.kinds
-        return {name for unit in units for name in unit.tensors if name in kinds and kinds[name].role in _CLAIMED}
+        return {name for unit in units for name in unit.tensors if name in kinds and kinds[name].role in SHRINKABLE}
 
     def choose(self, inventory: Inventory, evidence: Evidence, budget: Budget) -> Decision:
         if evidence.sensitivity is None:
@@ -137,16 +134,12 @@ class _Planner:
         """Divergence for each unit of relative squared error: the median of the units that have one, for those that have none."""
         found = []
         for unit in self.evidence.units:
-            if unit.kld is None:
+            if unit.kld is None or unit.bits is None:
                 continue
-            formats = {name: self._format_at(name, unit.bits) for name in unit.tensors}
-            if None not in formats.values() and (error := self.evidence.loss(replace(unit, kld=None), formats)):
+            formats = {name: self.evidence.format_at(name, unit.bits) for name in unit.tensors}
+            if error := self.evidence.loss(replace(unit, kld=None), formats):
                 found.append(unit.kld / error)
         return median(found) if found else 1.0
-
-    def _format_at(self, name: str, bits: int) -> str | None:
-        errors = self.evidence.tensors[name].errors
-        return next((fmt for fmt in errors if fmt.startswith(f"tq{bits}g")), None)
 
     def _loss(self, unit: Unit, width: int) -> float:
         """Predicted loss of a unit whose free tensors have this width. Raises PlanError where that was not measured."""
