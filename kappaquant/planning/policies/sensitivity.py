@@ -6,18 +6,20 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kappaquant.errors import BudgetError, PlanError
 from kappaquant.formats.codebook import BITS
 from kappaquant.formats.entry import KEPT_BITS
 from kappaquant.models.inventory import Inventory
-from kappaquant.planning.allocation import Allocation, Option, allocate
 from kappaquant.planning.plan import KEPT, Choice
 from kappaquant.planning.policies.base import Budget, Decision, Evidence, Policy, active_bytes, check_limit
 from kappaquant.planning.sensitivity import SHRINKABLE, Sensitivities, Unit
 from kappaquant.planning.sizes import active_shares, shown
 from kappaquant.planning.ties import check_overrides, tied
+
+if TYPE_CHECKING:
+    from kappaquant.planning.allocation import Allocation, Option
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,8 @@ class _Planner:
                 yield self._variable(free, tuple(dict.fromkeys(units[name] for name in free)))
 
     def _variable(self, names: tuple[str, ...], units: tuple[Unit, ...]) -> _Variable:
+        from kappaquant.planning.allocation import Option
+
         widths = [width for width in BITS if all(self._has_error(name, width) for name in names)]
         # where none is, the loss at any says what there is instead
         widths = [*(widths or BITS[:1]), KEPT_BITS]
@@ -187,6 +191,8 @@ class _Planner:
 
     def _allocated(self, variables: list[_Variable]) -> Allocation | None:
         """The best choice whose files fit. Options count a few bytes of headers too many, so what is left of these is spent again."""
+        from kappaquant.planning.allocation import allocate
+
         options = [variable.options for variable in variables]
         best = allocate(options)
         if best and self._fits(variables, best):
