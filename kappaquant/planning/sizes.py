@@ -147,8 +147,8 @@ def file_bytes(shards: Mapping[str, Mapping[str, TensorInfo]], format_of: Callab
 
 def most_bytes(info: TensorInfo, fmt: Format | None, digits: int) -> int:
     """Bytes that a tensor takes in a file at most: data, and entries of a header whose offsets have no more than so many digits."""
-    parts = stored_parts(info, fmt).values()
-    return sum(part.nbytes + len(json.dumps(part.name)) + _entry(part.dtype, part.shape) + 2 * digits for part in parts)
+    parts, nbytes = _unnamed(info.dtype, info.shape, fmt)
+    return nbytes + parts * (len(json.dumps(info.name)) + 2 * digits)
 
 
 def most_header_bytes(shards: Collection[str]) -> int:
@@ -157,10 +157,15 @@ def most_header_bytes(shards: Collection[str]) -> int:
 
 
 @cache
-def _entry(dtype: str, shape: tuple[int, ...]) -> int:
-    """Characters of a header's entry besides the name and the digits of its offsets, with the comma before it."""
-    values = {"dtype": dtype, "shape": list(shape), "data_offsets": [0, 0]}
-    return len(json.dumps(values, separators=(",", ":"))) - len("00") + len(",:")
+def _unnamed(dtype: str, shape: tuple[int, ...], fmt: Format | None) -> tuple[int, int]:
+    """Parts of a tensor, and their bytes with those of their header's entries besides the tensor's name and the digits of offsets."""
+    parts = stored_parts(TensorInfo("", dtype, shape), fmt).items()
+    total = 0
+    for suffix, part in parts:
+        entry = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [0, 0]}
+        text = json.dumps(entry, separators=(",", ":"))
+        total += part.nbytes + len(suffix) + len(text) - len("00") + len(",:")
+    return len(parts), total
 
 
 def active_shares(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Fraction]:

@@ -7,10 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from functools import cache
 from typing import Any, ClassVar
 
 from kappaquant.errors import BudgetError, PlanError
 from kappaquant.files.safetensors import TensorInfo
+from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import AUTO, GroupSize, fitting
 from kappaquant.formats.entry import KEPT_BITS
 from kappaquant.models.inventory import Inventory
@@ -113,7 +115,13 @@ def check_limit(what: str, limit: int, smallest: int, largest: int) -> None:
 def choice_bytes(choice: Choice, info: TensorInfo) -> int:
     """Bytes of a tensor's data once it is stored as chosen."""
     fmt = format_of(choice, info.name)
-    return fmt.nbytes(info.shape) if fmt else info.nbytes
+    return _data_bytes(fmt, info.shape) if fmt else info.nbytes
+
+
+@cache
+def _data_bytes(fmt: Format, shape: tuple[int, ...]) -> int:
+    """A large model has 36,000 experts of a few shapes, each asked for in every format."""
+    return fmt.nbytes(shape)
 
 
 def option(default: Any, help: str, read: Callable[[str], Any] | None = None) -> Any:
