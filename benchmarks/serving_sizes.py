@@ -19,6 +19,7 @@ from benchmarks.environment import environment, save
 from benchmarks.plan_sizes import qwen3_6_35b_a3b
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.models import sharding as parallel
+from kappaquant.models.keys_values import kv_bytes
 from kappaquant.planning.make import make_plan
 
 CARDS = (1, 2, 4, 8)
@@ -46,14 +47,6 @@ def qwen3_235b_a22b() -> Model:
     return {name: TensorInfo(name, "BF16", tuple(t.shape)) for name, t in model.state_dict().items()}, config.to_dict()
 
 
-def kv_bytes_per_token(config: dict[str, Any], cards: int) -> int:
-    """Bytes of bfloat16 keys and values that a token leaves on each card; GatedDeltaNet layers leave none."""
-    text = config.get("text_config") or config
-    kinds = text.get("layer_types") or ["full_attention"] * text["num_hidden_layers"]
-    heads = max(1, text["num_key_value_heads"] // cards)
-    return 2 * 2 * heads * text["head_dim"] * kinds.count("full_attention")
-
-
 def measure(model: Model, group_size: int, cards: int, expert_parallel: bool) -> dict[str, Any]:
     """Bytes a card holds, and why so many cards cannot share the model, if they cannot."""
     tensors, config = model
@@ -61,7 +54,7 @@ def measure(model: Model, group_size: int, cards: int, expert_parallel: bool) ->
     what = tensors, plan.format_of, config, cards
     return {
         "weights": parallel.bytes_per_card(*what, expert_parallel=expert_parallel),
-        "kv_per_token": kv_bytes_per_token(config, cards),
+        "kv_per_token": kv_bytes(config, 1, cards),
         "problem": next(parallel.problems(*what, expert_parallel=expert_parallel), None),
     }
 

@@ -27,6 +27,10 @@ class PlanError(KappaquantError):
     """A plan is invalid: bits or group out of range, unknown tensors, tensors left out."""
 
 
+class BudgetError(PlanError):
+    """No plan keeps to a budget of bytes, or every plan does; the message says the smallest and the largest."""
+
+
 class OutputError(KappaquantError):
     """The output folder cannot be used or the disk is full."""
 

@@ -44,12 +44,12 @@ def quantized(model: Path) -> Path:
     return output
 
 
-def test_help_names_every_command_without_importing_torch() -> None:
+def test_help_names_every_command_without_importing_what_takes_long() -> None:
     code = (
         "import sys; sys.argv = ['kappaquant', '--help']\n"
         "from kappaquant.cli import main\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "print('torch' in sys.modules)"
+        "print(bool({'torch', 'numpy', 'scipy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert all(command in done.stdout for command in COMMANDS)

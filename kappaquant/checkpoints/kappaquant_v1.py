@@ -25,7 +25,7 @@ from kappaquant.files.documents import read_json
 from kappaquant.files.safetensors import DTYPE_BYTES, TensorInfo, shape_makes_sense
 from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import NORM_DTYPES
-from kappaquant.formats.entry import Entry, Located
+from kappaquant.formats.entry import Entry, Located, stored_parts
 from kappaquant.formats.registry import format_by_id
 from kappaquant.planning.plan import Plan
 from kappaquant.sources.source import INDEX_NAME, SINGLE_NAME, check_config, shard_names
@@ -47,9 +47,7 @@ class KappaquantV1(Container):
         """Any plan fits."""
 
     def stored(self, info: TensorInfo, fmt: Format | None) -> dict[str, TensorInfo]:
-        if fmt is None:
-            return {"": info}
-        return {s: TensorInfo(info.name + s, dtype, shape) for s, (dtype, shape) in fmt.parts(info.shape).items()}
+        return stored_parts(info, fmt)
 
     def documents(self, contents: Contents) -> dict[str, dict[str, Any]]:
         quantization = quantization_config(contents)

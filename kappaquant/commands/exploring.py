@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from kappaquant.planning.plan import Plan
     from kappaquant.sources.source import Source
 
-EvidenceOpt = Annotated[Path | None, typer.Option(help="What was measured of this model (JSON); --explore needs it.")]
 ExploreOpt = Annotated[
     Path | None,
     typer.Option(help="Write a page (HTML) that shows bits, sizes and predicted loss, and solves for a size."),
@@ -30,9 +29,8 @@ MeasuredOpt = Annotated[
 def check_explore(page: Path | None, evidence: Path | None, measured: list[Path] | None) -> None:
     """Refuse options that lack each other, before anything is read."""
     if page is None:
-        for option, given in (("--evidence", evidence), ("--measured", measured and measured[0])):
-            if given:
-                raise PlanError(f"{option} {given}: belongs to a page; give --explore as well")
+        if measured:
+            raise PlanError(f"--measured {measured[0]}: belongs to a page; give --explore as well")
         return
     check_file(page)
     if evidence is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import Field, fields
@@ -37,10 +36,6 @@ ActivationsOpt = Annotated[
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ProfileOpt = Annotated[Path | None, typer.Option(help="Profile written by scan; the kurtosis policy needs it.")]
-SizeOpt = Annotated[
-    str | None,
-    typer.Option(help="Bytes that all tensors may take, such as 18GB or 17.5GiB, for policies that keep to one."),
-]
 OutputOpt = Annotated[Path | None, typer.Option("-o", "--output", help="New folder to write.")]
 OutputArg = Annotated[Path | None, typer.Argument(help="The same as -o.")]
 SetOpt = Annotated[
@@ -72,18 +67,6 @@ def group_choice(text: str) -> GroupSize:
         raise PlanError(f"--group-size {text!r}: must be auto, 32, 64, 128 or 256")
     check_group_size(int(text))
     return int(text)
-
-
-def byte_count(text: str | None) -> int | None:
-    """What --size says: a number with a unit such as 18GB, 17.5GiB or 900MB, or plain bytes. Raises PlanError."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", text.strip(), re.IGNORECASE)
-    if not found:
-        raise PlanError(f"--size {text!r}: write a number and a unit, such as 18GB or 17.5GiB")
-    unit = (found[2] or "").upper()
-    base = 1024 if unit.endswith("I") else 1000
-    return int(float(found[1]) * base ** (" KMGT".index(unit[0]) if unit else 0))
 
 
 def destination(positional: Path | None, option: Path | None) -> Path:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kappaquant.commands.calibrating import calibration_of, check_calibration, kept_text
-from kappaquant.commands.exploring import EvidenceOpt, ExploreOpt, MeasuredOpt, check_explore, write_page
+from kappaquant.commands.exploring import ExploreOpt, MeasuredOpt, check_explore, write_page
 from kappaquant.commands.options import (
     DeviceOpt,
     FuseOpt,
@@ -21,14 +20,21 @@ from kappaquant.commands.options import (
     ProfileOpt,
     RevisionOpt,
     SetOpt,
-    SizeOpt,
     SourceArg,
-    byte_count,
     destination,
-    group_choice,
-    kurtosis_of,
     numbers,
-    policy_of,
+)
+from kappaquant.commands.planning import (
+    ActiveOpt,
+    BitsPerWeightOpt,
+    ContextOpt,
+    EvidenceOpt,
+    FitOpt,
+    Limits,
+    PlanSettings,
+    PolicyOpt,
+    SizeOpt,
+    check_files,
 )
 from kappaquant.commands.terminal import console, progress, show
 from kappaquant.errors import PlanError
@@ -79,26 +85,31 @@ def scan(
 def plan(
     source: SourceArg,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan (JSON) here.")] = None,
-    policy: Annotated[str, typer.Option(help="{policies}.")] = "recipe",
+    policy: PolicyOpt = None,
     *,
     policy_options: dict[str, str],
     profile: ProfileOpt = None,
+    evidence: EvidenceOpt = None,
     size: SizeOpt = None,
+    bits_per_weight: BitsPerWeightOpt = None,
+    active: ActiveOpt = None,
+    fit: FitOpt = None,
+    context: ContextOpt = None,
     group_size: GroupOpt = "auto",
     overrides: SetOpt = None,
     fuse: FuseOpt = False,
     target: Annotated[
-        str | None, typer.Option(help="vllm: warn of mixed widths that cost it speed, and list the numbers of cards.")
+        str | None,
+        typer.Option(
+            help="vllm: warn of mixed widths that cost it speed (the sensitivity policy makes none), and list the numbers of cards."
+        ),
     ] = None,
-    evidence: EvidenceOpt = None,
     explore: ExploreOpt = None,
     measured: MeasuredOpt = None,
     revision: RevisionOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Choose bits and show exact sizes; reads headers only and writes no weights."""
-    from rich.filesize import decimal
-
     from kappaquant.checkpoints.open import container_by_id
     from kappaquant.commands.tables import plan_table
     from kappaquant.models import sharding
@@ -109,7 +120,11 @@ def plan(
         check_file(output)
     check_explore(explore, evidence, measured)
     opened = open_source(source, revision, stream=True)
-    settings = PlanSettings(policy, policy_options, profile, size, group_size, overrides)
+    limits = Limits(size, bits_per_weight, active, fit, context)
+    of_plan = evidence
+    if explore and policy != "sensitivity" and (policy or limits == Limits()):
+        of_plan = None  # the page has it, and begins with the plan of another policy
+    settings = PlanSettings(policy, policy_options, profile, of_plan, limits, group_size, overrides)
     made = settings.plan(opened, fuse, target)
     sizes = summary(made, opened.tensors, opened.config)
     container = container_by_id("kappaquant")
@@ -121,11 +136,10 @@ def plan(
         if not as_json:
             console().print(f"{explore}: open it in a browser", markup=False, highlight=False)
     show(made.to_json() if as_json else plan_table(made, sizes, files), as_json)
+    if not as_json and (shared := limits.fitted(opened)):
+        console().print(str(shared), highlight=False, soft_wrap=True)
     if fuse and not as_json:
-        freely = settings.plan(opened, False)
-        raised = sum(made.bits(name) != freely.bits(name) for name in opened.tensors)
-        cost = files - container.output_bytes(opened.shards, freely.format_of)
-        console().print(f"--fuse-legal raised {raised} tensors, which cost {decimal(cost)} ({cost / files:.2%})")
+        console().print(_price_of_fusing(made, settings.plan(opened, False), opened), highlight=False)
     if target and not as_json:
         cards = sharding.sizes(opened.tensors, made.format_of, opened.config)
         console().print(
@@ -140,11 +154,16 @@ def quantize(
     plan_file: Annotated[
         Path | None, typer.Option("--plan", help="Plan written by plan; else one is made here.")
     ] = None,
-    policy: Annotated[str | None, typer.Option(help="{policies}; default recipe.")] = None,
+    policy: PolicyOpt = None,
     *,
     policy_options: dict[str, str],
     profile: ProfileOpt = None,
+    evidence: EvidenceOpt = None,
     size: SizeOpt = None,
+    bits_per_weight: BitsPerWeightOpt = None,
+    active: ActiveOpt = None,
+    fit: FitOpt = None,
+    context: ContextOpt = None,
     group_size: Annotated[str | None, typer.Option(help="As for plan; 128 for tq3_native unless given.")] = None,
     overrides: SetOpt = None,
     fuse: FuseOpt = False,
@@ -186,7 +205,12 @@ def quantize(
     given: dict[str, object] = {
         "--policy": policy,
         "--profile": profile,
+        "--evidence": evidence,
         "--size": size,
+        "--bits-per-weight": bits_per_weight,
+        "--active": active,
+        "--fit": fit,
+        "--context": context,
         "--group-size": group_size,
         "--set": overrides,
     }
@@ -210,7 +234,9 @@ def quantize(
     else:
         one = container_by_id(container).one_group_size  # which is 128 where nothing else is asked for
         group = group_size or ("128" if one else "auto")
-        made = PlanSettings(policy or "recipe", policy_options, profile, size, group, overrides).plan(opened, fuse)
+        limits = Limits(size, bits_per_weight, active, fit, context)
+        made = PlanSettings(policy, policy_options, profile, evidence, limits, group, overrides).plan(opened, fuse)
+        check_files(made, opened, container)
     check(opened, made, options, calibrated)
     text = calibration_of(opened, folder, calibration, calibration_tokens, device) if calibrated else None
     with progress("quantize") as report:
@@ -225,23 +251,16 @@ def quantize(
         )
 
 
-@dataclass(frozen=True)
-class PlanSettings:
-    """What the options of a command say of a plan."""
+def _price_of_fusing(made: Plan, freely: Plan, source: Source) -> str:
+    """What it costs that fused tensors have one width, beside the plan that is free to choose."""
+    from rich.filesize import decimal
 
-    policy: str
-    policy_options: dict[str, str]
-    profile: Path | None
-    size: str | None
-    group_size: str
-    overrides: list[str] | None
+    from kappaquant.planning.sizes import file_bytes
 
-    def plan(self, source: Source, fuse: bool, target: str | None = None) -> Plan:
-        from kappaquant.planning.make import make_plan, parse_override
-
-        policy = policy_of(self.policy, self.policy_options)
-        return make_plan(
-            source.tensors, source.config, policy, profile=kurtosis_of(self.profile, policy), size=byte_count(self.size),
-            group_size=group_choice(self.group_size), overrides=[parse_override(text) for text in self.overrides or []],
-            fuse=fuse, target=target,
-        )  # fmt: skip
+    changed = sum(made.bits(name) != freely.bits(name) for name in source.tensors)
+    if "predicted_kld" in made.inputs:
+        nats = [plan.inputs["predicted_kld"] for plan in (made, freely)]
+        return f"--fuse-legal changed {changed} tensors: predicted {nats[0]:.4g} nats instead of {nats[1]:.4g}"
+    files = file_bytes(source.shards, made.format_of)
+    cost = files - file_bytes(source.shards, freely.format_of)
+    return f"--fuse-legal raised {changed} tensors, which cost {decimal(cost)} ({cost / files:.2%})"

@@ -18,7 +18,7 @@ from kappaquant.models.roles import Role
 from kappaquant.planning.plan import Plan
 from kappaquant.planning.profile import Profile
 from kappaquant.planning.sensitivity import Sensitivities
-from kappaquant.planning.sizes import Summary, Total
+from kappaquant.planning.sizes import Summary, Total, shown
 
 
 class ProgressBar:
@@ -114,8 +114,13 @@ def plan_table(plan: Plan, sizes: Summary, shard_bytes: int) -> Group:
     by_format.caption = "tq4g64: 4 bits a code, one norm for each group of 64 weights"
     for format_id, total in sizes.by_format.items():
         by_format.add_row(format_id, *_cells(total))
-    lines = [f"weight files: {shard_bytes:,} bytes ({decimal(shard_bytes)}), exactly"]
-    lines.append(f"a decoded token reads {decimal(sizes.active_bytes_per_token)} of weights")
+    lines = [f"weight files: {shard_bytes:,} bytes ({shown(shard_bytes)}), exactly{_of(plan, 'size', shard_bytes)}"]
+    reads = sizes.active_bytes_per_token
+    lines.append(f"a decoded token reads {shown(reads)} of weights{_of(plan, 'active', reads)}")
+    for kind, unit in (("kld", " nats from the original"), ("error", ", an error of weights relative to them")):
+        if (predicted := plan.inputs.get(f"predicted_{kind}")) is not None:
+            gap = (predicted - plan.inputs[f"relaxed_{kind}"]) / predicted if predicted else 0.0
+            lines.append(f"predicted: {predicted:.4g}{unit}; no plan in these bytes can be more than {gap:.3%} better")
     if sizes.mtp.tensors:
         lines.append(mtp_line(sizes))
     return Group(by_family, by_format, *(Text(line) for line in lines))
@@ -130,6 +135,12 @@ def mtp_line(sizes: Summary) -> str:
         f"the MTP head ({how}) takes {mtp.output_bytes:,} bytes ({decimal(mtp.output_bytes)}), "
         f"{mtp.output_bytes / sizes.output_bytes:.1%} of the weights; only speculative decoding reads it"
     )
+
+
+def _of(plan: Plan, budget: str, taken: int) -> str:
+    """Which share of a plan's budget is taken, if it has this one."""
+    limit = plan.inputs.get(budget)
+    return f": {taken / limit:.2%} of {limit:,} bytes ({shown(limit)})" if limit else ""
 
 
 _COLUMNS = ("tensors", "params", "before", "after", "bits/weight", "per token")

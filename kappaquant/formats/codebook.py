@@ -118,6 +118,7 @@ class CodebookFormat(Format):
         return CodebookFormat, (self.bits, self.group_size, self.codebook, self.norms)
 
 
+@cache
 def fitting(bits: int, in_features: int, group_size: GroupSize = AUTO) -> CodebookFormat:
     """The codebook format of this width for an input axis.
 

@@ -19,6 +19,13 @@ KEPT_BITS = 16
 Located = tuple[Path, Stored]
 
 
+def stored_parts(info: TensorInfo, fmt: Format | None) -> dict[str, TensorInfo]:
+    """Suffix -> what stands in a file for a parameter in a format; itself where it is kept, with an empty suffix."""
+    if fmt is None:
+        return {"": info}
+    return {s: TensorInfo(info.name + s, dtype, shape) for s, (dtype, shape) in fmt.parts(info.shape).items()}
+
+
 @dataclass(frozen=True)
 class Entry:
     """One parameter of a source or checkpoint; small, and the same in every process.

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from kappaquant.errors import PlanError
+from kappaquant.errors import BudgetError, PlanError
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.codebook import AUTO, BITS, GroupSize, check_group_choice, fitting
 from kappaquant.formats.entry import KEPT_BITS
 from kappaquant.formats.registry import formats
+from kappaquant.models.architectures.base import union
 from kappaquant.models.inventory import Inventory
 from kappaquant.models.roles import Role, name_patterns
 from kappaquant.planning.plan import KEPT, Choice, Plan, check_bits_or_kept, format_of
-from kappaquant.planning.policies.base import Budget, Evidence, Policy, choice_bytes
+from kappaquant.planning.policies.base import Budget, Decision, Evidence, Policy, active_bytes
 from kappaquant.planning.policies.registry import policy_by_name
+from kappaquant.planning.sensitivity import Sensitivities
+from kappaquant.planning.sizes import active_shares
+from kappaquant.sources.source import SINGLE_NAME
 
 logger = logging.getLogger("kappaquant")
 
@@ -33,7 +37,10 @@ def make_plan(
     policy: str | Policy = "uniform",
     *,
     profile: Mapping[str, float | None] | None = None,
+    sensitivity: Sensitivities | None = None,
     size: int | None = None,
+    active: int | None = None,
+    shards: Mapping[str, Mapping[str, TensorInfo]] | None = None,
     group_size: GroupSize = AUTO,
     overrides: Iterable[tuple[str, Setting]] = (),
     fuse: bool = False,
@@ -45,42 +52,56 @@ def make_plan(
     Args:
         tensors: every tensor of the source, by name.
         config: its config.json.
-        policy: a registered policy, by name with its ``options``: "uniform" (``bits``), "recipe" (``recipe``) or "kurtosis"
-            (``profile``, ``thresholds``, ``ladder``); or a policy object.
+        policy: a registered policy, by name with its ``options``: "uniform" (``bits``), "recipe" (``recipe``), "kurtosis"
+            (``profile``, ``thresholds``, ``ladder``) or "sensitivity" (``sensitivity``, ``size``); or a policy object.
         profile: tensor -> excess kurtosis κ, needed for each tensor the kurtosis policy decides.
-        size: bytes that all tensors may take together, for policies that keep to a budget.
+        sensitivity: what ``calibrate`` measured; its κ stand in for a profile.
+        size: bytes that the checkpoint's safetensors files may take, for policies that keep to a budget.
+        active: bytes of weights that decoding a token may read, for policies that keep to this one too.
+        shards: file name -> its tensors, as ``source.shards`` has them; their headers count. One file unless given.
         group_size: weights per norm, a power of two from 32 to 256, or "auto": for each tensor what suits its input axis.
         overrides: (glob over tensor names, bits or format id) pairs, case-sensitive; the last that matches wins over policy and
             defaults.
         fuse: raise tensors that serving engines fuse (q/k/v, gate/up, ...) to the most bits among them.
-        target: an engine of ``ENGINES``: warn of fused layers whose mixed widths cost it speed.
+        target: an engine of ``ENGINES``: warn of fused layers whose mixed widths cost it speed. The sensitivity policy makes them
+            equal, and keeps what the engine's model cannot pack.
 
     Raises:
         PlanError: a parameter out of range or unknown, a tensor without κ, an override that matches nothing or a tensor
-            that cannot be quantized, a budget that is exceeded.
+            that cannot be quantized.
+        BudgetError: no plan keeps to the size, or the largest one takes less.
     """
     check_group_choice(group_size)
     if target is not None and target not in ENGINES:
         raise PlanError(f"target {target!r} is unknown; the targets are {', '.join(ENGINES)}")
     overrides = list(overrides)
     chosen = policy if isinstance(policy, Policy) else policy_by_name(policy, options)
-    if size is not None and not chosen.takes_size:
-        raise PlanError(
-            f"size {size}: the {chosen.name} policy keeps to no size; leave it out, or take a policy that does"
-        )
-    inventory = Inventory(tensors, config)
-    fixed = {n: Choice(KEPT, why) for n in tensors if (why := why_kept(inventory, n, group_size))}
-    fixed |= _overridden(inventory, overrides, group_size)
-    budget = Budget(fixed, size, group_size)
-    decided = chosen.choose(inventory, Evidence(profile), budget)
-    choices = {name: fixed.get(name) or _decided(chosen, decided, name) for name in tensors}
+    for what, limit, taken in (("size", size, chosen.takes_size), ("active size", active, chosen.takes_active)):
+        if limit is not None and not taken:
+            raise PlanError(
+                f"{what} {limit}: the {chosen.name} policy keeps to no {what}; leave it out, or take a policy that does, such as "
+                "sensitivity (with what calibrate measured)"
+            )
+    if profile is None and sensitivity is not None:
+        profile = sensitivity.kurtosis
+    inventory, evidence = Inventory(tensors, config), Evidence(profile, sensitivity)
+    claimed = frozenset(chosen.claims(inventory, evidence))
+    fixed = {n: Choice(KEPT, why) for n in tensors if (why := why_kept(inventory, n, group_size, claimed, target))}
+    forced = _overridden(inventory, overrides, group_size)
+    fixed |= forced
+    shards = {SINGLE_NAME: tensors} if shards is None else shards
+    budget = Budget(fixed, size, active, group_size, shards, frozenset(forced), fuse or target is not None)
+    decision = chosen.choose(inventory, evidence, budget)
+    if not isinstance(decision, Decision):
+        decision = Decision(decision)
+    choices = {name: fixed.get(name) or _decided(chosen, decision.choices, name) for name in tensors}
     if fuse:
         _level(choices, inventory)
-    if size is not None and (total := sum(choice_bytes(choices[n], info) for n, info in tensors.items())) > size:
-        raise PlanError(f"the {chosen.name} policy's plan takes {total:,} bytes, more than the {size:,} allowed")
-    inputs = chosen.inputs() | ({} if size is None else {"size": size})
+    _check_budgets(chosen, choices, inventory, budget)
+    inputs = {**chosen.inputs(), **decision.inputs}
+    inputs |= {name: limit for name, limit in (("size", size), ("active", active)) if limit is not None}
     inputs |= {"overrides": [list(pair) for pair in overrides], "fuse": fuse}
-    warnings = _warnings(inventory, choices)
+    warnings = decision.warnings + _warnings(inventory, choices)
     if target:
         warnings += _mixed(choices, inventory, target)
     for warning in warnings:
@@ -111,10 +132,15 @@ def parse_override(text: str) -> tuple[str, Setting]:
     return pattern, int(setting) if setting.isdecimal() else setting
 
 
-def why_kept(inventory: Inventory, name: str, group_size: GroupSize) -> str:
-    """Why no policy is asked about a tensor; empty where one is."""
-    if keep := inventory.kinds[name].keep:
-        return keep
+def why_kept(
+    inventory: Inventory, name: str, group_size: GroupSize, claimed: Collection[str] = (), target: str | None = None
+) -> str:
+    """Why the policy is not asked about a tensor; empty where it is."""
+    kind = inventory.kinds[name]
+    if kind.keep and (name not in claimed or kind.refuse):
+        return kind.keep
+    if target and kind.role in (inventory.architecture or union()).unpacked_in_vllm:
+        return f"{kind.role}: {target}'s {inventory.config.get('model_type')} model holds it in a layer that cannot be packed"
     width = inventory.tensors[name].shape[-1]
     group = fitting(min(BITS), width, group_size).group_size  # which axes are too short does not depend on the bits
     return f"input axis {width} is below the group size {group}: padding would waste bytes" if width < group else ""
@@ -124,6 +150,16 @@ def _decided(policy: Policy, decided: Mapping[str, Choice], name: str) -> Choice
     if name not in decided:
         raise PlanError(f"{name}: the {policy.name} policy made no choice for it; set it by hand with an override")
     return decided[name]
+
+
+def _check_budgets(policy: Policy, choices: Mapping[str, Choice], inventory: Inventory, budget: Budget) -> None:
+    what = f"the {policy.name} policy's plan"
+    if budget.size is not None and (total := budget.file_bytes(choices)) > budget.size:
+        raise BudgetError(f"{what} takes {total:,} bytes, more than the {budget.size:,} allowed")
+    if budget.active is not None:
+        total = active_bytes(choices, inventory, active_shares(inventory.tensors, inventory.config))
+        if total > budget.active:
+            raise BudgetError(f"{what} reads {total:,} bytes for a token, more than the {budget.active:,} allowed")
 
 
 def _overridden(

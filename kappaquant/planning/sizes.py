@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
-from kappaquant.files.safetensors import TensorInfo
+from kappaquant.files.safetensors import TensorInfo, build_header, file_size
+from kappaquant.formats.base import Format
+from kappaquant.formats.entry import stored_parts
 from kappaquant.models.roles import Role, TensorKind, kind_of, tied_embeddings
 from kappaquant.planning.plan import Plan
 
@@ -120,6 +124,48 @@ def summary(plan: Plan, tensors: Mapping[str, TensorInfo], config: Mapping[str, 
         total=_total(rows),
         mtp=_total(row for row in rows if row.role is Role.MTP),
     )
+
+
+def shown(nbytes: int) -> str:
+    """Bytes in units of 1000 and of 1024: "18.00 GB, 16.76 GiB"."""
+    texts = []
+    for base, names in ((1000, ("bytes", "KB", "MB", "GB", "TB")), (1024, ("bytes", "KiB", "MiB", "GiB", "TiB"))):
+        power = next(p for p in range(len(names) - 1, -1, -1) if abs(nbytes) >= base**p or not p)
+        texts.append(f"{nbytes / base**power:.2f} {names[power]}" if power else f"{nbytes} bytes")
+    return ", ".join(dict.fromkeys(texts))
+
+
+def file_bytes(shards: Mapping[str, Mapping[str, TensorInfo]], format_of: Callable[[str], Format | None]) -> int:
+    """Exact bytes of the kappaquant checkpoint's safetensors files, headers included, from the source's headers and a plan alone."""
+    total = 0
+    for tensors in shards.values():
+        parts = [part for name, info in tensors.items() for part in stored_parts(info, format_of(name)).values()]
+        header, stored = build_header(parts)
+        total += file_size(stored, header)
+    return total
+
+
+def most_bytes(info: TensorInfo, fmt: Format | None, digits: int) -> int:
+    """Bytes that a tensor takes in a file at most: data, and entries of a header whose offsets have no more than so many digits."""
+    parts, nbytes = _unnamed(info.dtype, info.shape, fmt)
+    return nbytes + parts * (len(json.dumps(info.name)) + 2 * digits)
+
+
+def most_header_bytes(shards: Collection[str]) -> int:
+    """Bytes of these files' headers besides the entries, at most: eight more of each are its alignment."""
+    return len(shards) * (len(build_header(())[0]) + 8)
+
+
+@cache
+def _unnamed(dtype: str, shape: tuple[int, ...], fmt: Format | None) -> tuple[int, int]:
+    """Parts of a tensor, and their bytes with those of their header's entries besides the tensor's name and the digits of offsets."""
+    parts = stored_parts(TensorInfo("", dtype, shape), fmt).items()
+    total = 0
+    for suffix, part in parts:
+        entry = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": [0, 0]}
+        text = json.dumps(entry, separators=(",", ":"))
+        total += part.nbytes + len(suffix) + len(text) - len("00") + len(",:")
+    return len(parts), total
 
 
 def active_shares(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Fraction]:

@@ -58,7 +58,6 @@ def test_json_output_stays_json(source: Path, known: Path, tmp_path: Path) -> No
     ("given", "message"),
     [
         (["--explore", "page.html"], "give --evidence as well"),
-        (["--evidence", "evidence.json"], "give --explore as well"),
         (["--measured", "folder"], "give --explore as well"),
         (["--explore", "nowhere/page.html", "--evidence", "evidence.json"], "is no folder"),
         (["--explore", "page.html", "--evidence", "gone.json"], "no such file"),

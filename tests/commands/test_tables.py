@@ -52,7 +52,7 @@ def test_a_plan(tmp_path: Path) -> None:
     plan = kappaquant.make_plan(source.tensors, source.config, "uniform", bits=3)
     sizes = summary(plan, source.tensors, source.config)
     text = printed(plan_table(plan, sizes, 1_234_567))
-    assert "weight files: 1,234,567 bytes (1.2 MB), exactly" in text
+    assert "weight files: 1,234,567 bytes (1.23 MB, 1.18 MiB), exactly" in text
     assert "tq3g128" in text
     assert all(row.format in text for row in sizes.per_tensor)
     assert "kept" in text

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from headers import in_memory, infos, saved
 from planned import DOWN, GATE_UP, QWEN, SHARED_DOWN, TENSORS, Q, plan
 from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
-from kappaquant.planning.sizes import summary
+from kappaquant.checkpoints.open import container_by_id
+from kappaquant.planning.sizes import file_bytes, most_bytes, most_header_bytes, shown, summary
 
 
 def test_summary_is_exact() -> None:
@@ -77,3 +79,22 @@ def test_qwen3_6_35b_a3b_matches_the_published_sizes() -> None:
     got = {name: round(size.output_bytes / 1e9, 2) for name, size in sizes.items()}
     # published, with fp32 norms and rounded: 16, 17 and 18 GB
     assert got == {"uniform": 16.13, "apex": 17.51, "apex2": 17.92, "apex3": 17.98}
+
+
+@pytest.mark.parametrize("bits", [2, 5, 16])
+@pytest.mark.parametrize("count", [1, 3])
+def test_bytes_of_the_files_are_those_of_the_container_and_never_above_the_sum_of_bounds(bits: int, count: int) -> None:
+    names = list(TENSORS)
+    shards = {f"{part}.safetensors": {name: TENSORS[name] for name in names[part::count]} for part in range(count)}
+    made = plan(bits=bits, overrides=[(SHARED_DOWN, 4)])
+    exact = file_bytes(shards, made.format_of)
+    assert exact == container_by_id("kappaquant").output_bytes(shards, made.format_of)
+    bound = sum(most_bytes(info, made.format_of(name), len(str(exact))) for name, info in TENSORS.items())
+    assert 0 <= bound + most_header_bytes(shards) - exact < 100 * count
+
+
+def test_sizes_are_shown_by_1000_and_by_1024() -> None:
+    assert shown(18 * 10**9) == "18.00 GB, 16.76 GiB"
+    assert shown(24 * 2**30) == "25.77 GB, 24.00 GiB"
+    assert (shown(0), shown(999), shown(1000)) == ("0 bytes", "999 bytes", "1.00 KB, 1000 bytes")
+    assert shown(-2048) == "-2.05 KB, -2.00 KiB"

@@ -45,6 +45,7 @@ class Architecture:
         vision: names of the modules, at the root or below ``model.``, that hold all that belongs to vision.
         vision_linear: patterns of what follows such a name that are weights of an nn.Linear.
         mtp: names of the modules, likewise, that hold the multi-token-prediction head.
+        unpacked_in_vllm: roles whose tensors vLLM's model holds in layers that no quantization may pack.
 
     Raises:
         RegistrationError: no model_type, a pattern that is no regular expression or has several groups, a role in two
@@ -62,6 +63,7 @@ class Architecture:
     vision: tuple[str, ...] = VISION_TOWERS
     vision_linear: tuple[str, ...] = VISION_LINEAR
     mtp: tuple[str, ...] = MTP_HEADS
+    unpacked_in_vllm: tuple[Role, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.model_type:
@@ -180,6 +182,7 @@ def union() -> Architecture:
         vision=tuple(dict.fromkeys(name for each in known for name in each.vision)),
         vision_linear=tuple(dict.fromkeys(pattern for each in known for pattern in each.vision_linear)),
         mtp=tuple(dict.fromkeys(name for each in known for name in each.mtp)),
+        unpacked_in_vllm=tuple(dict.fromkeys(role for each in known for role in each.unpacked_in_vllm)),
     )
 
 

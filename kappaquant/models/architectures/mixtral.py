@@ -22,5 +22,6 @@ ARCHITECTURES = (
         ("MixtralForCausalLM",),
         in_layer={**ATTENTION, **_EXPERTS},
         fused=FUSED_ATTENTION + FUSED_EXPERTS,
+        unpacked_in_vllm=(Role.EMBEDDING,),
     ),
 )

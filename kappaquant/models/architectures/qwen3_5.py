@@ -15,15 +15,19 @@ from kappaquant.models.architectures.patterns import (
     MLP,
     SHARED_EXPERT,
 )
+from kappaquant.models.role_defaults import Role
 
 _DENSE = {**ATTENTION, **GATED_DELTA_NET, **MLP}
 _DENSE_FUSED = FUSED_ATTENTION + FUSED_GATED_DELTA_NET + FUSED_MLP
 _MOE = {**_DENSE, **EXPERTS, **SHARED_EXPERT}
 _MOE_FUSED = _DENSE_FUSED + FUSED_EXPERTS + FUSED_SHARED_EXPERT
 
-ARCHITECTURES = (
-    Architecture("qwen3_5", ("Qwen3_5ForConditionalGeneration",), in_layer=_DENSE, fused=_DENSE_FUSED),
-    Architecture("qwen3_5_text", ("Qwen3_5ForCausalLM",), in_layer=_DENSE, fused=_DENSE_FUSED),
-    Architecture("qwen3_5_moe", ("Qwen3_5MoeForConditionalGeneration",), in_layer=_MOE, fused=_MOE_FUSED),
-    Architecture("qwen3_5_moe_text", ("Qwen3_5MoeForCausalLM",), in_layer=_MOE, fused=_MOE_FUSED),
+ARCHITECTURES = tuple(
+    Architecture(model_type, (name,), in_layer=in_layer, fused=fused, unpacked_in_vllm=(Role.EMBEDDING,))
+    for model_type, name, in_layer, fused in (
+        ("qwen3_5", "Qwen3_5ForConditionalGeneration", _DENSE, _DENSE_FUSED),
+        ("qwen3_5_text", "Qwen3_5ForCausalLM", _DENSE, _DENSE_FUSED),
+        ("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", _MOE, _MOE_FUSED),
+        ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", _MOE, _MOE_FUSED),
+    )
 )

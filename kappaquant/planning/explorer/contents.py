@@ -16,7 +16,7 @@ from kappaquant.models.inventory import Inventory
 from kappaquant.models.roles import Role
 from kappaquant.planning.make import why_kept
 from kappaquant.planning.plan import KEPT, Choice, Plan, natural
-from kappaquant.planning.policies.base import Budget, Evidence, Policy, choice_bytes
+from kappaquant.planning.policies.base import Budget, Decision, Evidence, Policy, choice_bytes
 from kappaquant.planning.policies.recipe import RECIPES, Recipe
 from kappaquant.planning.policies.uniform import Uniform
 from kappaquant.planning.sensitivity import Sensitivities, Unit
@@ -228,10 +228,13 @@ class Contents:
         """What fixed policies make of the same source: their bytes, and what is predicted of them."""
         group_size = self.plan.group_size
         kept = {name: Choice(KEPT, why) for name in self.tensors if (why := why_kept(inventory, name, group_size))}
-        budget = Budget({**kept, **{name: fixed[name] for name in fixed if self._set_by_hand(name)}}, None, group_size)
+        by_hand = {name: fixed[name] for name in fixed if self._set_by_hand(name)}
+        budget = Budget({**kept, **by_hand}, group_size=group_size)
         marks = []
         for name, policy in _MARKED.items():
-            choices = {**policy.choose(inventory, Evidence(), budget), **budget.fixed}
+            decision = policy.choose(inventory, Evidence(), budget)
+            decided = decision.choices if isinstance(decision, Decision) else decision
+            choices = {**decided, **budget.fixed}
             packed = {each: c.format for each, c in choices.items() if c.format != KEPT and not self._set_by_hand(each)}
             if all(self._has_error(*pair) for pair in packed.items()):
                 nbytes = sum(choice_bytes(choices[each], info) for each, info in self.tensors.items())

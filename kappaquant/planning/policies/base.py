@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from functools import cache
 from typing import Any, ClassVar
 
-from kappaquant.errors import PlanError
+from kappaquant.errors import BudgetError, PlanError
 from kappaquant.files.safetensors import TensorInfo
+from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import AUTO, GroupSize, fitting
 from kappaquant.formats.entry import KEPT_BITS
 from kappaquant.models.inventory import Inventory
 from kappaquant.planning.plan import KEPT, Choice, check_bits_or_kept, format_of
+from kappaquant.planning.sensitivity import Sensitivities
+from kappaquant.planning.sizes import file_bytes, most_bytes, most_header_bytes, shown
 
 
 @dataclass(frozen=True)
@@ -20,10 +26,27 @@ class Evidence:
     """What was measured of the weights.
 
     Attributes:
-        kurtosis: tensor -> excess kurtosis κ, as ``scan`` found it; None if nothing was scanned.
+        kurtosis: tensor -> excess kurtosis κ, as ``scan`` or ``calibrate`` found it; None if nothing was measured.
+        sensitivity: what quantizing costs the model, as ``calibrate`` found it.
     """
 
     kurtosis: Mapping[str, float | None] | None = None
+    sensitivity: Sensitivities | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a policy chose, and what is to be said of it.
+
+    Attributes:
+        choices: one for each tensor that the policy decides.
+        inputs: JSON values that the plan records beside the policy's parameters.
+        warnings: what the maker of the plan should read.
+    """
+
+    choices: Mapping[str, Choice]
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,13 +55,21 @@ class Budget:
 
     Attributes:
         fixed: choices made already: what defaults keep, and overrides.
-        size: bytes that all tensors may take together, fixed ones included; None sets no limit.
+        size: bytes that the checkpoint's safetensors files may take, headers and fixed tensors included; None sets no limit.
+        active: bytes of weights that decoding a token may read, likewise.
         group_size: of codebook formats, or "auto": what suits each tensor's input axis.
+        shards: file name -> its tensors, as the checkpoint's files will hold them.
+        overridden: names of the fixed tensors that an override set.
+        fuse: tensors that serving engines fuse must have one width.
     """
 
     fixed: Mapping[str, Choice] = field(default_factory=dict)
     size: int | None = None
+    active: int | None = None
     group_size: GroupSize = AUTO
+    shards: Mapping[str, Mapping[str, TensorInfo]] = field(default_factory=dict)
+    overridden: frozenset[str] = frozenset()
+    fuse: bool = False
 
     def free(self, inventory: Inventory) -> list[str]:
         """The tensors that the policy decides."""
@@ -49,11 +80,48 @@ class Budget:
         check_bits_or_kept(bits, info.name)
         return Choice(KEPT if bits == KEPT_BITS else fitting(bits, info.shape[-1], self.group_size).id, why)
 
+    def nbytes(self, choice: Choice, info: TensorInfo) -> int:
+        """Bytes of a file that a tensor takes once it is stored as chosen, at most: its place in the header decides a few."""
+        return most_bytes(info, format_of(choice, info.name), len(str(self.size)))
+
+    def left(self, inventory: Inventory) -> int | None:
+        """Bytes that ``nbytes`` of the free tensors may add up to; None where there is no limit."""
+        if self.size is None:
+            return None
+        spent = sum(self.nbytes(choice, inventory.tensors[name]) for name, choice in self.fixed.items())
+        return self.size - spent - most_header_bytes(self.shards)
+
+    def file_bytes(self, choices: Mapping[str, Choice]) -> int:
+        """Exact bytes of the checkpoint's safetensors files; ``choices`` has every tensor."""
+        return file_bytes(self.shards, lambda name: format_of(choices[name], name))
+
+
+def active_bytes(choices: Mapping[str, Choice], inventory: Inventory, shares: Mapping[str, Fraction]) -> int:
+    """Bytes of these tensors that decoding a token reads, rounded up for each; ``shares`` as ``active_shares`` gives them."""
+    return sum(math.ceil(shares[n] * choice_bytes(choice, inventory.tensors[n])) for n, choice in choices.items())
+
+
+def check_limit(what: str, limit: int, smallest: int, largest: int) -> None:
+    """Raise BudgetError for a budget of bytes below the smallest plan or above the largest; says both."""
+    if smallest <= limit <= largest:
+        return
+    where = "below the smallest" if limit < smallest else "above the largest"
+    raise BudgetError(
+        f"{what} {limit:,} ({shown(limit)}): {where} plan; the smallest takes {smallest:,} bytes ({shown(smallest)}), the "
+        f"largest, all that may be packed in 16 bits, {largest:,} ({shown(largest)}); give one between them"
+    )
+
 
 def choice_bytes(choice: Choice, info: TensorInfo) -> int:
-    """Bytes that a tensor takes once it is stored as chosen."""
+    """Bytes of a tensor's data once it is stored as chosen."""
     fmt = format_of(choice, info.name)
-    return fmt.nbytes(info.shape) if fmt else info.nbytes
+    return _data_bytes(fmt, info.shape) if fmt else info.nbytes
+
+
+@cache
+def _data_bytes(fmt: Format, shape: tuple[int, ...]) -> int:
+    """A large model has 36,000 experts of a few shapes, each asked for in every format."""
+    return fmt.nbytes(shape)
 
 
 def option(default: Any, help: str, read: Callable[[str], Any] | None = None) -> Any:
@@ -79,20 +147,28 @@ class Policy(ABC):
     Attributes:
         name: what plans and the command line call it.
         takes_size: it keeps to ``Budget.size``; others refuse a size.
+        takes_active: it keeps to ``Budget.active``.
         reads_profile: it looks at ``Evidence.kurtosis``; with others the command line refuses a profile.
+        reads_evidence: it looks at evidence that ``calibrate`` wrote; with others the command line refuses it.
     """
 
     name: ClassVar[str]
     takes_size: ClassVar[bool] = False
+    takes_active: ClassVar[bool] = False
     reads_profile: ClassVar[bool] = False
+    reads_evidence: ClassVar[bool] = False
 
     @abstractmethod
-    def choose(self, inventory: Inventory, evidence: Evidence, budget: Budget) -> dict[str, Choice]:
-        """A choice for each of ``budget.free(inventory)``.
+    def choose(self, inventory: Inventory, evidence: Evidence, budget: Budget) -> Mapping[str, Choice] | Decision:
+        """A choice for each of ``budget.free(inventory)``, in a ``Decision`` where there is more to say.
 
         Raises:
             PlanError: evidence is missing, or the budget too small; says what to do.
         """
+
+    def claims(self, inventory: Inventory, evidence: Evidence) -> Collection[str]:
+        """Tensors that defaults keep and that this policy decides all the same, where they can be quantized."""
+        return ()
 
     def inputs(self) -> dict[str, Any]:
         """Its parameters as JSON values, for the plan."""

@@ -10,9 +10,10 @@ from kappaquant.errors import PlanError, RegistrationError
 from kappaquant.planning.policies.base import Policy
 from kappaquant.planning.policies.kurtosis import Kurtosis
 from kappaquant.planning.policies.recipe import Recipe
+from kappaquant.planning.policies.sensitivity import Sensitivity
 from kappaquant.planning.policies.uniform import Uniform
 
-_POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Uniform, Recipe, Kurtosis)}
+_POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Uniform, Recipe, Kurtosis, Sensitivity)}
 
 
 def register(policy: type[Policy]) -> None:

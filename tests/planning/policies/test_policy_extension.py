@@ -17,8 +17,9 @@ from kappaquant.commands.options import policy_of
 from kappaquant.errors import PlanError, RegistrationError
 from kappaquant.models.inventory import Inventory
 from kappaquant.planning.plan import Choice
-from kappaquant.planning.policies.base import Budget, Evidence, Policy, choice_bytes, option
+from kappaquant.planning.policies.base import Budget, Evidence, Policy, option
 from kappaquant.planning.policies.registry import register, unregister
+from kappaquant.planning.sizes import file_bytes
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,15 @@ class Filling(Policy):
             return budget.choice(inventory.tensors[name], bits, f"{bits} bits fit")
 
         choices = {name: bits_for(name, self.floor) for name in budget.free(inventory)}
-        tensors = inventory.tensors
-        used = sum(choice_bytes(choice, tensors[name]) for name, choice in {**budget.fixed, **choices}.items())
-        if budget.size is None or used > budget.size:
-            raise PlanError(
-                f"the filling policy needs a size of at least {used:,} bytes, got {budget.size}; give --size"
-            )
+        tensors, left = inventory.tensors, budget.left(inventory)
+        used = sum(budget.nbytes(choice, tensors[name]) for name, choice in choices.items())
+        if left is None or used > left:
+            raise PlanError(f"the filling policy needs {used:,} bytes, and has {left} of {budget.size}; give --size")
         for bits in range(self.floor + 1, 9):
             for name in choices:
                 more = bits_for(name, bits)
-                cost = choice_bytes(more, tensors[name]) - choice_bytes(choices[name], tensors[name])
-                if used + cost <= budget.size:
+                cost = budget.nbytes(more, tensors[name]) - budget.nbytes(choices[name], tensors[name])
+                if used + cost <= left:
                     choices[name], used = more, used + cost
         return choices
 
@@ -71,10 +70,10 @@ def test_it_keeps_to_its_budget(source: Path) -> None:
     sizes = [300_000, 350_000, 400_000]
     plans = [kappaquant.make_plan(opened.tensors, opened.config, "filling", size=size, floor=3) for size in sizes]
     for size, plan in zip(sizes, plans, strict=True):
-        used = sum(choice_bytes(plan.choices[name], info) for name, info in opened.tensors.items())
+        used = file_bytes(opened.shards, plan.format_of)
         assert 0.97 * size < used <= size
         assert plan.inputs == {"floor": 3, "size": size, "overrides": [], "fuse": False}
-    with pytest.raises(PlanError, match=r"needs a size of at least .* bytes, got 1000; give --size"):
+    with pytest.raises(PlanError, match=r"needs .* bytes, and has -.* of 1000; give --size"):
         kappaquant.make_plan(opened.tensors, opened.config, "filling", size=1000)
 
 
