@@ -75,12 +75,13 @@ def allocate(
     if chosen is None:
         return None
     taken = [options[number] for options, number in zip(variables, chosen, strict=True)]
+    cost = sum(option.cost for option in taken)
     return Allocation(
         chosen=tuple(map(int, chosen)),
-        cost=sum(option.cost for option in taken),
+        cost=cost,
         size=sum(option.size for option in taken),
         active=sum(option.active for option in taken),
-        bound=problem.bound(prices),
+        bound=min(problem.bound(prices), cost),  # sums in another order may end a bit higher
         proven=proven,
     )
 
