@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kappaquant.commands.planning import check_model
 from kappaquant.errors import PlanError
 from kappaquant.files.documents import check_file, write_whole
 
 if TYPE_CHECKING:
+    from kappaquant.formats.base import Format
     from kappaquant.planning.explorer.contents import Mark
     from kappaquant.planning.plan import Plan
+    from kappaquant.planning.sensitivity import Sensitivities
     from kappaquant.sources.source import Source
 
 ExploreOpt = Annotated[
@@ -52,11 +55,25 @@ def write_page(
 
     source = shlex.join([location, *(["--revision", revision] if revision else [])])
     command = f"kappaquant plan {source} --evidence {shlex.quote(str(evidence))}{_plan_options(plan)}"
+    known = Sensitivities.load(evidence)
+    check_model(evidence, known, opened)
     text = made(
-        plan, opened.tensors, opened.config, Sensitivities.load(evidence), command=command, source=source,
+        plan, opened.tensors, opened.config, known, command=command, source=source, headers=_headers(opened, plan, known),
         measured=[_mark(path) for path in measured or []],
     )  # fmt: skip
     write_whole(page, text.encode())
+
+
+def _headers(opened: Source, plan: Plan, known: Sensitivities) -> int:
+    """Bytes of the headers of a checkpoint's files, whatever the page makes of what it chooses for."""
+    from kappaquant.formats.registry import format_by_id
+    from kappaquant.planning.sizes import header_bytes_at_most
+
+    def formats(name: str) -> list[Format | None]:
+        measured = known.tensors[name].errors if name in known.tensors else ()
+        return [plan.format_of(name), *([None] if measured else []), *(format_by_id(fmt, name) for fmt in measured)]
+
+    return header_bytes_at_most(opened.shards, formats)
 
 
 def _plan_options(plan: Plan) -> str:

@@ -134,11 +134,11 @@ def evidence_of(path: Path | None, source: Source, policy: Policy) -> Sensitivit
             f"--evidence {path}: the {policy.name} policy reads no evidence; take --policy {readers}, or leave it out"
         )
     known = Sensitivities.load(path)
-    _check_model(path, known, source)
+    check_model(path, known, source)
     return known
 
 
-def _check_model(path: Path, known: Sensitivities, source: Source) -> None:
+def check_model(path: Path, known: Sensitivities, source: Source) -> None:
     """Raise PlanError for evidence of another model. Of a source that streams only the revision is known without its weights."""
     from kappaquant.quantizing.calibration.written import model_of
 

@@ -15,7 +15,7 @@ from kappaquant.models.keys_values import kv_bytes
 from kappaquant.planning.sizes import shown
 
 UNITS = {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
-UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+UNITS |= {"B": 1} | {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 _RESERVE_SHARE, _LEAST_RESERVE = 20, 1 << 30  # a twentieth of the memory, or 1 GiB
 
 
@@ -25,7 +25,7 @@ def parse_size(text: str, option: str = "size") -> int:
     unit = next((unit for unit in UNITS if found and unit.lower() == found[2].lower()), None)
     if not found or not unit:
         raise PlanError(
-            f"{option} {text!r}: write a number and a unit, such as 18GB or 17.5GiB; the units are KB, MB, GB and TB of 1000, and "
+            f"{option} {text!r}: write a number and a unit, such as 18GB or 17.5GiB; the units are B, KB, MB, GB and TB of 1000, and "
             "KiB, MiB, GiB and TiB of 1024"
         )
     return int(Decimal(found[1]) * UNITS[unit])

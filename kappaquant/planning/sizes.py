@@ -156,6 +156,21 @@ def most_header_bytes(shards: Collection[str]) -> int:
     return len(shards) * (len(build_header(())[0]) + 8)
 
 
+def header_bytes_at_most(
+    shards: Mapping[str, Mapping[str, TensorInfo]], formats: Callable[[str], Iterable[Format | None]]
+) -> int:
+    """Bytes of the headers of the checkpoint's files, whichever of its formats each tensor takes."""
+    digits = len(str(sum(info.nbytes for tensors in shards.values() for info in tensors.values())))
+    total = most_header_bytes(shards)
+    for tensors in shards.values():
+        for name, info in tensors.items():
+            total += max(
+                most_bytes(info, fmt, digits) - (fmt.nbytes(info.shape) if fmt else info.nbytes)
+                for fmt in formats(name)
+            )
+    return total
+
+
 @cache
 def _unnamed(dtype: str, shape: tuple[int, ...], fmt: Format | None) -> tuple[int, int]:
     """Parts of a tensor, and their bytes with those of their header's entries besides the tensor's name and the digits of offsets."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from command_line import run_here
 from evaluations import evaluation
-from synthetic_evidence import evidence
+from synthetic_evidence import evidence_of
 
 import kappaquant
 
@@ -19,7 +19,7 @@ import kappaquant
 def known(source: Path) -> Path:
     opened = kappaquant.open_source(source)
     path = source.parent / "evidence.json"
-    evidence(opened.tensors, opened.config, outer=False).save(path)
+    evidence_of(opened, outer=False).save(path)
     return path
 
 

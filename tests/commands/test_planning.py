@@ -111,7 +111,7 @@ def test_what_fusing_costs_is_said(model: Path, evidence: Path) -> None:
     ("options", "message"),
     [
         (("--size", "250000"), "--size '250000': write a number and a unit"),
-        (("--size", "250kilo"), "the units are KB, MB, GB and TB of 1000, and KiB, MiB, GiB and TiB of 1024"),
+        (("--size", "250kilo"), "the units are B, KB, MB, GB and TB of 1000, and KiB, MiB, GiB and TiB of 1024"),
         (("--active", "2"), "--active '2': write a number and a unit"),
         (("--fit", "2", "--context", "5"), "--fit '2': write a number and a unit"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from kappaquant.files.safetensors import TensorInfo
@@ -11,8 +12,15 @@ from kappaquant.formats.codebook import GroupSize, fitting
 from kappaquant.models.inventory import Inventory
 from kappaquant.models.role_defaults import Role
 from kappaquant.planning.sensitivity import Sensitivities, TensorErrors, Unit
+from kappaquant.quantizing.calibration.written import model_of
+from kappaquant.sources.source import Source
 
 ERRORS = {2: 0.114, 3: 0.0316, 4: 0.00778, 5: 0.00189, 6: 0.00047, 7: 0.00012, 8: 0.00003}  # of a Gaussian
+
+
+def evidence_of(source: Source, **options: Any) -> Sensitivities:
+    """As if it had been measured of this source."""
+    return replace(evidence(source.tensors, source.config, **options), sha256=model_of(source).sha256)
 
 
 def evidence(

@@ -212,7 +212,7 @@ function start() {
   byId("evidence").textContent = evidenceText();
   byId("loss-name").textContent = lossName();
   byId("assumptions").textContent =
-    "Predicted losses of units are added up, as if they did not depend on each other. Sizes are those of tensors, exact; file headers come on top.";
+    "Predicted losses of units are added up, as if they did not depend on each other. Sizes are those of tensors, exact; headers of files come on top, for which the command's size allows.";
   byId("size").addEventListener("input", () => {
     state.bytes = atPosition(Number(byId("size").value), "bytes");
     update();

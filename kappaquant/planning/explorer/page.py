@@ -27,6 +27,7 @@ def page(
     *,
     command: str = "kappaquant plan SOURCE --evidence evidence.json",
     source: str = "SOURCE",
+    headers: int = 0,
     measured: Iterable[Mark] = (),
 ) -> str:
     """The page of one source: the same text for the same input.
@@ -37,13 +38,14 @@ def page(
         evidence: what was measured; its units are what the page chooses for.
         command: that makes such a plan, to which the page adds the size.
         source: as ``quantize`` is told of it.
+        headers: bytes of the files' headers, at most, which the command's size allows for.
         measured: evaluated checkpoints, which become points beside the curve.
 
     Raises:
         PlanError: evidence of another model, one that lacks a tensor or every format of it.
     """
     contents = Contents(plan, tensors, config, evidence).gathered(measured)
-    contents |= {"command": command, "source": source}
+    contents |= {"command": command, "source": source, "headers": headers}
     script = "\n".join(_read(name) for name in _SCRIPTS)
     style = _read("explorer.css")
     policy = f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; form-action 'none'"

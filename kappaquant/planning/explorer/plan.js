@@ -12,6 +12,7 @@ function planText(contents, problem, size, active, result) {
     for (const row of unit.tensors) for (const name of row.names) entries[name] = { format: row.formats[at], why };
   });
   const inputs = { chosen_in: "explorer", size, evidence: contents.evidence };
+  if (contents.divergence) inputs.predicted_kld = Number(result.loss.toPrecision(6));
   if (active < problem.largest.active) inputs.active = Math.floor(active);
   const head = {
     plan_version: 2,
@@ -35,5 +36,6 @@ function spaced(value) {
 /** What makes such a plan anew and what quantizes it; the first solves exactly, and may differ in single tensors. */
 function commandText(contents, problem, size, active) {
   const limit = active < problem.largest.active ? ` --active ${Math.floor(active)}B` : "";
-  return `${contents.command} --size ${size}B${limit} -o plan.json\nkappaquant quantize ${contents.source} -o OUTPUT --plan plan.json`;
+  const files = size + contents.headers;
+  return `${contents.command} --size ${files}B${limit} -o plan.json\nkappaquant quantize ${contents.source} -o OUTPUT --plan plan.json`;
 }

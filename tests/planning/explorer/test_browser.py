@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shlex
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from browser import Browser
 from command_line import run_here
-from synthetic_evidence import evidence
+from synthetic_evidence import evidence, evidence_of
 from tiny_models import save_tiny
 
 import kappaquant
@@ -37,7 +38,7 @@ def page(model: Path) -> Path:
     """As the command line writes it."""
     source = kappaquant.open_source(model)
     known, path = model.parent / "evidence.json", model.parent / "page.html"
-    evidence(source.tensors, source.config).save(known)
+    evidence_of(source).save(known)
     done = run_here("plan", model, "--evidence", known, "--explore", path)
     assert done.returncode == 0, done.stderr
     return path
@@ -131,14 +132,23 @@ def test_the_copied_plan_is_one_that_quantize_takes(
     assert {name: written.bits(name) for name in written.keys()} == {n: found.bits(n) for n in found.choices}
 
 
-def test_copied_commands_make_and_quantize_a_plan_of_this_size(browser: Browser, model: Path) -> None:
+def test_copied_commands_make_and_quantize_a_plan_of_this_size(browser: Browser, model: Path, tmp_path: Path) -> None:
     browser.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
     browser.run("byId('copy-command').click()")
     browser.wait("byId('done').textContent === 'Commands copied.'")
     first, second = browser.run("navigator.clipboard.readText()").splitlines()
-    size = browser.run("state.bytes")
-    assert first == f"kappaquant plan '{model}' --evidence {model.parent}/evidence.json --size {size}B -o plan.json"
     assert second == f"kappaquant quantize '{model}' -o OUTPUT --plan plan.json"
+    assert first.startswith(f"kappaquant plan '{model}' --evidence {model.parent}/evidence.json --size ")
+    page = browser.run("({loss: state.result.loss, files: state.bytes + contents.headers})")
+    assert first.endswith(f" --size {page['files']}B -o plan.json")
+    command = shlex.split(first)
+    command[command.index("plan.json")] = str(tmp_path / "plan.json")
+    done = run_here(*command[1:])
+    assert done.returncode == 0, done.stderr
+    exact, source = Plan.load(tmp_path / "plan.json"), kappaquant.open_source(model)
+    # the command's files may be as large as the page's tensors and headers, and it solves exactly
+    assert exact.inputs["predicted_kld"] <= page["loss"] * (1 + 1e-5)
+    assert summary(exact, source.tensors, source.config).output_bytes <= page["files"]
 
 
 def test_arrow_keys_walk_the_cells_and_show_each(browser: Browser) -> None:

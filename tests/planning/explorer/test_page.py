@@ -86,8 +86,9 @@ def test_the_same_input_gives_the_same_page() -> None:
 def test_it_embeds_its_contents() -> None:
     plan = make_plan(TENSORS, QWEN, "uniform", group_size=128)
     known = evidence(TENSORS, QWEN, group_size=128)
-    embedded = json.loads(Elements(page(plan, TENSORS, QWEN, known, source="here")).texts["script"][0])
+    embedded = json.loads(Elements(page(plan, TENSORS, QWEN, known, source="here", headers=7)).texts["script"][0])
     assert embedded.pop("source") == "here"
+    assert embedded.pop("headers") == 7
     assert embedded.pop("command").startswith("kappaquant plan")
     assert embedded == json.loads(json.dumps(Contents(plan, TENSORS, QWEN, known).gathered()))
 
