@@ -11,6 +11,7 @@ from typing import Any
 
 from kappaquant.errors import PlanError
 from kappaquant.files.documents import read_json, write_whole
+from kappaquant.formats.codebook import GroupSize, check_group_choice
 from kappaquant.models.roles import Role, TensorKind
 
 EVIDENCE_VERSION = 1
@@ -77,7 +78,7 @@ class Sensitivities:
     sha256: str
     text: dict[str, Any]
     effort: str
-    group_size: int | str
+    group_size: GroupSize
     units: tuple[Unit, ...]
     tensors: dict[str, TensorErrors]
     kurtosis: dict[str, float | None]
@@ -145,6 +146,10 @@ class Sensitivities:
         return made
 
     def _check(self, label: str) -> None:
+        try:
+            check_group_choice(self.group_size)
+        except PlanError as problem:
+            raise PlanError(f"{label}: {problem}; calibrate again") from None
         for name, known in self.tensors.items():
             _check_numbers(f"{label}: {name}", [known.energy, *known.errors.values()])
         for unit in self.units:

@@ -45,6 +45,7 @@ def test_json_and_back(tmp_path: Path) -> None:
         (lambda d: d.update(evidence_version=2), "no evidence that this version reads"),
         (lambda d: d.pop("units"), "not evidence as calibrate writes it"),
         (lambda d: d.update(more=1), "not evidence as calibrate writes it"),
+        (lambda d: d.update(group_size=48), "group size 48: must be .*; calibrate again"),
         (lambda d: d["units"][0].update(kld=-1), "routed experts of layer 0: -1 is no sensitivity"),
         (lambda d: d["units"][0].update(kld="x"), "routed experts of layer 0: 'x' is no sensitivity"),
         (lambda d: d["tensors"]["a"]["errors"].update(tq3g64=float("nan")), "a: nan is no sensitivity"),

@@ -1,0 +1,147 @@
+"""Predicted divergence against measured: plans of many kinds of one model, each quantized and read, beside the plans that evidence makes.
+
+Fixed plans, mixes by chance, and for the bytes of each fixed plan the one that the evidence predicts to be closest. Kept apart: what the
+evidence and calibrated rounding read, and the text that is measured on.
+
+python -m benchmarks.plan_prediction MODEL --evidence evidence.json --text held_out.txt [--calibration text.txt] [--mixes 10] [--windows 8]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+from transformers import AutoTokenizer
+
+import kappaquant
+from benchmarks.environment import environment, save
+from benchmarks.reference_measure import TextYardstick
+from benchmarks.reference_table import quantized
+from kappaquant.checkpoints.open import container_by_id
+from kappaquant.evaluate.documents.report import rounded
+from kappaquant.planning.plan import KEPT, Plan
+from kappaquant.planning.sensitivity import Sensitivities
+from kappaquant.quantizing.calibration.text import Calibration, calibration
+
+WINDOW = 1024
+FIXED: dict[str, dict[str, Any]] = {
+    **{f"uniform {bits}": {"policy": "uniform", "bits": bits} for bits in (2, 3, 4, 5)},
+    **{name: {"policy": "recipe", "recipe": name} for name in ("apex", "apex2", "apex3")},
+}
+POOLS = ((2, 3), (2, 3, 4), (3, 4, 5), (4, 5, 6), (2, 4, 8), (3, 16))  # widths of which a mix draws for each unit
+
+
+class Plans:
+    """Of one source, all in the groups of its evidence."""
+
+    def __init__(self, source: Any, evidence: Sensitivities) -> None:
+        self.source, self.evidence = source, evidence
+
+    def made(self, **options: Any) -> Plan:
+        """Like ``make_plan``."""
+        group_size = self.evidence.group_size
+        return kappaquant.make_plan(self.source.tensors, self.source.config, group_size=group_size, **options)
+
+    def nbytes(self, plan: Plan) -> int:
+        """Of the checkpoint's weight files."""
+        return container_by_id("kappaquant").output_bytes(self.source.shards, plan.format_of)
+
+    def predicted(self, plan: Plan) -> float:
+        """Nats."""
+        formats = {name: None if choice.format == KEPT else choice.format for name, choice in plan.choices.items()}
+        units = self.evidence.units
+        return sum(self.evidence.loss(unit, {name: formats[name] for name in unit.tensors}) for unit in units)
+
+    def all(self, mixes: int) -> Iterator[tuple[str, Plan]]:
+        """Name and plan."""
+        for name, options in FIXED.items():
+            fixed = self.made(**options)
+            yield name, fixed
+            yield (
+                f"measured, bytes of {name}",
+                self.made(policy="sensitivity", sensitivity=self.evidence, size=self.nbytes(fixed)),
+            )
+        draw = random.Random(0)
+        for number in range(mixes):
+            pool = POOLS[number % len(POOLS)]
+            widths = [(unit.tensors, draw.choice(pool)) for unit in self.evidence.units]
+            overrides = [(name, bits) for names, bits in widths for name in names]
+            yield f"mix {number + 1} of {', '.join(map(str, pool))}", self.made(policy="uniform", overrides=overrides)
+
+
+def measure(
+    plans: Plans, yardstick: TextYardstick, text: Calibration | None, mixes: int, console: Console
+) -> list[dict[str, Any]]:
+    """A row for each plan."""
+    rows = []
+    with tempfile.TemporaryDirectory() as work:
+        for number, (name, plan) in enumerate(plans.all(mixes)):
+            packed = quantized(plans.source, plan, Path(work) / str(number), text)
+            kld = yardstick.read({tensor: weight for tensor, (weight, _) in packed.items()}).figures()["kld_nats"]
+            kld.pop("by_position", None)
+            rows.append(
+                {"name": name, "bytes": plans.nbytes(plan), "predicted_kld": plans.predicted(plan), "kld_nats": kld}
+            )
+            console.print(
+                f"{name}: predicted {rows[-1]['predicted_kld']:.5f}, measured {kld['mean']:.5f}", highlight=False
+            )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """All rows, smallest first."""
+    made = Table("plan", "MB", "predicted KLD", "measured (95 %)", "measured over predicted")
+    for row in sorted(rows, key=lambda row: row["bytes"]):
+        kld = row["kld_nats"]
+        low, high = kld["interval_95"]
+        made.add_row(
+            row["name"], f"{row['bytes'] / 1e6:.2f}", f"{row['predicted_kld']:.5f}", f"{kld['mean']:.5f} ({low:.5f} - {high:.5f})",
+            f"{kld['mean'] / row['predicted_kld']:.2f}" if row["predicted_kld"] else "",
+        )  # fmt: skip
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--evidence", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True, help="to measure on")
+    parser.add_argument("--calibration", type=Path, help="for calibrated rounding; without it effort best")
+    parser.add_argument("--calibration-tokens", type=int, default=24 * WINDOW)
+    parser.add_argument("--mixes", type=int, default=10)
+    parser.add_argument("--windows", type=int, default=8, help=f"of {WINDOW} tokens, to measure on")
+    parser.add_argument("--skip", type=int, default=0, help="tokens of the text before them")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--result", required=True, help="its name in benchmarks/results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    console, tokenizer = Console(width=140), AutoTokenizer.from_pretrained(args.model)
+    ids = tokenizer(args.text.read_text(encoding="utf-8"))["input_ids"][args.skip :]
+    windows = [ids[start : start + WINDOW] for start in range(0, min(len(ids), args.windows * WINDOW), WINDOW)]
+    text = args.calibration and calibration(args.calibration, tokenizer, args.calibration_tokens)
+    plans = Plans(kappaquant.open_source(args.model), Sensitivities.load(args.evidence))
+    rows = measure(plans, TextYardstick(args.model, lambda _: windows), text, args.mixes, console)
+    rank = spearmanr([row["predicted_kld"] for row in rows], [row["kld_nats"]["mean"] for row in rows]).statistic
+    save(args.result, rounded({
+        "what": "predicted divergence of plans against measured; made by: python -m benchmarks.plan_prediction",
+        "model": args.model.name, "text": {"name": args.text.name, "windows": len(windows), "skipped": args.skip},
+        "evidence": {"effort": plans.evidence.effort, "bits": plans.evidence.units[0].bits, "text": plans.evidence.text},
+        "rounding": text.record if text else "best", "environment": environment(), "rank_correlation": float(rank), "rows": rows,
+    }))  # fmt: skip
+    console.print(table(rows))
+    console.print(f"rank correlation of predicted and measured: {rank:.3f}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
