@@ -1,0 +1,66 @@
+"""Matrices in all formats: what comes back, what outputs lose, and the rows of tensors that lie one after another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kappaquant.formats import codec
+from kappaquant.formats.codebook import BITS, CodebookFormat
+from kappaquant.quantizing.calibration.stacks import Stack, round_stack
+from kappaquant.quantizing.calibration.trials import Piece, Trial, errors_of, tried
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+WEIGHT, X = draw(2, 6, 80, seed=0), draw(2, 200, 80, seed=1)
+GRAM = X.mT @ X
+
+
+def piece(drawn: torch.Tensor | None, own: torch.Tensor | None, **trial: object) -> Piece:
+    return Piece(WEIGHT, drawn, own, ["a", "b"], Trial(group_size=32, **trial))  # type: ignore[arg-type]
+
+
+def test_errors_are_of_what_the_matrices_give_for_their_inputs() -> None:
+    found = tried(piece(None, GRAM, bits=4))
+    outputs = (X @ WEIGHT.mT).square().sum(1).flatten()
+    torch.testing.assert_close(found.energies.float(), outputs, rtol=1e-4, atol=1e-2)
+    assert list(found.errors) == [f"tq{bits}g32" for bits in BITS]
+    for bits in BITS:
+        fmt = CodebookFormat(bits, 32)
+        back = fmt.decode(codec.encode(WEIGHT, fmt, "best").parts, 80)
+        lost = (X @ (WEIGHT - back).mT).square().sum(1).flatten()
+        torch.testing.assert_close(found.errors[fmt.id].float(), lost, rtol=1e-3, atol=1e-2)
+        if bits == 4:
+            assert torch.equal(found.decoded, back.flatten(0, 1))
+
+
+def test_with_moments_to_round_for_the_codes_are_those_of_calibrated_rounding() -> None:
+    found, fmt = tried(piece(GRAM, GRAM, bits=3)), CodebookFormat(3, 32)
+    parts = round_stack(Stack(WEIGHT, GRAM, fmt, ["a", "b"])).parts
+    assert torch.equal(found.decoded, fmt.decode(parts, 80).flatten(0, 1))
+
+
+def test_without_inputs_errors_are_of_weights() -> None:
+    found = tried(piece(None, None))
+    assert found.energies.sum().item() == pytest.approx(WEIGHT.square().sum().item(), rel=1e-6)
+
+
+def test_rows_go_to_their_tensors() -> None:
+    found = tried(piece(None, None))
+    first, second = errors_of([found], [4, 8])
+    assert first.energy == pytest.approx(WEIGHT.flatten(0, 1)[:4].square().sum().item(), rel=1e-5)
+    assert second.energy == pytest.approx(WEIGHT.flatten(0, 1)[4:].square().sum().item(), rel=1e-5)
+    assert first.errors["tq3g32"] == pytest.approx(
+        (found.errors["tq3g32"][:4].sum() / found.energies[:4].sum()).item(), rel=1e-5
+    )
+    (whole,) = errors_of([found, found], [24])
+    assert whole.energy == pytest.approx(2 * (first.energy + second.energy), rel=1e-5)
+
+
+def test_the_process_keeps_its_threads() -> None:
+    before = torch.get_num_threads()
+    tried(piece(GRAM, GRAM))
+    assert torch.get_num_threads() == before
