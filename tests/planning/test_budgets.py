@@ -25,11 +25,11 @@ def test_sizes_have_units_of_1000_or_1024(text: str, nbytes: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["18", "18000000000", "18G", "18Gi", "18 bytes", "18Gbit", "GB", "-1GB", "1e3GB", "nanGB", "1,5GB", "18B", ""],
+    ["18", "18000000000", "18G", "18Gi", "18 bytes", "18Gbit", "GB", "-1GB", "1e3GB", "nanGB", "1,5GB", "18b1", ""],
 )
 def test_a_size_without_a_unit_or_with_a_strange_one_says_which_there_are(text: str) -> None:
     with pytest.raises(
-        PlanError, match=r"--active .*: write a number and a unit, such as 18GB.*KB, MB, GB and TB of 1000.*KiB"
+        PlanError, match=r"--active .*: write a number and a unit, such as 18GB.*B, KB, MB, GB and TB of 1000.*KiB"
     ):
         parse_size(text, "--active")
 
