@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,12 +40,20 @@ SERIES = {
     "others": Series("others without text", "s", "dimgrey"),
     "others, calibrated": Series("others, calibrated", "*", "black", "", 11),
 }
-#: Where a name may stand: points right of and above its marker, and how it is aligned. The first that is free is taken.
-PLACES = (
-    (8, 0, "left", "center"), (-8, 0, "right", "center"), (0, 8, "center", "bottom"), (0, -8, "center", "top"),
-    (7, 7, "left", "bottom"), (-7, -7, "right", "top"), (7, -7, "left", "top"), (-7, 7, "right", "bottom"),
-    (0, 20, "center", "bottom"), (0, -20, "center", "top"),
-)  # fmt: skip
+NEAR = 8  # points between a marker and a name beside it; one further away is joined to its marker
+
+
+def _places() -> list[tuple[float, float, str, str]]:
+    """Where a name may stand: points right of and above its marker, and how it is aligned. The first that is free is taken."""
+    places: list[tuple[float, float, str, str]] = [
+        (NEAR, 0, "left", "center"), (-NEAR, 0, "right", "center"), (0, NEAR, "center", "bottom"), (0, -NEAR, "center", "top"),
+        (6, 5, "left", "bottom"), (-6, -5, "right", "top"), (6, -5, "left", "top"), (-6, 5, "right", "bottom"),
+    ]  # fmt: skip
+    for distance in range(18, 127, 12):
+        for degrees in (30, -30, 150, -150, 60, -60, 120, -120, 15, -15, 165, -165, 0, 180):
+            right, up = distance * math.cos(math.radians(degrees)), distance * math.sin(math.radians(degrees))
+            places.append((right, up, "left" if right > 0 else "right", "center"))
+    return places
 
 
 def series_of(row: Row) -> str:
@@ -73,7 +84,7 @@ def figure(result: dict[str, Any]) -> tuple[Figure, list[Bbox]]:
     """The picture, and where its names stand, in pixels."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(9, 6), dpi=110, layout="constrained")
+    made = Figure(figsize=(11, 8), dpi=110, layout="constrained")
     axes = made.add_subplot()
     drawn = series(result["rows"])
     for key, points in drawn.items():
@@ -111,17 +122,24 @@ def _names(made: Figure, axes: Axes, drawn: Mapping[str, Sequence[tuple[float, f
     names: list[Bbox] = []
     for key, points in reversed([*drawn.items()]):  # the longest names first
         for bits, kld, name in points:
-            for right, up, across, along in PLACES:
-                text = axes.annotate(
-                    name, (bits, kld), (right, up), textcoords="offset points", ha=across, va=along, fontsize=7.5,
-                    color=SERIES[key].colour if key in ("calibrated", "plain", "own text") else "black",
-                )  # fmt: skip
-                box = text.get_window_extent()
+            colour = SERIES[key].colour if key in ("calibrated", "plain", "own text") else "black"
+            text = axes.annotate(name, (bits, kld), (0, 0), textcoords="offset points", fontsize=7.5, color=colour)
+            at = axes.transData.transform((bits, kld))
+            for right, up, across, along in _places():
+                text.set(position=(right, up), ha=across, va=along)
+                box, away = text.get_window_extent(), math.hypot(right, up)
+                leader = Line([at + np.array([right, up]) * scale * part for part in (NEAR / away, 1)])
                 crossed = any(line.intersects_bbox(box, filled=False) for line in lines)
-                within = inside.containsx(box.x0) and inside.containsx(box.x1)
-                if within and not crossed and not box.count_overlaps([*taken, *names]):
+                hidden = any(leader.intersects_bbox(other, filled=False) for other in (*taken, *names)) and away > NEAR
+                within = all(inside.contains(x, y) for x, y in (box.min, box.max))
+                if within and not crossed and not hidden and not box.count_overlaps([*taken, *names]):
                     names.append(box)
+                    if away > NEAR:
+                        lines.append(leader)
+                        how = {"arrowstyle": "-", "lw": 0.5, "color": "grey", "shrinkA": 0, "shrinkB": 4}
+                        axes.annotate("", (bits, kld), (right, up), textcoords="offset points", arrowprops=how)
                     break
+            else:
                 text.remove()
     return names
 
