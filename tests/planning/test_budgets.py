@@ -16,7 +16,7 @@ CONFIG = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads
     ("text", "nbytes"),
     [
         ("18GB", 18 * 10**9), ("17.5GiB", 35 * GIB // 2), ("900 MB", 9 * 10**8), ("1kb", 1000), ("1KiB", 1024), ("2TB", 2 * 10**12),
-        ("1.5TiB", 3 * 2**39), ("0.1GB", 10**8), ("3gib", 3 * GIB), ("2.2GB", 2_200_000_000),
+        ("3B", 3), ("1.5TiB", 3 * 2**39), ("0.1GB", 10**8), ("3gib", 3 * GIB), ("2.2GB", 2_200_000_000),
     ],
 )  # fmt: skip
 def test_sizes_have_units_of_1000_or_1024(text: str, nbytes: int) -> None:
