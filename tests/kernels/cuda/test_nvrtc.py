@@ -19,6 +19,7 @@ INSTANCES = {
     "encode.cu": "encode<64, 0>",
     "decoded.cu": "decoded<3, 128>",
     "experts.cu": "down<4, 0, 128, false>",
+    "feedback.cu": "feedback<3, 128, true>",
     "gemm.cu": "gemm<3, 0, 0, 0, 128, false, 64, 2, 1, 4, 1>",
     "int8_gemm.cu": "int8_gemm<3, 0, 0, 0, 128, 64, 1, 1, 4, 2>",
     "linear.cu": "linear<3, 0, 0, 0, 128, false, 1, 1, 4, 16>",
