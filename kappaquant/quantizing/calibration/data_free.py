@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from kappaquant.errors import NonFiniteError
 from kappaquant.formats.codebook import BITS, GroupSize, fitting
 from kappaquant.models.inventory import Inventory
 from kappaquant.planning.profile import scan
@@ -20,6 +21,7 @@ def of_weights(
 
     Raises:
         PlanError: a group size that there is not.
+        NonFiniteError: a tensor that no format can hold; names it.
     """
     kinds = Inventory(source.tensors, source.config).kinds
     sizes: dict[int, list[str]] = {}
@@ -34,6 +36,10 @@ def of_weights(
         )  # fmt: skip
         for name in names:
             stats = profile.tensors[name]
+            if not stats.relative_mse:
+                raise NonFiniteError(
+                    f"{name}: holds NaN or infinity, or values whose norms float16 does not hold; repair the source"
+                )
             kurtosis[name] = stats.kurtosis
             errors = {fitting(bits, stats.shape[-1], size).id: error for bits, error in stats.relative_mse.items()}
             tensors[name] = TensorErrors(float(stats.numel), errors)

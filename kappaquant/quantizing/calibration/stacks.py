@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,16 +38,23 @@ def matrices_at_once(rows: int, inputs: int, device: torch.device) -> int:
     return max(1, _BYTES[device.type] // (48 * inputs * inputs + 48 * rows * inputs))
 
 
-@torch.no_grad()
-def round_stack(stack: Stack) -> Rounded:
-    """The stack in its format, on the CPU; on CPUs by one thread, so that the number of processes changes no digit."""
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU one thread of torch's, so that the number of processes changes no digit."""
     threads = torch.get_num_threads()
-    if stack.weight.device.type == "cpu":
+    if device.type == "cpu":
         torch.set_num_threads(1)
     try:
-        inputs = feedback.prepare(feedback.rotated(stack.gram, stack.fmt), stack.fmt.group_size, stack.names)
-        made = feedback.encode(stack.weight, stack.fmt, inputs, stack.names[0])
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def round_stack(stack: Stack) -> Rounded:
+    """The stack in its format, on the CPU; by ``one_thread``."""
+    with one_thread(stack.weight.device):
+        inputs = feedback.prepare(feedback.rotated(stack.gram, stack.fmt), stack.fmt.group_size, stack.names)
+        made = feedback.encode(stack.weight, stack.fmt, inputs, stack.names[0])
     parts = {suffix: part.cpu() for suffix, part in made.parts.items()}
     return Rounded(parts, made.squared_errors.cpu(), made.energies.cpu(), made.weighted_errors.cpu())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from kappaquant.formats.codebook import BITS, CodebookFormat, GroupSize, fitting
 from kappaquant.kernels import dispatch
 from kappaquant.planning.sensitivity import TensorErrors
-from kappaquant.quantizing.calibration.stacks import Stack, round_stack
+from kappaquant.quantizing.calibration.stacks import Stack, one_thread, round_stack
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def tried(piece: Piece) -> Tried:
     """A piece in every format, nearest codes but for the trial's; on CPUs by one thread, for which blocks are made."""
     weight, width = piece.weight, piece.weight.shape[-1]
     chosen = piece.trial.format(width)
-    with _one_thread(weight.device):
+    with one_thread(weight.device):
         plain, errors = weight.float(), {}
         decoded = plain
         for bits in BITS:
@@ -109,14 +108,3 @@ def _sums(parts: Sequence[Tensor], rows: Sequence[int]) -> list[float]:
 def _squares(x: Tensor, gram: Tensor | None) -> Tensor:
     """Of outputs of [B, N, in] by row, float64 [B N]: x H x^T."""
     return (x * x if gram is None else (x @ gram) * x).sum(-1).flatten().double()
-
-
-@contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

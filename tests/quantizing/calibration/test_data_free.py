@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 
 import kappaquant
+from kappaquant.errors import NonFiniteError
+from kappaquant.models.skeleton import load_config, model_class
 from kappaquant.planning.profile import scan
 from kappaquant.quantizing.calibration.data_free import of_weights
 
@@ -35,3 +38,12 @@ def test_a_part_loses_its_share_of_weights(tmp_path: Path) -> None:
     unit = next(unit for unit in found.units if unit.role == "mlp.down")
     (name,) = unit.tensors
     assert found.loss(unit, {name: "tq4g32"}) == pytest.approx(found.tensors[name].errors["tq4g32"])
+
+
+def test_a_tensor_that_no_format_holds_is_named(tmp_path: Path) -> None:
+    folder = tiny_models.save_tiny("llama", tmp_path / "source")
+    model = model_class(load_config(folder)).from_pretrained(folder)
+    model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 3] = torch.nan
+    model.save_pretrained(folder)
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: holds NaN or infinity"):
+        of_weights(kappaquant.open_source(folder), 32, jobs=1, device="cpu")
