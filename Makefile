@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# tests by one process a core, a gigabyte each; with threads of torch's beside them they would wait for each other
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: setup demo test test-slow test-vllm lint benchmark evaluation reference-table real-model clean
@@ -20,11 +22,11 @@ demo: $(READY)
 	$(BIN)/python -m scripts.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # What is too long to wait for after each change; continuous integration runs it.
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-vllm:
 	python=$$(scripts/vllm_venv.sh) && $$python -m pytest tests/engines/vllm tests/formats/test_format_extension.py

@@ -3,7 +3,10 @@
 All 40 layers are 71 GB on disk; of fewer, the time is said for 40 at their pace, the beginning and the vocabulary counted as often. The
 bounds are for one GPU: 20 minutes for 128 thousand tokens, 16 GiB of GPU memory, 8 GiB of the host's.
 
-python -m benchmarks.calibration_cost [--layers 4] [--tokens 131072] [--device cuda] [--folder models]
+With --evidence the same of ``calibrate``: 15 minutes for 8 thousand tokens. A layer there carries the variants of those below, so its
+time grows; a line through the layers' times is followed up to the 40th.
+
+python -m benchmarks.calibration_cost [--evidence] [--layers 4] [--tokens 131072] [--device cuda] [--folder models]
 """
 
 from __future__ import annotations
@@ -15,9 +18,12 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from rich.console import Console
@@ -25,10 +31,15 @@ from rich.table import Table
 
 from benchmarks.environment import environment, save
 from benchmarks.gpu_decode import qwen3_6
+from kappaquant.models.skeleton import load_config
+from kappaquant.quantizing.calibration.text import Calibration
+from kappaquant.sources.source import Source
 
 ALL_LAYERS = 40
-MINUTES, GPU_GIB, HOST_GIB = 20, 16, 8
+MINUTES, GPU_GIB, HOST_GIB = {"quantize": 20, "calibrate": 15}, 16, 8
+TOKENS = {"quantize": 128 * 1024, "calibrate": 8 * 1024}
 WINDOW = 1024
+Work = Callable[[Path, Path, int, str, dict[str, Any]], dict[str, Any]]
 
 
 def build(folder: Path, layers: int) -> None:
@@ -45,35 +56,77 @@ def build(folder: Path, layers: int) -> None:
 
 
 def quantize(source: Path, output: Path, tokens: int, device: str, plan: dict[str, Any]) -> dict[str, Any]:
-    """Quantize once, in this process; seconds, and the most that the GPU held."""
+    """Quantize once, in this process; seconds, those of 40 layers, and the most that the GPU held."""
     import kappaquant
-    from kappaquant.models.skeleton import load_config
-    from kappaquant.quantizing.calibration.text import Calibration
+
+    opened, text = _opened(source, tokens)
+    made = kappaquant.make_plan(opened.tensors, opened.config, **plan)
+    begin = time.perf_counter()
+    kappaquant.quantize(opened, output, made, kappaquant.Options(device=device), calibration=text)
+    seconds = time.perf_counter() - begin
+    layers = load_config(opened.config).get_text_config().num_hidden_layers
+    return {"seconds": seconds, "seconds_40_layers": seconds / layers * ALL_LAYERS, "gpu_bytes": _gpu_bytes(device)}
+
+
+def calibrate(source: Path, output: Path, tokens: int, device: str, plan: dict[str, Any]) -> dict[str, Any]:
+    """The same for evidence; and the seconds of each layer, the last of them the comparison of logits."""
+    from kappaquant.quantizing.calibration.sensitivity import sensitivities
+    from kappaquant.quantizing.calibration.trials import Trial
+
+    opened, text = _opened(source, tokens)
+    begin, at = time.perf_counter(), list[float]()
+
+    def report(done: int, total: int) -> None:
+        at.append(time.perf_counter())
+        print(f"{done} of {total} layers after {at[-1] - begin:.1f} s", file=sys.stderr, flush=True)
+
+    sensitivities(opened, text, Trial(), device, report=report)
+    took = [end - start for start, end in pairwise((*at, time.perf_counter()))][:-1]
+    comparing = time.perf_counter() - at[-1]
+    whole = at[0] - begin + followed(took, load_config(opened.config).get_text_config().layer_types)
+    return {
+        "seconds": time.perf_counter() - begin, "seconds_40_layers": whole + comparing / len(took) * ALL_LAYERS,
+        "layers_seconds": took, "comparing_seconds": comparing, "gpu_bytes": _gpu_bytes(device),
+    }  # fmt: skip
+
+
+def followed(took: list[float], kinds: list[str]) -> float:
+    """Seconds of all 40 layers: a line through those measured, which lies higher for each kind; the first of a kind makes kernels."""
+    names = sorted(set(kinds))
+    known = [number for number, kind in enumerate(kinds) if kind in kinds[:number]]
+    if len(known) <= len(names):
+        sys.exit(f"{len(took)} layers are too few to say what 40 take; use --layers 8")
+    rows = np.array([[number, *(kinds[number] == name for name in names)] for number in known], float)
+    slope, *starts = np.linalg.lstsq(rows, np.array(took)[known], rcond=None)[0]
+    every = [kinds[number % len(kinds)] for number in range(ALL_LAYERS)]
+    return sum(slope * number + starts[names.index(kind)] for number, kind in enumerate(every))
+
+
+def _opened(source: Path, tokens: int) -> tuple[Source, Calibration]:
+    """The model, and random tokens as its text."""
+    import kappaquant
 
     opened = kappaquant.open_source(source)
     vocabulary = load_config(opened.config).get_text_config().vocab_size
     windows = torch.randint(0, vocabulary, (tokens // WINDOW, WINDOW), generator=torch.Generator().manual_seed(0))
-    record = {"file": "random", "tokens": windows.numel(), "window": WINDOW, "tokens_sha256": ""}
-    made = kappaquant.make_plan(opened.tensors, opened.config, **plan)
-    begin = time.perf_counter()
-    kappaquant.quantize(
-        opened, output, made, kappaquant.Options(device=device), calibration=Calibration(windows, record)
+    return opened, Calibration(
+        windows, {"file": "random", "tokens": windows.numel(), "window": WINDOW, "tokens_sha256": ""}
     )
-    return {
-        "seconds": time.perf_counter() - begin,
-        "gpu_bytes": torch.cuda.max_memory_reserved() if device.startswith("cuda") else 0,
-    }
 
 
-def _child(connection: Any, *args: Any) -> None:
-    connection.send(quantize(*args))
+def _gpu_bytes(device: str) -> int:
+    return torch.cuda.max_memory_reserved() if device.startswith("cuda") else 0
 
 
-def measured(*args: Any) -> dict[str, Any]:
-    """``quantize`` in a process of its own, and the largest private memory of its tree: what it maps of files it can give back."""
+def _child(connection: Any, work: Work, *args: Any) -> None:
+    connection.send(work(*args))
+
+
+def measured(work: Work, *args: Any) -> dict[str, Any]:
+    """``work`` in a process of its own, and the largest private memory of its tree: what it maps of files it can give back."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_child, args=(theirs, *args))
+    process = context.Process(target=_child, args=(theirs, work, *args))
     process.start()
     theirs.close()
     resident = private = 0
@@ -104,13 +157,20 @@ def memory_of(process: psutil.Process) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=128 * WINDOW)
+    parser.add_argument("--evidence", action="store_true", help="calibrate, in place of quantize")
+    parser.add_argument(
+        "--tokens", type=int, help=f"{TOKENS['quantize']} unless given, and {TOKENS['calibrate']} with --evidence"
+    )
     parser.add_argument("--device", default="cuda", help="cuda for all GPUs, cuda:0 for one")
     parser.add_argument(
         "--folder", type=Path, help="where the model lies, or is made and kept; default for this run only"
     )
-    parser.add_argument("--result", default="calibration_cost", help="its name in benchmarks/results")
+    parser.add_argument(
+        "--result", help="its name in benchmarks/results; calibration_cost or evidence_cost unless given"
+    )
     options = parser.parse_args()
+    work: Work = calibrate if options.evidence else quantize
+    what, tokens = work.__name__, options.tokens or TOKENS[work.__name__]
     if not torch.cuda.is_available():
         sys.exit("needs an NVIDIA GPU; python -m benchmarks.real_model times a small model on CPUs")
     with tempfile.TemporaryDirectory(prefix="kappaquant-calibration-") as temporary:
@@ -118,16 +178,16 @@ def main() -> None:
         build(source, options.layers)
         torch.cuda.empty_cache()
         plan = {"policy": "recipe", "recipe": "apex2"}
-        found = measured(source, Path(temporary) / "out", options.tokens, options.device, plan)
+        found = measured(work, source, Path(temporary) / "out", tokens, options.device, plan)
     row = {
-        **found, "gpus": torch.cuda.device_count() if options.device == "cuda" else 1, "layers": options.layers,
-        "tokens": options.tokens,
-        "minutes_40_layers": found["seconds"] / options.layers * ALL_LAYERS / 60,
+        **found, "what": what, "gpus": torch.cuda.device_count() if options.device == "cuda" and what == "quantize" else 1,
+        "layers": options.layers, "tokens": tokens, "minutes_40_layers": found["seconds_40_layers"] / 60,
     }  # fmt: skip
-    save(options.result, {"environment": environment("cuda"), "plan": plan, "rows": [row]})
+    result = options.result or ("evidence_cost" if options.evidence else "calibration_cost")
+    save(result, {"environment": environment("cuda"), "plan": None if options.evidence else plan, "rows": [row]})
     table = Table("GPUs", "layers", "s", "min for 40", "GPU GiB", "host GiB (private)")
     table.add_row(
-        f"{row['gpus']}", f"{options.layers}", f"{row['seconds']:.0f}", f"{row['minutes_40_layers']:.1f} (<= {MINUTES})",
+        f"{row['gpus']}", f"{options.layers}", f"{row['seconds']:.0f}", f"{row['minutes_40_layers']:.1f} (<= {MINUTES[what]})",
         f"{row['gpu_bytes'] / 2**30:.1f} (<= {GPU_GIB})",
         f"{row['host_bytes'] / 2**30:.1f} ({row['host_private_bytes'] / 2**30:.1f}; <= {HOST_GIB})",
     )  # fmt: skip

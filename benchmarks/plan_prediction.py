@@ -25,10 +25,10 @@ from transformers import AutoTokenizer
 import kappaquant
 from benchmarks.environment import environment, save
 from benchmarks.reference_measure import TextYardstick
-from benchmarks.reference_table import quantized
+from benchmarks.reference_table import formats_of, quantized
 from kappaquant.checkpoints.open import container_by_id
 from kappaquant.evaluate.documents.report import rounded
-from kappaquant.planning.plan import KEPT, Plan
+from kappaquant.planning.plan import Plan
 from kappaquant.planning.sensitivity import Sensitivities
 from kappaquant.quantizing.calibration.text import Calibration, calibration
 
@@ -57,9 +57,7 @@ class Plans:
 
     def predicted(self, plan: Plan) -> float:
         """Nats."""
-        formats = {name: None if choice.format == KEPT else choice.format for name, choice in plan.choices.items()}
-        units = self.evidence.units
-        return sum(self.evidence.loss(unit, {name: formats[name] for name in unit.tensors}) for unit in units)
+        return self.evidence.predicted(formats_of(plan))
 
     def all(self, mixes: int) -> Iterator[tuple[str, Plan]]:
         """Name and plan."""
@@ -79,13 +77,13 @@ class Plans:
 
 
 def measure(
-    plans: Plans, yardstick: TextYardstick, text: Calibration | None, mixes: int, console: Console
+    plans: Plans, yardstick: TextYardstick, text: Calibration | None, mixes: int, device: str, console: Console
 ) -> list[dict[str, Any]]:
     """A row for each plan."""
     rows = []
     with tempfile.TemporaryDirectory() as work:
         for number, (name, plan) in enumerate(plans.all(mixes)):
-            packed = quantized(plans.source, plan, Path(work) / str(number), text)
+            packed = quantized(plans.source, plan, Path(work) / str(number), text, device)
             kld = yardstick.read({tensor: weight for tensor, (weight, _) in packed.items()}).figures()["kld_nats"]
             kld.pop("by_position", None)
             rows.append(
@@ -121,6 +119,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help=f"of {WINDOW} tokens, to measure on")
     parser.add_argument("--skip", type=int, default=0, help="tokens of the text before them")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="where plans are quantized and read")
     parser.add_argument("--result", required=True, help="its name in benchmarks/results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -131,13 +130,14 @@ def main() -> None:
     windows = [ids[start : start + WINDOW] for start in range(0, min(len(ids), args.windows * WINDOW), WINDOW)]
     text = args.calibration and calibration(args.calibration, tokenizer, args.calibration_tokens)
     plans = Plans(kappaquant.open_source(args.model), Sensitivities.load(args.evidence))
-    rows = measure(plans, TextYardstick(args.model, lambda _: windows), text, args.mixes, console)
+    yardstick = TextYardstick(args.model, lambda _: windows, args.device)
+    rows = measure(plans, yardstick, text, args.mixes, args.device, console)
     rank = spearmanr([row["predicted_kld"] for row in rows], [row["kld_nats"]["mean"] for row in rows]).statistic
     save(args.result, rounded({
         "what": "predicted divergence of plans against measured; made by: python -m benchmarks.plan_prediction",
         "model": args.model.name, "text": {"name": args.text.name, "windows": len(windows), "skipped": args.skip},
         "evidence": {"effort": plans.evidence.effort, "bits": plans.evidence.units[0].bits, "text": plans.evidence.text},
-        "rounding": text.record if text else "best", "environment": environment(), "rank_correlation": float(rank), "rows": rows,
+        "rounding": text.record if text else "best", "environment": environment(args.device), "rank_correlation": float(rank), "rows": rows,
     }))  # fmt: skip
     console.print(table(rows))
     console.print(f"rank correlation of predicted and measured: {rank:.3f}", highlight=False)

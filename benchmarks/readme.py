@@ -193,6 +193,11 @@ def real_model() -> str:
     return real_report.headline(result("real_model"))
 
 
+def real_pairs() -> str:
+    """Real weights: plans by measured sensitivity beside what takes the same bytes."""
+    return real_report.pairs(result("real_model"), real_report.BESIDE)
+
+
 def reference_calibrated() -> str:
     """The reference model at 2 and 3 bits, without text and calibrated."""
     measured = result("reference_calibrated")
@@ -225,7 +230,7 @@ def reference_calibrated() -> str:
 
 Blocks = Mapping[str, Callable[[], str]]
 BLOCKS: Blocks = {
-    "demo": demo, "real_model": real_model, "sizes": sizes, "cost": cost, "codec": codec, "gpu_kernels": gpu_kernels,
+    "demo": demo, "real_model": real_model, "real_pairs": real_pairs, "sizes": sizes, "cost": cost, "codec": codec, "gpu_kernels": gpu_kernels,
     "gpu_decode": gpu_decode, "reference_table": reference_table, "ablation": ablation,
 }  # fmt: skip
 PAGES = {README: BLOCKS, COMPARISON: {"reference_calibrated": reference_calibrated}}

@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import ROOT
-from benchmarks.real_measure import Bench, Packed, Variant
+from benchmarks.real_measure import GROUP, Bench, Packed, Variant
 
 PYTHON = ROOT / ".venv-calibrated" / "bin" / "python"
 SCRIPT = ROOT / "benchmarks" / "real_gptq.py"
-GROUP = 64  # of a row of 576; their usual 128 does not divide it
 METHODS = {
     "gptq": ("GPTQ", (4, 3, 2), f"llm-compressor GPTQModifier, symmetric, groups of {GROUP}"),
-    "autoround": ("AutoRound", (4, 3), f"AutoRound, symmetric, groups of {GROUP}, 50 steps a block (its light recipe)"),
+    "autoround": ("AutoRound", (4, 3), f"AutoRound, symmetric, groups of {GROUP}, 200 steps a block (its default)"),
 }
 
 
-def absent() -> str | None:
+def absent(bench: Bench) -> str | None:
     """Why the methods cannot be asked; None if they can."""
     return None if PYTHON.exists() else "not installed: scripts/calibrated_venv.sh sets up its environment"
 
@@ -39,8 +38,8 @@ def variants() -> list[Variant]:
             setting,
             partial(made, method, bits),
             True,
-            absent,
-            partial(seconds, method, bits),
+            absent=absent,
+            took=partial(seconds, method, bits),
         )
         for method, (title, widths, setting) in METHODS.items()
         for bits in widths

@@ -46,12 +46,38 @@ def variants() -> list[Variant]:
     for name, weighted in FILES:
         setting = f"llama_model_quantize, {name}{', importance matrix' if weighted else ''}"
         title = f"llama.cpp {name}{' imatrix' if weighted else ''}"
-        found.append(Variant(title, "llama.cpp", setting, partial(whole_file, name, weighted), weighted, absent))
+        found.append(
+            Variant(
+                title,
+                "llama.cpp",
+                setting,
+                partial(whole_file, name, weighted),
+                weighted,
+                absent=lambda bench: absent(),
+            )
+        )
     for name, weighted in TYPES:
         setting = f"ggml_quantize_chunk, {name}, blocks across rows{', importance matrix' if weighted else ''}"
         title = f"type {name}{' imatrix' if weighted else ''}"
-        found.append(Variant(title, "llama.cpp type", setting, partial(one_type, name, weighted), weighted, absent))
+        found.append(
+            Variant(
+                title,
+                "llama.cpp type",
+                setting,
+                partial(one_type, name, weighted),
+                weighted,
+                absent=lambda bench: absent(),
+            )
+        )
     return found
+
+
+def sizes() -> list[str]:
+    """Of the whole files one row for each size: an importance matrix changes no bytes."""
+    first: dict[str, str] = {}
+    for variant, (name, _) in zip(variants(), FILES, strict=False):
+        first.setdefault(name, variant.name)
+    return list(first.values())
 
 
 def importance(bench: Bench) -> Mapping[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,12 +15,19 @@ from torch import Tensor
 
 import kappaquant
 from benchmarks.reference_measure import TextYardstick
+from benchmarks.reference_table import formats_of
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.planning import profile as scanner
 from kappaquant.planning.plan import KEPT, Plan
+from kappaquant.planning.sensitivity import Sensitivities
+from kappaquant.quantizing.calibration.sensitivity import sensitivities
+from kappaquant.quantizing.calibration.text import Calibration
+from kappaquant.quantizing.calibration.trials import Trial
 
 WINDOW = 1024
 CALIBRATION_WINDOWS = 24
+EVIDENCE_WINDOWS = 8
+GROUP = 64  # of a row of 576; the usual 128 does not divide it
 Packed = Mapping[str, tuple[Tensor, int]]  # name -> (dequantized, bytes as stored)
 Row = dict[str, Any]
 
@@ -32,7 +40,8 @@ class Variant:
         name: as the table calls it; group: "kappaquant", "llama.cpp", ...; setting: what it was told, in words.
         make: from what is shared to every tensor that it changes; what it leaves out is counted in 16 bits.
         calibrated: whether it saw the first half of the text.
-        absent: why it cannot be made on this machine; None if it can.
+        plan: what it is quantized by, for those whose divergence the evidence predicts: of kappaquant, and calibrated.
+        absent: why it cannot be made here; None if it can.
         took: seconds that making it took, where it is kept between runs.
     """
 
@@ -41,7 +50,8 @@ class Variant:
     setting: str
     make: Callable[[Bench], Packed]
     calibrated: bool = False
-    absent: Callable[[], str | None] = lambda: None
+    plan: Callable[[Bench], Plan] | None = None
+    absent: Callable[[Bench], str | None] = lambda bench: None
     took: Callable[[Bench], float] | None = None
 
 
@@ -53,10 +63,16 @@ class Bench:
         text: a long text that the model was not fitted to.
         windows: of 1,024 tokens, to measure on.
         work: for files that a variant writes.
+        device: where the text is read, and kappaquant quantizes.
+        known: bytes of the rows that have been measured.
     """
 
-    def __init__(self, folder: Path, text: str, windows: int, work: Path) -> None:
+    def __init__(
+        self, folder: Path, text: str, windows: int, work: Path, device: str = "cpu",
+        known: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:  # fmt: skip
         self.folder, self.text, self.windows, self.work = folder, text, windows, work
+        self.device, self.known = device, known
         self.source = kappaquant.open_source(folder)
         self.infos: Mapping[str, TensorInfo] = self.source.tensors
 
@@ -71,7 +87,7 @@ class Bench:
     @cached_property
     def yardstick(self) -> TextYardstick:
         """Reads the second half; made late, for it takes minutes and gigabytes."""
-        return TextYardstick(self.folder, lambda tokenizer: self.halves[1])
+        return TextYardstick(self.folder, lambda tokenizer: self.halves[1], self.device)
 
     @cached_property
     def kappa(self) -> dict[str, float]:
@@ -88,6 +104,23 @@ class Bench:
         """A plan of the source."""
         return kappaquant.make_plan(self.infos, self.source.config, profile=self.kappa, **options)
 
+    def calibration(self, windows: int = CALIBRATION_WINDOWS) -> Calibration:
+        """The beginning of the first half, as the commands take a text."""
+        some = torch.tensor(self.halves[0][:windows])
+        digest = hashlib.sha256(some.numpy().tobytes()).hexdigest()
+        record = {"file": "the first half", "tokens": some.numel(), "window": WINDOW, "tokens_sha256": digest}
+        return Calibration(some, record)
+
+    @cached_property
+    def evidence(self) -> Sensitivities:
+        """Of the first windows, kept beside the model (inside, it would pass for a part of it)."""
+        text, path = self.calibration(EVIDENCE_WINDOWS), self.folder.with_name(f"{self.folder.name}-evidence.json")
+        if path.exists() and (found := Sensitivities.load(path)).text == text.record:
+            return found
+        found = sensitivities(self.source, text, Trial(group_size=GROUP), self.device)
+        found.save(path)
+        return found
+
     def weights(self) -> dict[str, Tensor]:
         """The original's matrices, by name, in float32."""
         from safetensors import safe_open
@@ -100,7 +133,7 @@ class Bench:
         row: Row = {
             "name": variant.name, "group": variant.group, "setting": variant.setting, "calibrated": variant.calibrated
         }  # fmt: skip
-        if why := variant.absent():
+        if why := variant.absent(self):
             return {**row, "absent": why}
         start = time.perf_counter()
         packed = variant.make(self)
@@ -108,6 +141,8 @@ class Bench:
         seconds = variant.took(self) if variant.took else made - start
         figures = self.yardstick.read({name: tensor for name, (tensor, _) in packed.items()}).figures()
         figures["kld_nats"].pop("by_position", None)
+        if variant.plan:
+            row["predicted_kld"] = self.evidence.predicted(formats_of(variant.plan(self)))
         return {
             **row, **sizes(packed, self.infos, self.matrices), "weight_error": self.error(packed), **figures,
             "seconds_to_make": round(seconds, 1), "seconds_to_measure": round(time.perf_counter() - made, 1),
@@ -165,7 +200,7 @@ def mean_squares(bench: Bench) -> dict[str, Tensor]:
         if f"{path}.weight" in bench.matrices:
             hooks.append(module.register_forward_pre_hook(collect(f"{path}.weight")))
     for window in bench.halves[0]:
-        model.model(input_ids=torch.tensor([window]), use_cache=False)
+        model.model(input_ids=torch.tensor([window], device=model.device), use_cache=False)
     for hook in hooks:
         hook.remove()
-    return {name: (total / (CALIBRATION_WINDOWS * WINDOW)).float() for name, total in sums.items()}
+    return {name: (total / (CALIBRATION_WINDOWS * WINDOW)).float().cpu() for name, total in sums.items()}

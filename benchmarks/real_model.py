@@ -28,14 +28,15 @@ import transformers
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from benchmarks import real_calibrated, real_llamacpp
+from benchmarks import real_calibrated, real_llamacpp, real_measured
 from benchmarks.environment import RESULTS, environment, save
-from benchmarks.real_measure import CALIBRATION_WINDOWS, WINDOW, Bench, Packed, Row, Variant
+from benchmarks.real_measure import CALIBRATION_WINDOWS, GROUP, WINDOW, Bench, Packed, Row, Variant
 from benchmarks.real_weights import default_folder, prepared
 from benchmarks.reference_peers import BitsAndBytes, Hqq, Peer, round_to_nearest
 from benchmarks.reference_table import quantized
 from kappaquant.cli import app
 from kappaquant.evaluate.documents.report import rounded
+from kappaquant.planning.plan import Plan
 from kappaquant.quantizing.calibration.text import Calibration, calibration
 
 NEVER = 1e9  # a κ that no tensor reaches: policies here keep nothing in 16 bits
@@ -48,7 +49,7 @@ OWN: dict[str, dict[str, Any]] = {
     "kurtosis 3.5": {"policy": "kurtosis", "ladder": (3, 4)},
 }
 CALIBRATED: dict[str, dict[str, Any]] = {
-    **{f"calibrated {bits} g64": {"policy": "uniform", "bits": bits, "group_size": 64} for bits in (2, 3, 4, 5)},
+    **{f"calibrated {bits} g64": {"policy": "uniform", "bits": bits, "group_size": GROUP} for bits in (2, 3, 4, 5)},
     "calibrated kurtosis 2.5 g64": {"policy": "kurtosis", "ladder": (2, 3), "group_size": 64},
     "calibrated kurtosis 3.5 g64": {"policy": "kurtosis", "ladder": (3, 4), "group_size": 64},
     "calibrated apex2 g64": {"policy": "recipe", "recipe": "apex2", "group_size": 64},
@@ -58,27 +59,27 @@ CALIBRATED |= {
     f"calibrated {bits} g64, embedding 8": {
         "policy": "uniform", "bits": bits, "group_size": 64, "overrides": (("*embed_tokens.weight", 8),)
     }
-    for bits in (3, 4)
+    for bits in (3, 4, 5, 6)
 }  # fmt: skip
 OWN_TEXT = {f"own text {bits} g64": {"policy": "uniform", "bits": bits, "group_size": 64} for bits in (3, 4)}
-GROUP = 64  # of a row of 576; 128 does not divide it
 PACKAGES = ("gguf", "llama-cpp-python", "bitsandbytes", "hqq", "llmcompressor", "auto-round")
 
 
 def own(name: str, options: Mapping[str, Any], bench: Bench, calibration: Calibration | None = None) -> Packed:
-    """Quantized as the command does it. A ladder without thresholds gets the median κ, by weights, as its one step."""
-    options = dict(options)
+    """Quantized as the command does it."""
+    return quantized(bench.source, planned(options, bench), bench.work / name, calibration, bench.device)
+
+
+def planned(options: Mapping[str, Any], bench: Bench) -> Plan:
+    """A ladder without thresholds gets the median κ, by weights, as its one step."""
     if options["policy"] == "kurtosis":
-        options["thresholds"] = (median_kappa(bench), NEVER)
-    return quantized(bench.source, bench.plan(**options), bench.work / name, calibration)
+        options = {**options, "thresholds": (median_kappa(bench), NEVER)}
+    return bench.plan(**options)
 
 
 def calibrated(name: str, options: Mapping[str, Any], bench: Bench) -> Packed:
     """Quantized as the command does it with --calibration."""
-    windows = torch.tensor(bench.halves[0])
-    digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-    record = {"file": "the first half", "tokens": windows.numel(), "window": WINDOW, "tokens_sha256": digest}
-    return own(name, options, bench, Calibration(windows, record))
+    return own(name, options, bench, bench.calibration())
 
 
 def on_own_text(name: str, options: Mapping[str, Any], bench: Bench) -> Packed:
@@ -115,7 +116,7 @@ def variants() -> list[Variant]:
     """Every row but the original, in the order in which they are measured."""
     found = [Variant(n, "kappaquant", json.dumps(o), partial(own, n, o)) for n, o in OWN.items()]
     found += [
-        Variant(n, "kappaquant", json.dumps(o), partial(calibrated, n, o), calibrated=True)
+        Variant(n, "kappaquant", json.dumps(o), partial(calibrated, n, o), True, partial(planned, o))
         for n, o in CALIBRATED.items()
     ]
     found += [
@@ -127,10 +128,11 @@ def variants() -> list[Variant]:
         found.append(Variant(f"RTN int{bits} g{GROUP}", "rounding", setting, partial(rounding, bits)))
     for peer in (BitsAndBytes(), Hqq(4), Hqq(3), Hqq(2)):
         found.append(Variant(peer.name, "peer", peer.setting, partial(by_peer, peer), absent=partial(missing, peer)))
-    return [*found, *real_llamacpp.variants(), *real_calibrated.variants()]
+    found += [*real_llamacpp.variants(), *real_calibrated.variants()]
+    return found + real_measured.variants((*CALIBRATED, *real_llamacpp.sizes()))
 
 
-def missing(peer: Peer) -> str | None:
+def missing(peer: Peer, bench: Bench) -> str | None:
     """Why a peer cannot be asked."""
     return None if peer.version else f"{peer.package} not installed"
 
@@ -155,6 +157,14 @@ def document(fixed: dict[str, Any], before: dict[str, Any], original: Any, row: 
     """The result with one more row. Rows of another text, model or amount of text are not kept."""
     rows = before["rows"] if comparable(fixed, before) else []
     return rounded({**fixed, "original": original, "rows": merged(rows, row)})
+
+
+def sizes_in(path: Path, fixed: dict[str, Any]) -> dict[str, int]:
+    """Bytes of the rows that a result has."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {
+        r["name"]: r["model_bytes"] for r in before.get("rows", ()) if "absent" not in r and comparable(fixed, before)
+    }
 
 
 def comparable(fixed: dict[str, Any], before: dict[str, Any]) -> bool:
@@ -192,6 +202,7 @@ def main() -> None:
         "--dither", type=int, help="a seed: noise of the size of the source's own rounding takes its grid away"
     )
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="where the text is read, and kappaquant quantizes")
     args = parser.parse_args()
     if not args.text.is_file():
         parser.error(f"{args.text}: no such file; name a text to measure on, such as the test split of wikitext-2")
@@ -207,15 +218,17 @@ def main() -> None:
         "model": prepared(folder, args.dither), "text": args.text.name,
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(), "windows": args.windows, "tokens": args.windows * (WINDOW - 1),
         "calibration": f"{CALIBRATION_WINDOWS} windows of {WINDOW} tokens of the first half, for rows that are calibrated",
-        "environment": {**environment(), "threads": args.threads, "peers": {p: installed(p) for p in PACKAGES}},
+        "environment": {**environment(args.device), "threads": args.threads, "peers": {p: installed(p) for p in PACKAGES}},
     }  # fmt: skip
     path = RESULTS / f"{name}.json"
     with tempfile.TemporaryDirectory() as work:
-        bench = Bench(folder, text, args.windows, Path(work))
+        known = partial(sizes_in, path, fixed)
+        bench = Bench(folder, text, args.windows, Path(work), args.device, known)
         original = asdict(bench.yardstick.perplexity())
         console.print(f"original: perplexity {original['value']:.3f}", highlight=False)
         for variant in todo:
-            row = {**bench.row(variant), "commit": fixed["environment"]["commit"]}
+            where = {key: fixed["environment"][key] for key in ("device", "commit")}
+            row = {**bench.row(variant), **where}
             before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}  # anew: others may add rows
             save(name, document(fixed, before, original, row))
             console.print(line(row), highlight=False, soft_wrap=True)

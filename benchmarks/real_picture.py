@@ -1,10 +1,10 @@
-"""The picture of benchmarks/results/real_model.json: divergence against the bits of the matrices, each point with its name."""
+"""Pictures of benchmarks/results/real_model.json: divergence against the bits of the matrices, and against the size of the model."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,9 +37,37 @@ SERIES = {
     "calibrated": Series("kappaquant, calibrated", "D", "tab:red", "-", 9),
     "own text": Series("kappaquant, calibrated on text of the model's own", "d", "tab:orange", "--", 9),
     "calibrated, other": Series("kappaquant, calibrated: recipes, κ", "D", "lightcoral", "", 6),
+    "embedding 8": Series("kappaquant, calibrated, embedding in 8 bits", "D", "tab:purple", "-", 8),
+    "measured": Series("kappaquant, calibrated, bits by measured sensitivity", "D", "tab:green", "-", 9),
     "others": Series("others without text", "s", "dimgrey"),
     "others, calibrated": Series("others, calibrated", "*", "black", "", 11),
 }
+UNNAMED = ("measured",)  # their line says it
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is drawn against what.
+
+    Attributes:
+        label: of the horizontal axis; value: of a row on it.
+        shows: whether a row belongs there.
+    """
+
+    label: str
+    value: Callable[[Row], float]
+    shows: Callable[[Row], bool]
+
+
+#: The embedding counts in the size alone, so what differs in it is in the second; "types" are no whole models.
+BITS = Picture(
+    "bits per weight of the matrices", lambda row: float(row["matrix_bits_per_weight"]),
+    lambda row: series_of(row) not in ("measured", "embedding 8"),
+)  # fmt: skip
+SIZE = Picture(
+    "MB of the model", lambda row: row["model_bytes"] / 1e6,
+    lambda row: row["group"] != "llama.cpp type" and row["kld_nats"]["mean"] < 1,
+)  # fmt: skip
 NEAR = 8  # points between a marker and a name beside it; one further away is joined to its marker
 
 
@@ -60,33 +88,35 @@ def series_of(row: Row) -> str:
     """Which of ``SERIES`` a row belongs to."""
     if row["group"] != "kappaquant":
         return "others, calibrated" if row["calibrated"] else "others"
+    if row["name"].startswith("measured"):
+        return "measured"
     setting = json.loads(row["setting"])
     if row["name"].startswith("own text"):
         return "own text"
     if setting["policy"] != "uniform":
         return "calibrated, other" if row["calibrated"] else "plain, other"
     if row["calibrated"]:
-        return "calibrated"
+        return "embedding 8" if "overrides" in setting else "calibrated"
     return "plain, other" if "group_size" in setting else "plain"
 
 
-def series(rows: Iterable[Row]) -> dict[str, list[tuple[float, float, str]]]:
-    """Series -> (bits of the matrices, KLD, name), by bits; in the order of ``SERIES``."""
+def series(rows: Iterable[Row], picture: Picture = BITS) -> dict[str, list[tuple[float, float, str]]]:
+    """Series -> (place on the axis, KLD, name), by place; in the order of ``SERIES``."""
     found: dict[str, list[tuple[float, float, str]]] = {key: [] for key in SERIES}
     for row in rows:
-        if "absent" not in row:
-            point = row["matrix_bits_per_weight"], row["kld_nats"]["mean"], row["name"]
+        if "absent" not in row and picture.shows(row):
+            point = picture.value(row), row["kld_nats"]["mean"], row["name"]
             found[series_of(row)].append(point)
     return {key: sorted(points) for key, points in found.items() if points}
 
 
-def figure(result: dict[str, Any]) -> tuple[Figure, list[Bbox]]:
+def figure(result: dict[str, Any], picture: Picture = BITS) -> tuple[Figure, list[Bbox]]:
     """The picture, and where its names stand, in pixels."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(11, 8), dpi=110, layout="constrained")
     axes = made.add_subplot()
-    drawn = series(result["rows"])
+    drawn = series(result["rows"], picture)
     for key, points in drawn.items():
         how = SERIES[key]
         bits, kld, _ = zip(*points, strict=True)
@@ -96,7 +126,7 @@ def figure(result: dict[str, Any]) -> tuple[Figure, list[Bbox]]:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.margins(0.08)
-    axes.set(xlabel="bits per weight of the matrices", ylabel="KL divergence from float32, nats (less is better)")
+    axes.set(xlabel=picture.label, ylabel="KL divergence from float32, nats (less is better)")
     axes.set_title("SmolLM2-135M-Instruct", fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
@@ -120,7 +150,8 @@ def _names(made: Figure, axes: Axes, drawn: Mapping[str, Sequence[tuple[float, f
         if SERIES[key].line:
             lines.append(Line(at))
     names: list[Bbox] = []
-    for key, points in reversed([*drawn.items()]):  # the longest names first
+    named = [(key, points) for key, points in drawn.items() if key not in UNNAMED]
+    for key, points in reversed(named):  # the longest names first
         for bits, kld, name in points:
             colour = SERIES[key].colour if key in ("calibrated", "plain", "own text") else "black"
             text = axes.annotate(name, (bits, kld), (0, 0), textcoords="offset points", fontsize=7.5, color=colour)
@@ -144,6 +175,6 @@ def _names(made: Figure, axes: Axes, drawn: Mapping[str, Sequence[tuple[float, f
     return names
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    made, _ = figure(result)
+def draw(result: dict[str, Any], path: Path, picture: Picture = BITS) -> None:
+    made, _ = figure(result, picture)
     made.savefig(path)

@@ -1,23 +1,29 @@
-"""The table and the picture of benchmarks/results/real_model.json: divergence against the bits of the matrices.
+"""The tables and the pictures of benchmarks/results/real_model.json: divergence against the bits of the matrices, and against megabytes.
 
-python -m benchmarks.real_report [RESULT.json] [PICTURE.png]
+python -m benchmarks.real_report
 """
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
-from benchmarks.environment import RESULTS, ROOT
-from benchmarks.real_picture import draw
+from scipy.stats import spearmanr
 
-RESULT, PICTURE, PAGE = RESULTS / "real_model.json", ROOT / "docs" / "real_model.png", ROOT / "docs" / "real_model.md"
+from benchmarks.environment import RESULTS, ROOT
+from benchmarks.real_picture import BITS, SIZE, draw
+
+RESULT, PAGE = RESULTS / "real_model.json", ROOT / "docs" / "real_model.md"
+PICTURES = {ROOT / "docs" / "real_model.png": BITS, ROOT / "docs" / "real_model_size.png": SIZE}
 HEAD = (
     "variant", "calibrated", "bits/weight of the matrices", "MB of the model", "KLD (95 %)", "same top token", "perplexity",
 )  # fmt: skip
-BEGIN, END = "<!-- table -->\n", "\n<!-- /table -->"
+#: what README puts beside plans by measurement
+BESIDE = ("llama.cpp*", "calibrated ? g64, embedding 8", "calibrated apex2*", "calibrated kurtosis*")
+MEASURED = "measured, bytes of "
+PAIRS = ("MB", "beside", "its KLD", "bits by measurement", "ratio")
 #: README's rows of ours, where they have been measured
 OURS = ("uniform 3 g64", "own text 3 g64", "calibrated 3 g64", "own text 4 g64", "calibrated 4 g64")
 NEAR = 0.5  # bits a weight between two rows that README puts side by side
@@ -42,11 +48,45 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def pairs(result: dict[str, Any], patterns: Sequence[str] = ("*",)) -> str:
+    """Plans by measured sensitivity, each beside the row whose bytes it was given if its name matches, as Markdown."""
+    made = {row["name"]: row for row in result["rows"] if "absent" not in row}
+    found = []
+    for name, row in made.items():
+        beside = made.get(name.removeprefix(MEASURED))
+        if name.startswith(MEASURED) and beside:
+            weighted = made.get(f"{beside['name']} imatrix")  # the same bytes
+            others = [other for other in (beside, weighted) if other]
+            found += [(o, row) for o in others if any(fnmatchcase(o["name"], pattern) for pattern in patterns)]
+    found.sort(key=lambda pair: pair[0]["model_bytes"])
+    lines = [PAIRS, ["---"] * len(PAIRS)]
+    for other, row in found:
+        theirs, ours = other["kld_nats"]["mean"], row["kld_nats"]["mean"]
+        lines.append(
+            [
+                f"{other['model_bytes'] / 1e6:.1f}", other["name"], f"{theirs:.4f}", f"**{ours:.4f}**",
+                f"{ours / theirs:.2f}",
+            ]
+        )  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def predictions(result: dict[str, Any]) -> str:
+    """How well the evidence predicted: rank correlation, and measured over predicted divergence from the least to the most."""
+    both = [(r["predicted_kld"], r["kld_nats"]["mean"]) for r in result["rows"] if "predicted_kld" in r]
+    rank = spearmanr(both).statistic
+    ratios = sorted(measured / predicted for predicted, measured in both)
+    return (
+        f"{len(both)} plans of 2 to 8 bits: rank correlation of predicted and measured divergence {rank:.3f}; measured over predicted "
+        f"{ratios[0]:.2f} to {ratios[-1]:.2f}, in the middle {ratios[len(ratios) // 2]:.2f}."
+    )
+
+
 def caption(result: dict[str, Any], up: str = "../") -> str:
     """What the table was measured on; ``up``: from the page to the root."""
     return (
-        f"{result['tokens']:,} predicted tokens; perplexity of the original in float32: {result['original']['value']:.2f}. "
-        f"{result['environment']['cores']} CPU cores ([{RESULT.name}]({up}benchmarks/results/{RESULT.name}))."
+        f"{result['tokens']:,} predicted tokens; perplexity of the original in float32: {result['original']['value']:.2f}; "
+        f"on CPUs and an H200, as each row says ([{RESULT.name}]({up}benchmarks/results/{RESULT.name}))."
     )
 
 
@@ -70,20 +110,26 @@ def headline(result: dict[str, Any]) -> str:
 
 
 def page(text: str, result: dict[str, Any]) -> str:
-    """The document with its table made anew."""
-    before, found, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    if not found or not after:
-        raise SystemExit(f"{PAGE.name} needs a block between {BEGIN.strip()} and {END.strip()}")
-    return f"{before}{BEGIN}{table(result)}\n\n{caption(result)}{END}{after}"
+    """The document with its tables made anew."""
+    for what, block in (
+        ("table", f"{table(result)}\n\n{caption(result)}"),
+        ("pairs", f"{pairs(result)}\n\n{predictions(result)}"),
+    ):
+        begin, end = f"<!-- {what} -->\n", f"\n<!-- /{what} -->"
+        before, found, rest = text.partition(begin)
+        after = rest.partition(end)[2]
+        if not found or not after:
+            raise SystemExit(f"{PAGE.name} needs a block between {begin.strip()} and {end.strip()}")
+        text = f"{before}{begin}{block}{end}{after}"
+    return text
 
 
 def main() -> None:
-    result = json.loads(Path(sys.argv[1] if len(sys.argv) > 1 else RESULT).read_text(encoding="utf-8"))
-    draw(result, Path(sys.argv[2]) if len(sys.argv) > 2 else PICTURE)
-    print(f"{table(result)}\n\n{caption(result)}")
-    if len(sys.argv) == 1:
-        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), result), encoding="utf-8")
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    for path, picture in PICTURES.items():
+        draw(result, path, picture)
+    print(f"{table(result)}\n\n{caption(result)}\n\n{pairs(result)}\n\n{predictions(result)}")
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def compared(log_p: Tensor, logits: Tensor, predicted: Tensor) -> dict[str, Tens
         if not bool(kld.isfinite().all()):
             raise UnsupportedError("the model's logits hold NaN or infinity, so there is no divergence to measure")
         found.append((kld, (log_p[part].argmax(-1) == log_q.argmax(-1)).byte(), _loss(log_q, predicted[part])))
-    return {key: torch.cat(each) for key, each in zip(("kld", "agreed", "loss"), zip(*found, strict=True), strict=True)}
+    columns = zip(("kld", "agreed", "loss"), zip(*found, strict=True), strict=True)
+    return {key: torch.cat(each).cpu() for key, each in columns}
 
 
 def _loss(log_q: Tensor, predicted: Tensor) -> Tensor:
@@ -77,12 +78,13 @@ class TextYardstick:
     Args:
         folder: of the original.
         text: its token sequences, made with the original's tokenizer.
+        device: where it reads; a GPU rounds float32 products as a CPU does, for TensorFloat-32 is off by default.
     """
 
-    def __init__(self, folder: Path, text: Callable[[Any], list[list[int]]]) -> None:
+    def __init__(self, folder: Path, text: Callable[[Any], list[list[int]]], device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self._original = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.sequences = text(self.tokenizer)
@@ -91,7 +93,7 @@ class TextYardstick:
         self._loss: dict[int, Tensor] = {}
         for index, predicted, logits in self._scored(self.model):
             self._log_p[index] = torch.log_softmax(logits.float(), -1)
-            self._loss[index] = _loss(self._log_p[index], predicted)
+            self._loss[index] = _loss(self._log_p[index], predicted.to(logits.device)).cpu()
 
     @property
     def tokens(self) -> int:
@@ -105,7 +107,10 @@ class TextYardstick:
     def read(self, tensors: Mapping[str, Tensor], model: Any = None) -> Reading:
         """The text under these weights; tensors that are not named are the original's. ``model``: another to run it."""
         with self._wearing(tensors):
-            found = {i: compared(self._log_p[i], logits, seen) for i, seen, logits in self._scored(model or self.model)}
+            found = {
+                i: compared(self._log_p[i], logits, seen.to(logits.device))
+                for i, seen, logits in self._scored(model or self.model)
+            }
         columns = {key: [found[i][key].numpy() for i in sorted(found)] for key in ("kld", "agreed", "loss")}
         return Reading(**columns)
 

@@ -83,13 +83,18 @@ class Bench:
 
 
 def quantized(
-    source: Source, plan: Plan, folder: Path, calibration: Calibration | None = None
+    source: Source, plan: Plan, folder: Path, calibration: Calibration | None = None, device: str | None = None
 ) -> dict[str, tuple[Tensor, int]]:
     """Quantize as the command does, and read back: name -> (dequantized, bytes) of the quantized tensors."""
-    kappaquant.quantize(source, folder, plan, calibration=calibration)
+    kappaquant.quantize(source, folder, plan, kappaquant.Options(device=device), calibration=calibration)
     checkpoint = open_checkpoint(folder)
     packed = [tensor for tensor in checkpoint.keys() if checkpoint.format_of(tensor) is not None]
     return {tensor: (checkpoint.dequantize(tensor), checkpoint.nbytes(tensor)) for tensor in packed}
+
+
+def formats_of(plan: Plan) -> dict[str, str | None]:
+    """Format id of each tensor, None for one that is kept."""
+    return {name: None if choice.format == KEPT else choice.format for name, choice in plan.choices.items()}
 
 
 def own_rows(bench: Bench) -> Iterator[Row]:

@@ -28,7 +28,7 @@ def test_calibrated_variants_have_the_plan_of_plain_ones() -> None:
         assert demo.VARIANTS[name] == demo.VARIANTS[name.removesuffix(demo.CALIBRATED)]
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [PLAIN[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PLAIN[1:])])
 def test_printed_commands_write_the_same_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "OUTPUT", tmp_path)
     source = kappaquant.open_source(demo.MODEL)

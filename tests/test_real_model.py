@@ -199,7 +199,7 @@ def test_halves_do_not_overlap() -> None:
 
 
 def test_what_is_not_installed_is_a_row_that_says_so() -> None:
-    variant = Variant("x", "peer", "as it comes", lambda bench: {}, absent=lambda: "x is not installed")
+    variant = Variant("x", "peer", "as it comes", lambda bench: {}, absent=lambda bench: "x is not installed")
     row = Bench.row(None, variant)  # type: ignore[arg-type]
     assert row["absent"] == "x is not installed"
     assert "x is not installed" in real_model.line(row)
@@ -216,4 +216,4 @@ def test_rows_have_names_of_their_own_and_keep_their_order() -> None:
 
 def test_calibrated_methods_say_what_sets_them_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real_calibrated, "PYTHON", Path("nowhere"))
-    assert "scripts/calibrated_venv.sh" in (real_calibrated.absent() or "")
+    assert "scripts/calibrated_venv.sh" in (real_calibrated.absent(None) or "")

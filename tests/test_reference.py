@@ -77,6 +77,7 @@ def _small_model():
     return config, weights
 
 
+@pytest.mark.slow
 def test_rescaling_makes_tails_and_changes_no_logit():
     config, weights = _small_model()
     scaled = rescale(weights, config)

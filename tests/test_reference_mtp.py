@@ -80,6 +80,7 @@ def test_weights_by_their_names_in_checkpoints() -> None:
         again.load({name: t for name, t in predictor.tensors().items() if name != "mtp.norm.weight"})
 
 
+@pytest.mark.slow
 def test_most_guesses_are_taken() -> None:
     model, predictor = load()
     prompts = held_out_prompts(AutoTokenizer.from_pretrained(MODEL))

@@ -103,8 +103,8 @@ def test_continuous_integration_runs_the_tests() -> None:
     recipes = (ROOT / "Makefile").read_text(encoding="utf-8").split("\n\n")
     recipe = {step: next(r for r in recipes if re.search(rf"^{step[5:]}:", r, re.MULTILINE)) for step in steps}
     assert all(call in recipe["make lint"] for call in ("ruff check .", "ruff format --check .", "/mypy"))
-    assert recipe["make test"].endswith('pytest -m "not slow"')
-    assert recipe["make test-slow"].endswith("pytest -m slow")
+    assert recipe["make test"].endswith('$(PYTEST) -m "not slow"')
+    assert recipe["make test-slow"].endswith("$(PYTEST) -m slow")
     assert "pytest tests/engines/vllm" in recipe["make test-vllm"]
 
 

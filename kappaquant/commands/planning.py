@@ -167,3 +167,14 @@ def check_files(plan: Plan, source: Source, container: str) -> None:
             f"--format {container}: the weight files take {taken:,} bytes in this format, more than the {size:,} allowed; give a "
             "smaller size, or the kappaquant format"
         )
+
+
+def warn_of_prediction(plan: Plan) -> None:
+    """Say so where a plan's divergence was predicted of calibrated rounding, and is not what will be written."""
+    match plan.inputs:
+        case {"evidence": {"effort": "calibrated"}, "predicted_kld": predicted}:
+            logger.warning(
+                "the plan's %.3g nats are predicted of calibrated rounding; without --effort calibrated, or --calibration, "
+                "expect several times as much",
+                predicted,
+            )

@@ -35,6 +35,7 @@ from kappaquant.commands.planning import (
     PolicyOpt,
     SizeOpt,
     check_files,
+    warn_of_prediction,
 )
 from kappaquant.commands.terminal import console, progress, show
 from kappaquant.errors import PlanError
@@ -238,6 +239,8 @@ def quantize(
         made = PlanSettings(policy, policy_options, profile, evidence, limits, group, overrides).plan(opened, fuse)
         check_files(made, opened, container)
     check(opened, made, options, calibrated)
+    if not calibrated:
+        warn_of_prediction(made)
     text = calibration_of(opened, folder, calibration, calibration_tokens, device) if calibrated else None
     with progress("quantize") as report:
         path = run(opened, folder, made, options, report, text)

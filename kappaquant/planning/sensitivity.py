@@ -98,6 +98,14 @@ class Sensitivities:
         base = sum(self._error(name, self.format_at(name, unit.bits)) for name in unit.tensors)
         return unit.kld * lost / base if base else 0.0
 
+    def predicted(self, formats: Mapping[str, str | None]) -> float:
+        """Predicted KL divergence of a model whose tensors are in these formats, None for one that is kept: the units' together.
+
+        Raises:
+            PlanError: a tensor or a format was not measured.
+        """
+        return sum(self.loss(unit, {name: formats[name] for name in unit.tensors}) for unit in self.units)
+
     def _error(self, name: str, fmt: str | None) -> float:
         if fmt is None:
             return 0.0

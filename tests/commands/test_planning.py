@@ -75,6 +75,17 @@ def test_from_evidence_over_a_plan_to_a_checkpoint_of_that_size(model: Path, evi
     assert same[0] == same[1]
 
 
+def test_a_prediction_of_calibrated_rounding_is_no_prediction_without(
+    model: Path, evidence: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calibrated = tmp_path / "evidence.json"
+    calibrated.write_text(evidence.read_text().replace('"effort": "best"', '"effort": "calibrated"'))
+    for path, warns in ((evidence, False), (calibrated, True)):
+        done = run_here("quantize", model, "-o", tmp_path / f"out-{warns}", "--evidence", path, "--size", "0.25MB")
+        assert done.returncode == 0, done.stderr
+        assert ("nats are predicted of calibrated rounding; without --effort calibrated" in caplog.text) is warns
+
+
 def test_budgets_in_every_form(model: Path, evidence: Path) -> None:
     by = "--evidence", evidence
     weights = sum(info.numel for info in kappaquant.open_source(model).tensors.values())

@@ -250,6 +250,7 @@ def test_tq3_native_has_no_manifest(tmp_path: Path) -> None:
         make_card(quantize(source, tmp_path / "out", container="tq3_native"))
 
 
+@pytest.mark.slow
 def test_its_code_loads_and_its_commands_make_the_same_bytes(tmp_path: Path) -> None:
     source = save_tiny("qwen3_moe", tmp_path / "tiny")
     character_tokenizer().save_pretrained(source)

@@ -65,7 +65,7 @@ def journal_lines(output: Path) -> int:
     return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
-@pytest.mark.parametrize(("jobs", "kills"), [(1, 5), (2, 2)])
+@pytest.mark.parametrize(("jobs", "kills"), [(1, 5), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_sigkill_at_any_moment(
     source: Path, driver: Path, expected: dict[str, str], tmp_path: Path, jobs: int, kills: int
 ) -> None:

@@ -54,6 +54,7 @@ def test_command_against_the_original(command: Command, tmp_path: Path) -> None:
     assert "decode tok/s" in command("bench", quantized, *arguments).stdout
 
 
+@pytest.mark.slow
 def test_the_benchmark_on_a_tiny_model() -> None:
     """Every variant that runs on the card, made and measured here."""
     model = tiny_model("qwen3_5_moe_text")

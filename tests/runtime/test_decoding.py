@@ -53,7 +53,7 @@ def decoded(decoder: Decoder, ids: Tensor, mask: Tensor | None, following: Tenso
     return torch.stack([*found, *(decoder.step(row).clone() for row in following)], 1)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_steps_say_what_the_whole_text_says(architecture: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch with padding, a prompt in chunks, windows passed, and a prompt before it that leaves no trace."""

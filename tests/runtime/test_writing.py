@@ -30,6 +30,7 @@ def count(tokenizer: Any, texts: list[str]) -> int:
     return sum(len(tokenizer(text)["input_ids"]) for text in texts)
 
 
+@pytest.mark.slow
 def test_the_same_texts_again_and_enough_of_them(tiny: tuple[Any, Any]) -> None:
     model, tokenizer = tiny
     told: list[tuple[str, int, int]] = []

@@ -7,11 +7,10 @@ import torch
 
 from kappaquant.formats import codec
 from kappaquant.formats.codebook import FORMATS, CodebookFormat
-from kappaquant.kernels.cuda import nvrtc, tensor_cores
+from kappaquant.kernels.cuda import tensor_cores
 
 ALL = sorted(FORMATS.values(), key=lambda f: (f.bits, f.group_size))
 gpu = pytest.mark.gpu
-needs_compiler = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=str(nvrtc.unavailable()))
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

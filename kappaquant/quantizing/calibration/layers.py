@@ -56,6 +56,11 @@ class Layers:
     def __len__(self) -> int:
         return len(self._layers)
 
+    @property
+    def width(self) -> int:
+        """Of hidden states."""
+        return int(self._decoder.embed_tokens.embedding_dim)
+
     def names(self, number: int) -> list[str]:
         """Checkpoint names of a layer's tensors."""
         prefix = self.prefixes[number]

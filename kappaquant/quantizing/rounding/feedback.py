@@ -121,15 +121,18 @@ def prepare(gram: Tensor, group_size: int, names: Sequence[str], damping: float 
 
 
 def _inverse_factor(gram: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """(upper Cholesky factors of inverses [B, K, K] in another order, float32, and which could be made)."""
+    """(upper Cholesky factors of inverses [B, K, K] in another order, float32, and which could be made).
+
+    With the order turned round, H = L L^T; turned back, L^-1 is upper triangular, and H^-1 = (L^-1)^T L^-1.
+    """
     upper = torch.empty(gram.shape, device=gram.device)
     fine = torch.empty(len(gram), dtype=torch.bool, device=gram.device)
+    one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # one by one: a GPU's factorizations of a batch are meant for small matrices
-    for at, (matrix, order) in enumerate(zip(gram, columns, strict=True)):
+    for at, (matrix, order) in enumerate(zip(gram, columns.flip(1), strict=True)):
         lower, failed = torch.linalg.cholesky_ex(matrix[order][:, order])
-        factor, then = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        upper[at] = factor
-        fine[at] = (failed == 0) & (then == 0) & upper[at].isfinite().all()
+        upper[at] = torch.linalg.solve_triangular(lower, one, upper=False).flip(0, 1)
+        fine[at] = (failed == 0) & upper[at].isfinite().all()
     return upper, fine
 
 
@@ -141,50 +144,62 @@ def encode(weight: Tensor, fmt: CodebookFormat, inputs: Inputs, name: str = "wei
     """
     plain = dispatch.encode(weight, fmt, "best", name=name)  # refuses what cannot be stored
     target = fmt.rotate(weight).mT.contiguous()
-    free = _State.of(plain.parts[PACKED_SUFFIX], plain.parts[NORMS_SUFFIX], fmt)
-    found = _feed_back(target, fmt, inputs)
-    found = _refit(found, target, fmt, inputs.gram)
-    found = _descend(found, target, fmt, inputs.gram)
-    found = _refit(found, target, fmt, inputs.gram)
-    found = _better(found, free, target, fmt, inputs.gram)
-    error = target - found.values(fmt)
+    aim = _Aim(target, fmt, inputs.gram)
+    free = aim.state(*_unpacked(plain.parts[PACKED_SUFFIX], plain.parts[NORMS_SUFFIX], fmt))
+    found = _feed_back(aim, inputs)
+    found = _better(found, _refit(found, aim))
+    found = _better(found, _descend(found, aim))
+    found = _better(found, _refit(found, aim))
+    found = _better(found, free)
     norms = found.norms.mT.to(codec.NORMS_TORCH[fmt.norms]).contiguous()
     return Rounded(
         {PACKED_SUFFIX: codec.pack(found.codes.mT.contiguous(), fmt.bits), NORMS_SUFFIX: norms},
-        error.square().sum(1), target.square().sum(1), _weighted(error, inputs.gram),
+        (target - _values(found.codes, found.norms, fmt)).square().sum(1), target.square().sum(1), found.lost,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _State:
-    """Codes uint8 [B, K, N], and norms float32 [B, K / group_size, N] that the stored dtype holds."""
+    """Codes uint8 [B, K, N], norms float32 [B, K / group_size, N] that the stored dtype holds, and the rows' errors under H [B, N]."""
 
     codes: Tensor
     norms: Tensor
-
-    @classmethod
-    def of(cls, packed: Tensor, norms: Tensor, fmt: CodebookFormat) -> _State:
-        return cls(codec.unpack(packed, fmt.bits).mT.contiguous(), norms.float().mT.contiguous())
-
-    def values(self, fmt: CodebookFormat) -> Tensor:
-        """float32 [B, K, N], still rotated."""
-        book = codec.centroids(fmt, self.codes.device)
-        return book[self.codes.int()] * self.norms.repeat_interleave(fmt.group_size, 1)
+    lost: Tensor
 
 
-def _weighted(error: Tensor, gram: Tensor) -> Tensor:
-    return ((gram @ error) * error).sum(1)
+@dataclass(frozen=True)
+class _Aim:
+    """What codes and norms are to come close to: rotated weights float32 [B, K, N] under H [B, K, K]."""
+
+    target: Tensor
+    fmt: CodebookFormat
+    gram: Tensor
+
+    def state(self, codes: Tensor, norms: Tensor) -> _State:
+        """These, with what they lose."""
+        error = self.target - _values(codes, norms, self.fmt)
+        return _State(codes, norms, ((self.gram @ error) * error).sum(1))
 
 
-def _better(a: _State, b: _State, target: Tensor, fmt: CodebookFormat, gram: Tensor) -> _State:
-    """Of each row the state whose error under H is lower, the first where they are equal."""
-    first, second = (_weighted(target - state.values(fmt), gram) for state in (a, b))
-    take = (second < first)[:, None]
-    return _State(torch.where(take, b.codes, a.codes), torch.where(take, b.norms, a.norms))
+def _unpacked(packed: Tensor, norms: Tensor, fmt: CodebookFormat) -> tuple[Tensor, Tensor]:
+    return codec.unpack(packed, fmt.bits).mT.contiguous(), norms.float().mT.contiguous()
 
 
-def _feed_back(target: Tensor, fmt: CodebookFormat, inputs: Inputs) -> _State:
+def _values(codes: Tensor, norms: Tensor, fmt: CodebookFormat) -> Tensor:
+    """float32 [B, K, N], still rotated."""
+    return codec.centroids(fmt, codes.device)[codes.int()] * norms.repeat_interleave(fmt.group_size, 1)
+
+
+def _better(a: _State, b: _State) -> _State:
+    """Of each row the state that loses less, the first where they are equal."""
+    take = b.lost < a.lost
+    codes, norms = (torch.where(take[:, None], y, x) for x, y in ((a.codes, b.codes), (a.norms, b.norms)))
+    return _State(codes, norms, torch.where(take, b.lost, a.lost))
+
+
+def _feed_back(aim: _Aim, inputs: Inputs) -> _State:
     """Codes and norms group by group; of each group's norms that are tried the one whose rounding leaves least to spread."""
+    target, fmt = aim.target, aim.fmt
     size = fmt.group_size
     count, width, rows = target.shape
     grouped = target.view(count, -1, size, rows)
@@ -204,7 +219,7 @@ def _feed_back(target: Tensor, fmt: CodebookFormat, inputs: Inputs) -> _State:
         rest[:, stop:] -= upper[:, :, stop:].mT @ errors.gather(1, each).squeeze(1).transpose(0, 1)
     back = inputs.order.argsort(1)[..., None]
     codes = codes.gather(1, back[..., None].expand_as(codes))
-    return _State(codes.view_as(target), norms.gather(1, back.expand_as(norms)))
+    return aim.state(codes.view_as(target), norms.gather(1, back.expand_as(norms)))
 
 
 def _plain_norms(block: Tensor, fmt: CodebookFormat) -> Tensor:
@@ -219,8 +234,9 @@ def _plain_norms(block: Tensor, fmt: CodebookFormat) -> Tensor:
     return (norm * (dot / assignment.dot(assignment.centroids, assignment.centroids))).view(len(block), -1)
 
 
-def _refit(state: _State, target: Tensor, fmt: CodebookFormat, gram: Tensor) -> _State:
-    """The norms that minimize a row's error under H for its codes, where they are positive and do lower it."""
+def _refit(state: _State, aim: _Aim) -> _State:
+    """The norms that minimize a row's error under H for its codes, where all of them are positive."""
+    target, fmt, gram = aim.target, aim.fmt, aim.gram
     (count, number, rows), size = state.norms.shape, fmt.group_size
     book = codec.centroids(fmt, target.device)
     norms = torch.empty_like(state.norms)
@@ -236,14 +252,15 @@ def _refit(state: _State, target: Tensor, fmt: CodebookFormat, gram: Tensor) -> 
         solved, _ = torch.linalg.solve_ex(system, wanted[..., None])
         norms[..., some] = _stored(solved.squeeze(-1).mT, fmt)
     usable = (norms.isfinite() & (norms > 0)).all(1, keepdim=True)
-    return _better(state, _State(state.codes, torch.where(usable, norms, state.norms)), target, fmt, gram)
+    return aim.state(state.codes, torch.where(usable, norms, state.norms))
 
 
-def _descend(state: _State, target: Tensor, fmt: CodebookFormat, gram: Tensor) -> _State:
+def _descend(state: _State, aim: _Aim) -> _State:
     """Codes changed one input at a time to what is nearest to the best value of it, all others as they are."""
+    target, fmt, gram = aim.target, aim.fmt, aim.gram
     size = fmt.group_size
     book = codec.centroids(fmt, target.device)
-    codes, values = state.codes.clone(), state.values(fmt)
+    codes, values = state.codes.clone(), _values(state.codes, state.norms, fmt)
     inverses = 1 / gram.diagonal(dim1=1, dim2=2)
     left = gram @ (target - values)
     for _ in range(_SWEEPS):
@@ -256,7 +273,7 @@ def _descend(state: _State, target: Tensor, fmt: CodebookFormat, gram: Tensor) -
             codes[:, some] = found.transpose(0, 1)
             values[:, some] = book[codes[:, some].int()] * norms[:, None]
             left -= gram[:, :, some] @ changes.transpose(0, 1)
-    return _better(state, _State(codes, state.norms), target, fmt, gram)
+    return aim.state(codes, state.norms)
 
 
 def _stored(norms: Tensor, fmt: CodebookFormat) -> Tensor:

@@ -64,6 +64,7 @@ def test_dequantized_weights_lie_as_far_as_packed_ones(
     assert unpacked.divergence.maximum == pytest.approx(packed.divergence.maximum, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(
     checkpoint: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def run(pair: Any, spec: TaskSpec, logits: Path, progress: Any = lambda *_: None
     return evaluate_against(pair, pair.source.folder / "evaluation.txt", logits, HOW, progress, [spec])
 
 
+@pytest.mark.slow
 def test_a_task_says_what_the_models_own_evaluation_says(pair: Any, spec: TaskSpec, whole: Evaluation) -> None:
     from reference.evaluate import answers
     from reference.text import Problem, extract_answer, format_prompt
@@ -95,6 +96,7 @@ def test_a_task_says_what_the_models_own_evaluation_says(pair: Any, spec: TaskSp
     assert "0" in own
 
 
+@pytest.mark.slow
 def test_an_interrupted_task_goes_on_where_it_was(
     pair: Any, spec: TaskSpec, whole: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +127,7 @@ def test_an_interrupted_task_goes_on_where_it_was(
         run(pair, spec, logits)
 
 
+@pytest.mark.slow
 def test_the_command_keeps_tasks_measured_before(pair: Any, whole: Evaluation, tmp_path: Path) -> None:
     report = tmp_path / "evaluation.json"
     whole.save(report)

@@ -64,7 +64,9 @@ def test_sigkill_at_any_moment(tmp_path: Path) -> None:
     assert not journal.parent.exists()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mixtral", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "qwen3_5_moe"))]
+)
 def test_how_tensors_are_cut_decides_no_weight(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

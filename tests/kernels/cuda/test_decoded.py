@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_products import ALL, error, gpu, needs_compiler, prepared, random
+from gpu_products import ALL, error, gpu, prepared, random
+from nvrtc_here import ARCHITECTURES, needs_compiler
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats.codebook import CodebookFormat
@@ -12,7 +13,7 @@ from kappaquant.kernels.cuda import decoded, nvrtc
 
 
 @needs_compiler
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile(arch: str) -> None:
     for instance in ("decoded<3, 128>", "decoded<6, 256>", "decoded<5, 32>", "decoded<8, 64>"):
         assert nvrtc.compiled("decoded.cu", instance, arch)[0].startswith(b"\x7fELF")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from nvrtc_here import ARCHITECTURES, needs_compiler
 
 from kappaquant.errors import NonFiniteError, PlanError, UnsupportedError
 from kappaquant.formats import codec
@@ -20,7 +21,6 @@ from kappaquant.kernels.cuda import encoder, nvrtc
 ALL = sorted(FORMATS.values(), key=lambda f: (f.bits, f.group_size))
 CPU = torch.device("cpu")
 gpu = pytest.mark.gpu
-needs_compiler = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=str(nvrtc.unavailable()))
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -33,7 +33,7 @@ def thresholds(fmt: CodebookFormat) -> torch.Tensor:
 
 
 @needs_compiler
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile(arch: str) -> None:
     for group in GROUP_SIZES:
         for kind in encoder.DTYPES.values():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_products import gpu, needs_compiler, random
+from gpu_products import gpu, random
+from nvrtc_here import ARCHITECTURES, needs_compiler
 
 from kappaquant.formats import codec
 from kappaquant.formats.codebook import BITS, CodebookFormat
@@ -17,7 +18,7 @@ NO_EXPERTS = (-1, EXPERTS, 2**31 - 1, -(2**31), 2**32, 2**32 + 1, 2**63 - 1)
 
 
 @needs_compiler
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile(arch: str) -> None:
     for instance in (
         "gate_up<3, 0, 0, 128, false, 8>", "gate_up<6, 4, 8, 64, true, 8>", "gate_up<2, 5, 3, 256, false, 8>",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nvrtc_here import ARCHITECTURES, needs_compiler
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats.codebook import BITS, FORMATS, CodebookFormat
@@ -13,11 +14,10 @@ from kappaquant.quantizing.rounding import feedback as rounding
 from kappaquant.quantizing.rounding import groups
 
 ALL = sorted(FORMATS.values(), key=lambda f: (f.bits, f.group_size))
-needs_compiler = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=str(nvrtc.unavailable()))
 
 
 @needs_compiler
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile(arch: str) -> None:
     for bits, again in ((BITS[0], "false"), (BITS[-1], "true")):
         for group in GROUP_SIZES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nvrtc_here import needs_compiler
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats import codec
@@ -23,7 +24,6 @@ INT8_LAUNCHES = (
     int8_gemm.Launch(128, 2, 1, 4, 1), int8_gemm.Launch(128, 3, 1, 3, 1), int8_gemm.Launch(128, 1, 4, 4, 1),
     int8_gemm.Launch(64, 2, 1, 4, 1), int8_gemm.Launch(64, 1, 2, 3, 2), int8_gemm.Launch(64, 2, 8, 4, 1),
 )  # fmt: skip
-needs_compiler = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=str(nvrtc.unavailable()))
 
 
 def hopper(test):  # type: ignore[no-untyped-def]
@@ -36,7 +36,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @needs_compiler
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [3, *(pytest.param(bits, marks=pytest.mark.slow) for bits in BITS if bits != 3)])
 def test_products_compile(bits: int) -> None:
     for use in [*LAUNCHES[bits % 2 :: 2], *(INT8_LAUNCHES[bits % 2 :: 2] if bits in INT8_BITS else ())]:
         code, name = nvrtc.compiled(use.file, use.instance([bits, 0, 0, 0], 64), "sm_90a")

@@ -8,7 +8,7 @@ import pkgutil
 from importlib import import_module
 
 import pytest
-from gpu_products import needs_compiler
+from nvrtc_here import needs_compiler
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.kernels import cuda

@@ -6,7 +6,8 @@ import struct
 
 import pytest
 import torch
-from gpu_products import ALL, error, gpu, needs_compiler, prepared, random
+from gpu_products import ALL, error, gpu, prepared, random
+from nvrtc_here import ARCHITECTURES, needs_compiler
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats import codec
@@ -76,7 +77,7 @@ def test_float16_tables_hold_the_codebook(bits: int) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile(arch: str) -> None:
     instances = [f"linear<{b}, 0, 0, 0, 128, false, 1, 1, 4, 0>" for b in tensor_cores.INT8_BITS]
     instances += [f"linear<{b}, 0, 0, 0, 64, true, 2, 1, 8, 16>" for b in BITS]

@@ -52,7 +52,7 @@ def test_codes_are_the_textbooks(monkeypatch: pytest.MonkeyPatch) -> None:
     fmt, x = CodebookFormat(3, 32), correlated(96)
     inputs = prepared(x, fmt)
     target = fmt.rotate(torch.randn(6, 96, generator=torch.Generator().manual_seed(1)))
-    found = feedback._feed_back(target.t().contiguous()[None], fmt, inputs)
+    found = feedback._feed_back(feedback._Aim(target.t().contiguous()[None], fmt, inputs.gram), inputs)
     expected = [textbook(row, inputs, norms, fmt) for row, norms in zip(target, found.norms[0].t(), strict=True)]
     assert (
         found.codes[0].t() == torch.tensor(expected)
@@ -70,9 +70,8 @@ def test_no_row_is_worse_and_all_together_are_much_better(bits: int, group: int)
     decoded = fmt.decode(parts, WIDTH)
     plain = fmt.decode(fmt.encode(weight).parts, WIDTH)
     target = fmt.rotate(weight)
-    with_feedback, without = (
-        feedback._weighted((target - fmt.rotate(each)).t()[None], inputs.gram)[0] for each in (decoded, plain)
-    )
+    errors = (target - fmt.rotate(each) for each in (decoded, plain))
+    with_feedback, without = ((error @ inputs.gram[0] * error).sum(1) for error in errors)
     assert (with_feedback <= without * (1 + 1e-3)).all()
     assert weighted(weight, decoded, x).sum() < 0.6 * weighted(weight, plain, x).sum()
     if WIDTH % group == 0:  # else padding is rounded too

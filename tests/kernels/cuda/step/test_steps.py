@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from nvrtc_here import ARCHITECTURES, needs_compiler
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,7 +15,6 @@ from kappaquant.kernels.cuda import nvrtc
 from kappaquant.kernels.cuda.step import attention, deltanet, dense, route
 
 gpu = pytest.mark.gpu
-needs_compiler = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=str(nvrtc.unavailable()))
 LOOSE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 
@@ -40,7 +40,7 @@ CLUSTERS = (
 
 
 @needs_compiler
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("file", "instance"), INSTANCES + CLUSTERS)
 def test_compiles(file: str, instance: str, arch: str) -> None:
     if arch == "sm_80" and (file, instance) in CLUSTERS:
