@@ -83,6 +83,7 @@ def _plan_options(plan: Plan) -> str:
     ]
     words += ["--group-size", str(plan.group_size)] if plan.group_size != "auto" else []
     words += ["--fuse-legal"] if plan.inputs.get("fuse") else []
+    words += ["--target", plan.inputs["target"]] if "target" in plan.inputs else []
     return "".join(f" {shlex.quote(word)}" for word in words)
 
 

@@ -100,7 +100,7 @@ def make_plan(
     _check_budgets(chosen, choices, inventory, budget)
     inputs = {**chosen.inputs(), **decision.inputs}
     inputs |= {name: limit for name, limit in (("size", size), ("active", active)) if limit is not None}
-    inputs |= {"overrides": [list(pair) for pair in overrides], "fuse": fuse}
+    inputs |= {"overrides": [list(pair) for pair in overrides], "fuse": fuse} | ({"target": target} if target else {})
     warnings = decision.warnings + _warnings(inventory, choices)
     if target:
         warnings += _mixed(choices, inventory, target)

@@ -35,7 +35,7 @@ def test_it_writes_the_page_beside_the_plan(source: Path, known: Path, tmp_path:
     evaluation(nbytes=123_456, mean=0.02, interval=(0.01, 0.03)).save(tmp_path / "measured" / "evaluation.json")
     done = run_here(
         "plan", source, "--evidence", known, "--explore", page, "--measured", tmp_path / "measured", "--policy", "uniform",
-        "--bits", 4, "--set", "*.o_proj.weight=5", "--fuse-legal",
+        "--bits", 4, "--set", "*.o_proj.weight=5", "--fuse-legal", "--target", "vllm",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "open it in a browser" in " ".join(done.stdout.split())
@@ -44,9 +44,10 @@ def test_it_writes_the_page_beside_the_plan(source: Path, known: Path, tmp_path:
     assert (mark["name"], mark["nbytes"], mark["loss"]) == ("measured", 123_456, 0.02)
     assert embedded["source"] == str(source)
     assert embedded["command"] == (
-        f"kappaquant plan {source} --evidence {known} --set '*.o_proj.weight=5' --fuse-legal"
+        f"kappaquant plan {source} --evidence {known} --set '*.o_proj.weight=5' --fuse-legal --target vllm"
     )
     assert embedded["fuse"] is True
+    assert embedded["target"] == "vllm"
 
 
 def test_json_output_stays_json(source: Path, known: Path, tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ class Contents:
     """Gathers what the page knows of one source.
 
     Attributes:
-        plan: what gives group size, overrides, and whether fused layers share a width; the page starts at its size.
+        plan: what gives group size, overrides, whether fused layers share a width, and the engine it is for; the page starts at its
+            size.
         tensors: every tensor of the source; config: its config.json.
         evidence: whose units become free to choose; what is in none of them stays as it is.
     """
@@ -85,7 +86,8 @@ class Contents:
             "evidence": {"kind": self.evidence.kind, "model": self.evidence.model, "sha256": self.evidence.sha256},
             "group_size": self.plan.group_size,
             "overrides": self._overrides(),
-            "fuse": self._fuse(),
+            "fuse": bool(self.plan.inputs.get("fuse", False)),
+            "target": self._target,
             "warnings": list(self.plan.warnings),
             "weights": sum(info.numel for info in self.tensors.values()),
             "names": names,
@@ -101,8 +103,13 @@ class Contents:
     def _overrides(self) -> list[Any]:
         return list(self.plan.inputs.get("overrides", []))
 
-    def _fuse(self) -> bool:
-        return bool(self.plan.inputs.get("fuse", False))
+    @property
+    def _target(self) -> str | None:
+        """The engine that the plan is for, whose fused layers get one width, and which cannot pack everything."""
+        return self.plan.inputs.get("target")
+
+    def _kept_for_target(self, inventory: Inventory, name: str) -> bool:
+        return bool(self._target and why_kept(inventory, name, self.plan.group_size, (name,), self._target))
 
     def _set_by_hand(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern, _ in self._overrides())
@@ -117,7 +124,11 @@ class Contents:
                         f"{name}: the evidence names it, but the source has no such tensor; calibrate this very model"
                     )
             names = tuple(
-                name for name in unit.tensors if not inventory.kinds[name].refuse and not self._set_by_hand(name)
+                name
+                for name in unit.tensors
+                if not (
+                    inventory.kinds[name].refuse or self._set_by_hand(name) or self._kept_for_target(inventory, name)
+                )
             )
             if names:
                 free.append((unit, names))
@@ -132,8 +143,9 @@ class Contents:
         for name in self.tensors:
             if self._set_by_hand(name):
                 fixed[name] = self.plan.choice(name)
-            elif name not in measured or inventory.kinds[name].refuse:
-                why = why_kept(inventory, name, self.plan.group_size)
+            elif name not in measured or inventory.kinds[name].refuse or self._kept_for_target(inventory, name):
+                claimed = (name,) if name in measured else ()
+                why = why_kept(inventory, name, self.plan.group_size, claimed, self._target)
                 if not why:
                     raise PlanError(
                         f"{name}: the evidence does not have it; calibrate this very model, or set its bits by hand"
@@ -145,7 +157,7 @@ class Contents:
         """For each unit the number of the block that shares its width: its own, or that of a fused layer."""
         of_tensor = {name: number for number, (_, names) in enumerate(units) for name in names}
         block = list(range(len(units)))
-        for group in inventory.fused if self._fuse() else ():
+        for group in inventory.fused if self._target or self.plan.inputs.get("fuse") else ():
             joined = {block[of_tensor[name]] for name in group if name in of_tensor}
             block = [min(joined) if number in joined else number for number in block]
         return block

@@ -33,7 +33,7 @@ def page(
     """The page of one source: the same text for the same input.
 
     Args:
-        plan: gives group size, overrides and whether fused layers share a width; the page starts at its size.
+        plan: gives group size, overrides, whether fused layers share a width and the engine it is for; the page starts at its size.
         tensors: every tensor of the source; config: its config.json.
         evidence: what was measured; its units are what the page chooses for.
         command: that makes such a plan, to which the page adds the size.

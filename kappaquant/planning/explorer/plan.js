@@ -17,7 +17,7 @@ function planText(contents, problem, size, active, result) {
   const head = {
     plan_version: 2,
     policy: "sensitivity",
-    inputs: { ...inputs, overrides: contents.overrides, fuse: contents.fuse },
+    inputs: { ...inputs, overrides: contents.overrides, fuse: contents.fuse, ...(contents.target && { target: contents.target }) },
     group_size: contents.group_size,
     warnings: contents.warnings,
   };

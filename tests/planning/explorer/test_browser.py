@@ -285,9 +285,12 @@ def totals(units: list[dict[str, Any]], chosen: Any) -> tuple[int, float, float]
     return sums[0] + 100, sums[1] + 10.0, sums[2] + 0.5
 
 
-def test_units_that_engines_fuse_move_together(browser: Browser, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wish", [{"fuse": True}, {"target": "vllm"}], ids=["fuse", "target"])
+def test_units_that_engines_fuse_move_together(
+    browser: Browser, model: Path, tmp_path: Path, wish: dict[str, Any]
+) -> None:
     source = kappaquant.open_source(model)
-    plan = make_plan(source.tensors, source.config, "uniform", fuse=True)
+    plan = make_plan(source.tensors, source.config, "uniform", **wish)
     path = tmp_path / "page.html"
     path.write_text(explorer(plan, source.tensors, source.config, evidence(source.tensors, source.config)))
     browser.open(path)
@@ -299,6 +302,7 @@ def test_units_that_engines_fuse_move_together(browser: Browser, model: Path, tm
         found = Plan.from_json(browser.run("shownPlan()"))
         bits = {name: found.bits(name) for name in found.choices}
         assert all(len({bits[name] for name in names}) == 1 for names in fused)
+        assert {key: found.inputs.get(key) for key in wish} == wish
         mixed += len(set(bits.values())) > 2
     assert mixed > 2
 

@@ -106,6 +106,17 @@ def test_fused_layers_share_a_block_where_the_plan_fuses() -> None:
     assert {(3, "attention.q"), (3, "attention.k"), (3, "attention.v")} in blocks.values()
 
 
+def test_an_engine_has_its_fused_layers_alike_and_keeps_what_it_cannot_pack() -> None:
+    contents = gathered(target="vllm")
+    assert contents["target"] == "vllm"
+    fused = gathered(fuse=True)["units"]
+    assert len({unit["block"] for unit in contents["units"]}) == len({unit["block"] for unit in fused}) - 1
+    assert "embedding" not in {unit["role"] for unit in contents["units"]}
+    row = next(row for row in contents["fixed"] if "vllm" in row["why"])
+    assert (row["format"], row["loss"]) == (KEPT, 0)
+    assert all("embed_tokens" in contents["names"][n] for n in row["names"])
+
+
 def test_recipes_are_marked_with_their_bytes_and_predicted_loss() -> None:
     mark = Mark("measured", 123, 0.01, (0.009, 0.011), True)
     marks = {entry["name"]: entry for entry in gathered(measured=(mark,))["marks"]}
