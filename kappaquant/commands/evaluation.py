@@ -10,7 +10,7 @@ import typer
 
 from kappaquant.commands.options import ActivationsOpt, DeviceOpt, JsonOpt, RevisionOpt
 from kappaquant.commands.terminal import errors, progress
-from kappaquant.errors import OutputError, UnsupportedError
+from kappaquant.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from kappaquant.evaluate.runs.pair import Pair
@@ -83,7 +83,7 @@ def evaluate(
     from kappaquant.evaluate.runs.against import Options, evaluate_against
     from kappaquant.evaluate.runs.pair import content_digest, open_pair
     from kappaquant.evaluate.runs.questions import parse_task
-    from kappaquant.files.documents import write_whole
+    from kappaquant.files.documents import check_file, write_whole
     from kappaquant.files.processes import choose_device
 
     transformers_logging.set_verbosity_error()
@@ -95,9 +95,8 @@ def evaluate(
     for notice in pair.notices:
         errors().print(f"note: {notice}", markup=False, highlight=False, soft_wrap=True)
     report = output or pair.path / EVALUATION_NAME
-    for path in (report, markdown):
-        if path and not path.parent.is_dir():
-            raise OutputError(f"{path}: its folder does not exist; nothing was measured yet")
+    for path in filter(None, (report, markdown)):
+        check_file(path)
     earlier = Evaluation.load(report) if report.exists() else None
     asked = [
         parse_task(

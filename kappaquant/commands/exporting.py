@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kappaquant.commands.options import JobsOpt, JsonOpt, ProfileOpt, RevisionOpt, kurtosis_of, policy_of
+from kappaquant.commands.options import (
+    JobsOpt,
+    JsonOpt,
+    ProfileOpt,
+    RevisionOpt,
+    implied_policy,
+    kurtosis_of,
+    policy_of,
+)
 from kappaquant.commands.terminal import console, errors, progress
 from kappaquant.errors import PlanError
 from kappaquant.exports.targets import target_by_name, targets
@@ -137,5 +145,5 @@ def _plan(
 
             made = plan_of(opened)  # type: ignore[arg-type]
         return overridden(made, opened.tensors, opened.config, overrides) if overrides else made
-    chosen = policy_of(policy or "recipe", policy_options)
+    chosen = policy_of(policy or implied_policy(policy_options, "recipe"), policy_options)
     return make_plan(opened.tensors, opened.config, chosen, profile=kurtosis_of(profile, chosen), overrides=overrides)

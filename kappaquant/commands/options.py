@@ -129,6 +129,12 @@ def _named(annotation: Any) -> Any:
     return Annotated[kind, option]
 
 
+def implied_policy(given: Mapping[str, str], default: str) -> str:
+    """The one policy that has all of these options, such as uniform for bits; ``default`` where they are none, or say nothing."""
+    having = [name for name, policy in policies().items() if given.keys() <= {option.name for option in fields(policy)}]  # type: ignore[arg-type]
+    return having[0] if given and len(having) == 1 else default
+
+
 def policy_of(name: str, given: Mapping[str, str]) -> Policy:
     """The policy of this name with the options that were given as text. Raises PlanError."""
     values: dict[str, Any] = dict(given)

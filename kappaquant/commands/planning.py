@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kappaquant.commands.options import group_choice, kurtosis_of, policy_of
+from kappaquant.commands.options import group_choice, implied_policy, kurtosis_of, policy_of
 from kappaquant.errors import BudgetError, PlanError
 from kappaquant.planning.policies.base import Policy
 from kappaquant.planning.policies.registry import policies
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kappaquant")
 
-PolicyOpt = Annotated[str | None, typer.Option(help="{policies}; default recipe, or sensitivity with --evidence.")]
+PolicyOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="{policies}; default the one that has the options given, such as uniform for --bits, else recipe, or sensitivity with --evidence."
+    ),
+]
 EvidenceOpt = Annotated[Path | None, typer.Option(help="Sensitivities that calibrate measured of this model.")]
 SizeOpt = Annotated[
     str | None,
@@ -103,7 +108,8 @@ class PlanSettings:
     def plan(self, source: Source, fuse: bool, target: str | None = None) -> Plan:
         from kappaquant.planning.make import make_plan, parse_override
 
-        policy = policy_of(self.policy or ("sensitivity" if self.evidence else "recipe"), self.policy_options)
+        default = implied_policy(self.policy_options, "sensitivity" if self.evidence else "recipe")
+        policy = policy_of(self.policy or default, self.policy_options)
         size, active = self.limits.bytes_of_files(source), self.limits.bytes_for_a_token()
         try:
             return make_plan(

@@ -66,8 +66,8 @@ def scan(
     from kappaquant.planning import profile as scanner
     from kappaquant.sources.open import open_source
 
-    for file in filter(None, (output, plot)):
-        check_file(file)
+    if output:
+        check_file(output)
     if plot:
         png_figure(plot)
     opened = open_source(source, revision, stream=stream)

@@ -12,7 +12,7 @@ from kappaquant.checkpoints.checkpoint import Checkpoint
 from kappaquant.checkpoints.contents import families
 from kappaquant.errors import UnsupportedError
 from kappaquant.evaluate.documents.compare import Comparison
-from kappaquant.files.documents import write_whole
+from kappaquant.files.documents import check_file, write_whole
 from kappaquant.models.roles import layer_of
 from kappaquant.planning.profile import Profile
 
@@ -125,10 +125,11 @@ def kurtosis_by_layer(profile: Profile, path: str | Path, highlight: Mapping[str
 
 
 def png_figure(path: str | Path) -> Any:
-    """An empty figure for ``path``; asked for before the work that is to be drawn, it tells in time that matplotlib is missing.
+    """An empty figure for ``path``; asked for before the work that is to be drawn, it tells in time what is missing.
 
-    Raises UnsupportedError without matplotlib.
+    Raises UnsupportedError without matplotlib, OutputError for a path that cannot be written.
     """
+    check_file(Path(path))
     try:
         from matplotlib.figure import Figure
     except ImportError:

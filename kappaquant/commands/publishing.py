@@ -29,7 +29,7 @@ def compare(
     as_json: JsonOpt = False,
 ) -> None:
     """Set evaluated checkpoints of one original side by side: size, KL divergence, agreement, perplexity, tasks."""
-    from kappaquant.commands.plots import pareto
+    from kappaquant.commands.plots import pareto, png_figure
     from kappaquant.evaluate.documents.compare import compare as run
     from kappaquant.evaluate.documents.compare import report_path
     from kappaquant.evaluate.documents.evaluation import Evaluation
@@ -37,6 +37,8 @@ def compare(
     from kappaquant.sources.folder import LocalSource
     from kappaquant.sources.open import open_source
 
+    if plot:
+        png_figure(plot)
     evaluations = {str(path): Evaluation.load(report_path(path)) for path in checkpoints}
     facts = None
     if against:

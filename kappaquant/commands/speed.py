@@ -35,10 +35,13 @@ def bench(
     import torch
     import transformers
 
+    from kappaquant.files.documents import check_file, write_whole
     from kappaquant.files.processes import choose_device
     from kappaquant.runtime.bench import load_original, measure
     from kappaquant.version import __version__
 
+    if output:
+        check_file(output)
     where = choose_device(device)
     cases = [(rows, tokens) for rows in batch or [1] for tokens in context or [32, 2048]]
     found: list[tuple[str, Row]] = []
@@ -58,7 +61,7 @@ def bench(
     }
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     if output:
-        output.write_text(text, encoding="utf-8")
+        write_whole(output, text.encode())
     show(text if as_json else _table(result["device"], result["rows"]), as_json)
 
 

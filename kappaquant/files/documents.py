@@ -45,8 +45,12 @@ def check_file(path: Path) -> None:
     """Raise OutputError where a file can not be written at the end of the work that it is for."""
     if not path.parent.is_dir():
         raise OutputError(f"{path}: {path.parent} is no folder; create it first")
+    if path.is_symlink():
+        raise OutputError(f"{path}: is a link, which would be replaced; name the file itself, {os.readlink(path)}")
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path}: is a pipe or a device, which would be replaced; name a file")
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import pickle
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver, get_all_start_methods, get_context, parent_process
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from kappaquant.errors import KappaquantError, PlanError, UnsupportedError, WorkerError
@@ -25,6 +27,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # one import of torch for all workers, in a process that has no threads and no CUDA context to be forked with
 _METHOD = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
 _MOST = 8  # more processes only queue for the disk
+_STARTING = threading.Lock()
 
 
 class ItemError(Exception):
@@ -78,7 +81,32 @@ def warm_up(source: str | Path, jobs: int | None) -> None:
 def _serve() -> None:
     if _METHOD == "forkserver":
         forkserver.set_forkserver_preload(["kappaquant.quantizing.slices", "kappaquant.planning.profile"])
-        forkserver.ensure_running()
+        with without_script():
+            forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def without_script() -> Iterator[None]:
+    """Processes that are started inside do not run the caller's script again.
+
+    Python has them import the main module, so a script that quantizes without ``if __name__ == "__main__"`` would begin anew in each.
+    Nothing that they do here is defined in a script; what is defined there does not reach them.
+    """
+    with _STARTING:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")  # of no file
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+
+
+class Workers(ProcessPoolExecutor):
+    """Whose processes, which ``submit`` starts, begin ``without_script``."""
+
+    def submit(self, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
+        with without_script():
+            return super().submit(fn, *args, **kwargs)
 
 
 def pool(jobs: int) -> contextlib.AbstractContextManager[ProcessPoolExecutor | None]:
@@ -86,7 +114,7 @@ def pool(jobs: int) -> contextlib.AbstractContextManager[ProcessPoolExecutor | N
     if jobs == 1:
         return contextlib.nullcontext()
     _serve()
-    return ProcessPoolExecutor(jobs, mp_context=get_context(_METHOD), initializer=_start)
+    return Workers(jobs, mp_context=get_context(_METHOD), initializer=_start)
 
 
 def each(task: Callable[[T], R], items: Iterable[T], workers: ProcessPoolExecutor | None) -> Iterator[tuple[T, R]]:

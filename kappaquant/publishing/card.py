@@ -13,7 +13,7 @@ from kappaquant.checkpoints.side_files import CARD_MARK, MANIFEST_NAME
 from kappaquant.errors import FormatError, OutputError
 from kappaquant.evaluate.documents.evaluation import Evaluation
 from kappaquant.evaluate.runs.pair import file_digest
-from kappaquant.files.documents import read_json, write_whole
+from kappaquant.files.documents import check_file, read_json, write_whole
 from kappaquant.publishing.card_text import CREDITS, Facts, head, measured, recipe, reproduction, usage
 
 CARD_NAME = "README.md"
@@ -120,6 +120,7 @@ def write_card(card: Card, path: Path, *, force: bool = False) -> None:
     Raises:
         OutputError: there is a file that ``make_card`` did not make, or that was edited since; ``force`` replaces it.
     """
+    check_file(path)
     if path.exists() and not force:
         stamp = read_stamp(path)
         if stamp is None or stamp.edited:

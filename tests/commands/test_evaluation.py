@@ -67,8 +67,8 @@ def test_the_command(checkpoint: Path, source: Path, tmp_path: Path) -> None:
         (["--text", "{tmp}/absent.txt"], SourceError, "absent.txt: cannot be read"),
         (["--text", "{tmp}/latin.txt"], SourceError, "latin.txt: is not UTF-8 at byte 2"),
         (["--text", "{tmp}/empty.txt"], UnsupportedError, "empty.txt: has fewer than 2 tokens"),
-        (["-o", "{tmp}/absent/e.json"], OutputError, "absent/e.json: its folder does not exist"),
-        (["--markdown", "{tmp}/absent/e.md"], OutputError, "absent/e.md: its folder does not exist"),
+        (["-o", "{tmp}/absent/e.json"], OutputError, "absent is no folder"),
+        (["--markdown", "{tmp}/absent/e.md"], OutputError, "absent is no folder"),
         (["--against", "{tmp}/bare"], UnsupportedError, "bare: has no evaluation.txt; give --text FILE"),
     ],
 )

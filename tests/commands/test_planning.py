@@ -152,6 +152,13 @@ def test_bad_budgets_are_one_line(model: Path, evidence: Path, options: tuple[st
     assert message in refused("plan", model, "--evidence", evidence, *options)
 
 
+def test_options_of_one_policy_say_which(model: Path) -> None:
+    made = kappaquant.Plan.from_json(run_here("plan", model, "--bits", 5, "--json").stdout)
+    assert (made.policy, made.inputs["bits"]) == ("uniform", 5)
+    assert kappaquant.Plan.from_json(run_here("plan", model, "--json").stdout).policy == "recipe"
+    assert "option 'bits'" in refused("plan", model, "--bits", 5, "--policy", "recipe")
+
+
 def test_without_evidence(model: Path, tmp_path: Path) -> None:
     assert "the recipe policy keeps to no size" in refused("plan", model, "--size", "250KB")
     assert "needs evidence; run calibrate first" in refused("plan", model, "--size", "250KB", "--policy", "sensitivity")

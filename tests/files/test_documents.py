@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from kappaquant.errors import FormatError, OutputError
-from kappaquant.files.documents import digest, json_text, read_json, write_json, write_whole
+from kappaquant.files.documents import check_file, digest, json_text, read_json, write_json, write_whole
 
 
 @pytest.mark.parametrize(
@@ -45,3 +46,20 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
 def test_digests_tell_order_and_content_apart() -> None:
     assert digest([1], {"a": 2}) == digest([1], {"a": 2})
     assert len({digest(1, 2), digest(2, 1), digest([1, 2]), digest("1", 2)}) == 4
+
+
+def test_links_pipes_and_folders_are_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "true.json").write_text("{}")
+    (tmp_path / "link").symlink_to("true.json")
+    (tmp_path / "nowhere").symlink_to("gone.json")
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (
+        ("link", "is a link, which would be replaced; name the file itself, true.json"),
+        ("nowhere", "is a link, which would be replaced; name the file itself, gone.json"),
+        ("pipe", "is a pipe or a device, which would be replaced"), (".", "is a folder; name a file"),
+        ("absent/e.json", "absent is no folder; create it first"),
+    ):  # fmt: skip
+        with pytest.raises(OutputError, match=message):
+            check_file(tmp_path / name)
+    check_file(tmp_path / "true.json")
+    check_file(tmp_path / "new.json")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +51,26 @@ def test_after_a_failure_nothing_writes_any_more(tmp_path: Path) -> None:
 def test_a_killed_worker_is_a_typed_error() -> None:
     with pool(2) as workers, pytest.raises(WorkerError, match="fewer --jobs"):
         list(each(kill_yourself, range(4), workers))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import kappaquant
+Path(sys.argv[2]).mkdir()  # would fail a second time
+source = kappaquant.open_source(sys.argv[1])
+plan = kappaquant.make_plan(source.tensors, source.config, bits=4)
+kappaquant.quantize(source, Path(sys.argv[2]) / "out", plan, kappaquant.Options(jobs=2))
+"""
+
+
+@pytest.mark.parametrize("read", ["from a file", "from stdin"])
+def test_workers_do_not_run_the_script_that_has_no_guard_again(read: str, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-" if read == "from stdin" else tmp_path / "script.py", source, tmp_path / "made"]
+    done = subprocess.run(command, input=SCRIPT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "made" / "out" / "kappaquant.json").is_file()
 
 
 def doubled(x: torch.Tensor) -> torch.Tensor:

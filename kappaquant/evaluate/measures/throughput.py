@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -16,6 +15,7 @@ from kappaquant.engines.transformers.load import load
 from kappaquant.errors import UnsupportedError, WorkerError
 from kappaquant.evaluate.documents.evaluation import Throughput
 from kappaquant.evaluate.runs.pair import Pair, content_digest
+from kappaquant.files.processes import Workers
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.models.skeleton import load_config
 from kappaquant.planning.sizes import active_shares
@@ -112,7 +112,7 @@ class _Job:
 
 def _alone(job: _Job) -> list[Row]:
     """In a new process: nothing of another model is in its memory, and its peak is its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+    with Workers(1, mp_context=get_context("spawn")) as process:
         try:
             return process.submit(_rows, job).result()
         except BrokenProcessPool:

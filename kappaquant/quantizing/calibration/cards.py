@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from kappaquant.errors import KappaquantError, WorkerError
+from kappaquant.files.processes import without_script
 
 T = TypeVar("T")
 _PATIENCE = 10  # seconds for a process to end by itself
@@ -89,7 +90,8 @@ def followed(follow: Callable[..., None], names: Sequence[str], *args: Any) -> I
         for rank, name in enumerate(names[1:], 1):
             ours, theirs = context.Pipe()
             process = context.Process(target=_run, args=(follow, theirs, rank, len(names), name, args), daemon=True)
-            process.start()
+            with without_script():
+                process.start()
             theirs.close()
             connections.append(ours)
             processes.append(process)
