@@ -30,6 +30,12 @@ from kappaquant.formats.registry import format_by_id
 from kappaquant.planning.plan import Plan
 from kappaquant.sources.source import INDEX_NAME, SINGLE_NAME, check_config, shard_names
 
+WEIGHTS_KEY, NO_WEIGHTS = "transformers_weights", "import-kappaquant-first.safetensors"
+"""In config.json: the file that transformers then looks for, and does not find.
+
+It warns of a quantization method that it does not know, and goes on with random weights; kappaquant's quantizer takes the key away.
+"""
+
 
 class KappaquantV1(Container):
     """See docs/format.md."""
@@ -54,7 +60,7 @@ class KappaquantV1(Container):
         return {
             MANIFEST_NAME: manifest(contents, quantization),
             **index(contents.shards),
-            "config.json": {**contents.config, "quantization_config": quantization},
+            "config.json": {**contents.config, "quantization_config": quantization, WEIGHTS_KEY: NO_WEIGHTS},
         }
 
     def open(self, folder: Path, source: str | Path | None, shapes: Shapes | ShapesOf | None) -> Checkpoint:
@@ -82,7 +88,7 @@ class KappaquantV1(Container):
             for _, stored in entry.parts.values():
                 if stored.info.name not in described["sha256"]:
                     raise FormatError(f"{stored.info.name}: {MANIFEST_NAME} has no SHA-256 for it")
-        return Checkpoint(folder, self, config, entries)
+        return Checkpoint(folder, self, {key: value for key, value in config.items() if key != WEIGHTS_KEY}, entries)
 
     def _entry(self, info: TensorInfo, fmt: Format | None, located: dict[str, Located]) -> Entry:
         """The entry of one parameter of the map; takes its tensors out of ``located``."""

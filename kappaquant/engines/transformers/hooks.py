@@ -11,7 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kappaquant.checkpoints.checkpoint import Checkpoint
-from kappaquant.checkpoints.kappaquant_v1 import QUANT_METHOD, check_quantization_config
+from kappaquant.checkpoints.kappaquant_v1 import NO_WEIGHTS, QUANT_METHOD, WEIGHTS_KEY, check_quantization_config
 from kappaquant.checkpoints.open import open_checkpoint
 from kappaquant.checkpoints.side_files import MANIFEST_NAME
 from kappaquant.errors import UnsupportedError
@@ -50,6 +50,12 @@ class KappaquantQuantizer(HfQuantizer):
         places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if places & {"disk"}:
             raise UnsupportedError("device_map: packed weights cannot be offloaded to disk; use CPU or GPU devices")
+
+    def update_tp_plan(self, config: Any) -> Any:  # asked before weights are looked for, by transformers up to 5.17
+        return _with_weights(config)
+
+    def update_attn_implementation(self, config: Any) -> Any:  # the same, by later ones
+        return _with_weights(config)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -91,6 +97,13 @@ class KappaquantQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _with_weights(config: Any) -> Any:
+    """A config by which transformers looks for weights where they are; see ``WEIGHTS_KEY``."""
+    if getattr(config, WEIGHTS_KEY, None) == NO_WEIGHTS:
+        delattr(config, WEIGHTS_KEY)
+    return config
 
 
 def _download_manifest(repo: str, snapshot: Path) -> None:
