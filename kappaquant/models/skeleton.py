@@ -66,13 +66,18 @@ def load_config(config: Config) -> PretrainedConfig:
     """The transformers configuration of a folder, or of the content of its config.json.
 
     Raises:
-        UnsupportedError: the installed transformers does not know the architecture.
+        UnsupportedError: the installed transformers does not know the architecture, or only by code that the folder brings.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not isinstance(config, Mapping):
-        return AutoConfig.from_pretrained(config)
+        try:
+            return AutoConfig.from_pretrained(config, trust_remote_code=False)
+        except (OSError, ValueError) as problem:  # code of the repository's own included, which is not run
+            raise UnsupportedError(
+                f"{config}: has no configuration that transformers can load by itself ({str(problem).splitlines()[0]})"
+            ) from None
     model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise UnsupportedError(

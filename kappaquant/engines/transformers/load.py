@@ -16,6 +16,7 @@ from kappaquant.checkpoints.open import open_checkpoint
 from kappaquant.errors import FormatError
 from kappaquant.kernels.base import ACTIVATIONS, check_activations
 from kappaquant.models.skeleton import load_config, model_class
+from kappaquant.models.tokenizer import read_tokenizer
 from kappaquant.runtime.assemble import set_activations
 from kappaquant.runtime.fused.qwen3_5 import fuse
 
@@ -95,9 +96,7 @@ def _common_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    from transformers import AutoTokenizer
-
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         logger.info("%s: no tokenizer files", folder)
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    return read_tokenizer(folder)

@@ -11,6 +11,7 @@ import torch
 from kappaquant.engines.transformers.load import TOKENIZER_FILES
 from kappaquant.errors import SourceError, UnsupportedError
 from kappaquant.models.skeleton import load_config, model_class
+from kappaquant.models.tokenizer import read_tokenizer
 from kappaquant.sources.source import Source
 
 if TYPE_CHECKING:
@@ -51,19 +52,11 @@ def whole_folder(source: Source) -> Path:
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer of a source, fetched from the Hub where that is streamed. Raises SourceError."""
-    from transformers import AutoTokenizer
-
     if not set(TOKENIZER_FILES) & set(source.side_files):  # transformers would make up an empty one
         raise SourceError(
             f"{source.label}: has no tokenizer ({', '.join(TOKENIZER_FILES)}), which calibration needs; fetch the model again"
         )
-    try:
-        return AutoTokenizer.from_pretrained(source.folder or source.label, revision=source.revision)
-    except (OSError, ValueError, KeyError) as problem:
-        raise SourceError(
-            f"{source.label}: has no tokenizer that transformers can load, which calibration needs "
-            f"({str(problem).splitlines()[0]})"
-        ) from None
+    return read_tokenizer(source.folder or source.label, source.revision)
 
 
 def free_memory(device: str) -> int:

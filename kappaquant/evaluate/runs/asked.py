@@ -17,6 +17,7 @@ from kappaquant.evaluate.runs.kept import Kept
 from kappaquant.evaluate.runs.pair import Pair, content_digest
 from kappaquant.evaluate.runs.questions import TaskSpec
 from kappaquant.models.skeleton import load_config
+from kappaquant.models.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,9 +50,7 @@ class Asked:
         self._folders: dict[str, list[Kept]] = {CHECKPOINT: [], ORIGINAL: []}
         if not specs:
             return
-        from transformers import AutoTokenizer
-
-        self.tokenizer = AutoTokenizer.from_pretrained(pair.tokenizer)
+        self.tokenizer = read_tokenizer(pair.tokenizer)
         positions = getattr(load_config(pair.source.folder).get_text_config(), "max_position_embeddings", None)
         self.prepared = [prepare(spec, self.tokenizer, positions) for spec in specs]
         packed = {"activations": activations} if isinstance(pair.checkpoint, Checkpoint) else {}

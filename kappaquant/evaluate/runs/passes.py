@@ -20,6 +20,7 @@ from kappaquant.evaluate.measures.logits import Tensors
 from kappaquant.evaluate.runs.kept import Kept
 from kappaquant.evaluate.runs.pair import Pair
 from kappaquant.models.skeleton import load_config, model_class
+from kappaquant.models.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,8 +72,6 @@ def read_sequences(pair: Pair, text: Path, window: int, tokens: int | None) -> l
         SourceError: the file cannot be read, or is no UTF-8.
         UnsupportedError: it has fewer than 2 tokens, or the window is longer than the model's positions.
     """
-    from transformers import AutoTokenizer
-
     longest = getattr(load_config(pair.source.folder).get_text_config(), "max_position_embeddings", None)
     if longest is not None and window > longest:
         raise UnsupportedError(f"window = {window}: {pair.source.label} reads at most {longest} tokens at once")
@@ -82,7 +81,7 @@ def read_sequences(pair: Pair, text: Path, window: int, tokens: int | None) -> l
         raise SourceError(f"{text}: cannot be read ({problem.strerror}); --text takes a plain text file") from None
     except UnicodeDecodeError as problem:
         raise SourceError(f"{text}: is not UTF-8 at byte {problem.start}; --text takes a plain text file") from None
-    pieces = windows(AutoTokenizer.from_pretrained(pair.tokenizer), [content], window)
+    pieces = windows(read_tokenizer(pair.tokenizer), [content], window)
     sequences: list[list[int]] = []
     for piece in pieces:
         left = len(piece) if tokens is None else tokens - sum(map(len, sequences))

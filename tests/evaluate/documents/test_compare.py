@@ -145,7 +145,7 @@ def test_the_map_of_bits(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_has_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"absent/p\.png: cannot be written"):
+    with pytest.raises(OutputError, match=r"absent is no folder; create it first"):
         pareto(compare({"a": evaluation()}), tmp_path / "absent" / "p.png")
 
 

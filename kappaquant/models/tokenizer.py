@@ -1,0 +1,26 @@
+"""The tokenizer of a folder or repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kappaquant.errors import SourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_tokenizer(location: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """What transformers makes of tokenizer files; code that a repository brings is not run, and nobody is asked whether to.
+
+    Raises:
+        SourceError: it can make nothing of them; says what it said.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
+    except Exception as problem:  # of broken files the tokenizers library raises no narrower one
+        said = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise SourceError(f"{location}: has no tokenizer that transformers can load by itself ({said})") from None
