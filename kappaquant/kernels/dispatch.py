@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kappaquant.errors import RegistrationError, UnsupportedError
+from kappaquant.errors import NonFiniteError, RegistrationError, UnsupportedError
 from kappaquant.formats import codec
 from kappaquant.formats.base import Effort, Encoded, Format
 from kappaquant.formats.codebook import BITS, CodebookFormat
@@ -32,6 +32,8 @@ _KERNELS: list[Kernel] = [Tiled(), Lookups(), AnyFormat()]
 _SERVED: dict[str, tuple[Kernel, Format]] = {}
 """What a spec stands for: "<kernel>/<format key>", the same in every process that has chosen it."""
 _LIBRARY = torch.library.Library("kappaquant", "FRAGMENT")
+_LOST = 0.5
+"""Of a weight's energy: no format loses so much of what it can hold (2 bits lose an eighth)."""
 KEPT = "kept"
 """In place of a spec: a plain matrix."""
 SEPARATOR = ";"
@@ -288,10 +290,22 @@ def fused_linear(
 
 
 def encode(weight: Tensor, fmt: Format, effort: Effort = "best", *, name: str = "weight") -> Encoded:
-    """``fmt.encode``, by the CUDA kernel where it takes the weight: the bytes are the same."""
+    """``fmt.encode``, by the CUDA kernel where it takes the weight: the bytes are the same.
+
+    Raises:
+        NonFiniteError: NaN or infinity, or values that the format cannot hold, too large or so small that most of them would vanish.
+    """
     if isinstance(fmt, CodebookFormat) and encoder.refusal(weight, effort) is None:
-        return encoder.encode(weight, fmt, effort, name=name)
-    return fmt.encode(weight, effort, name=name)
+        made: Encoded = encoder.encode(weight, fmt, effort, name=name)
+    else:
+        made = fmt.encode(weight, effort, name=name)
+    if made.squared_error > _LOST * made.energy:
+        raise NonFiniteError(
+            f"{name}: as {fmt.id} it would lose {made.relative_mse:.0%} of its energy; its largest weight is "
+            f"{weight.abs().max().item():.3g}, and what is below the smallest number that the format stores becomes zero. Repair the "
+            "source, or keep this tensor at 16 bits"
+        )
+    return made
 
 
 def squared_errors(

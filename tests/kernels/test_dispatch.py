@@ -9,7 +9,7 @@ import torch
 from packed_weights import held
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from kappaquant.errors import RegistrationError, UnsupportedError
+from kappaquant.errors import NonFiniteError, RegistrationError, UnsupportedError
 from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import FORMATS, CodebookFormat
 from kappaquant.kernels import dispatch
@@ -131,6 +131,18 @@ def test_a_graph_writes_a_product_in_one_line() -> None:
     graph = make_fx(lambda x: dispatch.fused_linear(x, parts, None, "int8"))(random(4, 64)).graph
     (product,) = [node for node in graph.nodes if "kappaquant.linear" in str(node.target)]
     assert len(str(product.format_node()).splitlines()) == 1
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_weights_that_would_vanish_are_an_error_and_zeros_are_not(bits: int) -> None:
+    fmt, weight = CodebookFormat(bits, 64), torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(
+        NonFiniteError, match=r"q: as tq\dg64 it would lose 100% of its energy; its largest weight is 8.2e-09"
+    ):
+        dispatch.encode(weight * 2e-9, fmt, name="q")
+    assert not dispatch.encode(weight * 0, fmt).squared_error
+    weight[2:] *= 2e-9  # of no weight beside the others
+    assert dispatch.encode(weight, fmt).relative_mse < 0.15
 
 
 def test_decode_is_the_codecs() -> None:
