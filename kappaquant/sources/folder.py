@@ -8,7 +8,15 @@ from pathlib import Path
 from kappaquant.errors import SourceError
 from kappaquant.files.documents import read_json
 from kappaquant.files.safetensors import read_header
-from kappaquant.sources.source import INDEX_NAME, Source, check_index, shard_names, side_files, warn_of_others
+from kappaquant.sources.source import (
+    INDEX_NAME,
+    Source,
+    check_index,
+    refuse_adapter,
+    shard_names,
+    side_files,
+    warn_of_others,
+)
 
 
 @dataclass
@@ -25,6 +33,7 @@ class LocalSource(Source):
 def open_folder(folder: Path, label: str, revision: str | None) -> LocalSource:
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     files = [f for f in files if not any(part.startswith(".") for part in Path(f).parts)]
+    refuse_adapter(label, files)
     config = read_json(folder / "config.json", SourceError)
     index = read_json(folder / INDEX_NAME, SourceError) if INDEX_NAME in files else None
     names = shard_names(label, files, index)

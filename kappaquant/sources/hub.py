@@ -10,7 +10,16 @@ from kappaquant.errors import SourceError
 from kappaquant.files.documents import read_json
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.sources.folder import open_folder
-from kappaquant.sources.source import INDEX_NAME, PICKLES, Source, check_index, shard_names, side_files, warn_of_others
+from kappaquant.sources.source import (
+    INDEX_NAME,
+    PICKLES,
+    Source,
+    check_index,
+    refuse_adapter,
+    shard_names,
+    side_files,
+    warn_of_others,
+)
 
 
 @dataclass
@@ -38,6 +47,7 @@ def open_hub(repo: str, revision: str | None, stream: bool) -> Source:
             folder = Path(snapshot_download(repo, revision=commit, ignore_patterns=ignored))
             return open_folder(folder, repo, commit)
         files = sorted(s.rfilename for s in info.siblings or [])
+        refuse_adapter(repo, files)
         for name in files:
             if ".." in Path(name).parts or Path(name).is_absolute():
                 raise SourceError(f"{repo}: file name {name!r} leaves the folder")

@@ -22,6 +22,7 @@ logger = logging.getLogger("kappaquant")
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 # How the tensors of other quantizers are recognized where config.json does not say: a pattern of names, and the method.
@@ -136,6 +137,15 @@ def check_config(config: dict[str, Any], label: str, error: type[KappaquantError
             raise error(f"{label}/config.json: {key!r} is {value!r}; it must be a JSON {kind.__name__}")
     if not all(isinstance(name, str) for name in config.get("architectures") or ()):
         raise error(f"{label}/config.json: 'architectures' {config['architectures']!r} are not all names")
+
+
+def refuse_adapter(label: str, files: list[str]) -> None:
+    """Raise SourceError for a folder or repository that holds an adapter (LoRA) and no model beside it."""
+    if ADAPTER in files and not {SINGLE_NAME, INDEX_NAME} & set(files):
+        raise SourceError(
+            f"{label}: holds an adapter ({ADAPTER}), which is no model; merge it into its base first (peft: "
+            "model.merge_and_unload().save_pretrained(FOLDER)) and give that folder"
+        )
 
 
 def shard_names(

@@ -13,7 +13,7 @@ import torch
 from builders import CONFIG, Q, quantize, refused, tensors, write_source
 from safetensors.torch import load_file, save_file
 
-from kappaquant import AlreadyQuantizedError, SourceError
+from kappaquant import AlreadyQuantizedError, SourceError, open_source
 
 
 def edit_header(path: Path, change: Any) -> None:
@@ -155,6 +155,19 @@ def test_index_that_is_none(source: Path, content: str) -> None:
 
 
 # what the weights are
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_an_adapter_is_named_as_one(config: bool, tmp_path: Path) -> None:
+    folder = write_source(tmp_path / "adapter")
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if not config:
+        (folder / "config.json").unlink()
+    with pytest.raises(
+        SourceError, match=r"adapter: holds an adapter \(adapter_config.json\), which is no model; merge it"
+    ):
+        open_source(folder)
 
 
 def test_pickles_are_never_opened(tmp_path: Path) -> None:
