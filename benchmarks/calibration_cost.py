@@ -156,7 +156,7 @@ def memory_of(process: psutil.Process) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, help="4 unless given, and 8 with --evidence")
     parser.add_argument("--evidence", action="store_true", help="calibrate, in place of quantize")
     parser.add_argument(
         "--tokens", type=int, help=f"{TOKENS['quantize']} unless given, and {TOKENS['calibrate']} with --evidence"
@@ -171,23 +171,24 @@ def main() -> None:
     options = parser.parse_args()
     work: Work = calibrate if options.evidence else quantize
     what, tokens = work.__name__, options.tokens or TOKENS[work.__name__]
+    layers = options.layers or (8 if options.evidence else 4)
     if not torch.cuda.is_available():
         sys.exit("needs an NVIDIA GPU; python -m benchmarks.real_model times a small model on CPUs")
     with tempfile.TemporaryDirectory(prefix="kappaquant-calibration-") as temporary:
-        source = (options.folder or Path(temporary)) / f"bf16-{options.layers}"
-        build(source, options.layers)
+        source = (options.folder or Path(temporary)) / f"bf16-{layers}"
+        build(source, layers)
         torch.cuda.empty_cache()
         plan = {"policy": "recipe", "recipe": "apex2"}
         found = measured(work, source, Path(temporary) / "out", tokens, options.device, plan)
     row = {
         **found, "what": what, "gpus": torch.cuda.device_count() if options.device == "cuda" and what == "quantize" else 1,
-        "layers": options.layers, "tokens": tokens, "minutes_40_layers": found["seconds_40_layers"] / 60,
+        "layers": layers, "tokens": tokens, "minutes_40_layers": found["seconds_40_layers"] / 60,
     }  # fmt: skip
     result = options.result or ("evidence_cost" if options.evidence else "calibration_cost")
     save(result, {"environment": environment("cuda"), "plan": None if options.evidence else plan, "rows": [row]})
     table = Table("GPUs", "layers", "s", "min for 40", "GPU GiB", "host GiB (private)")
     table.add_row(
-        f"{row['gpus']}", f"{options.layers}", f"{row['seconds']:.0f}", f"{row['minutes_40_layers']:.1f} (<= {MINUTES[what]})",
+        f"{row['gpus']}", f"{layers}", f"{row['seconds']:.0f}", f"{row['minutes_40_layers']:.1f} (<= {MINUTES[what]})",
         f"{row['gpu_bytes'] / 2**30:.1f} (<= {GPU_GIB})",
         f"{row['host_bytes'] / 2**30:.1f} ({row['host_private_bytes'] / 2**30:.1f}; <= {HOST_GIB})",
     )  # fmt: skip

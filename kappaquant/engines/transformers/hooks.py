@@ -51,10 +51,10 @@ class KappaquantQuantizer(HfQuantizer):
         if places & {"disk"}:
             raise UnsupportedError("device_map: packed weights cannot be offloaded to disk; use CPU or GPU devices")
 
-    def update_tp_plan(self, config: Any) -> Any:  # asked before weights are looked for, by transformers up to 5.17
+    def update_tp_plan(self, config: Any) -> Any:  # asked before weights are looked for, by transformers before 5.21
         return _with_weights(config)
 
-    def update_attn_implementation(self, config: Any) -> Any:  # the same, by later ones
+    def update_attn_implementation(self, config: Any) -> Any:  # the same, since 5.18
         return _with_weights(config)
 
     def _process_model_before_weight_loading(
