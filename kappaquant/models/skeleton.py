@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kappaquant")
 
 Config = str | Path | Mapping[str, Any]
+_TABLE = "rotary_emb.inv_freq"
+"""End of the names of a table that older checkpoints hold for each layer, and models compute."""
 _MTP = "mtp."
 _LAYER = "model.layers.0."
 
@@ -51,7 +53,7 @@ class Layout:
 
     Attributes:
         places: checkpoint name -> place.
-        ignored: tensors the model class is known not to use (such as multi-token-prediction layers).
+        ignored: tensors the model class is known not to use (multi-token-prediction layers, tables that it computes).
         unexpected: tensors the model has no parameter for, or one that another tensor fills already.
         missing: parameters of the model, or experts of one, that no tensor fills.
     """
@@ -142,7 +144,10 @@ def place(model: PreTrainedModel, names: Iterable[str]) -> Layout:
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     parameters = model.state_dict()
-    ignorable = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    patterns = list(model._keys_to_ignore_on_load_unexpected or ())
+    if any(name.endswith(_TABLE) for name, _ in model.named_buffers()):
+        patterns.append(re.escape(_TABLE))
+    ignorable = [re.compile(pattern) for pattern in patterns]
     layout = Layout()
     taken: set[Place] = set()
     for name in sorted(names, key=dot_natural_key):

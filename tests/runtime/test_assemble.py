@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import quantize
 from tiny_models import LAYOUTS, WITH_EXPERTS, save_tiny
 
@@ -245,6 +245,20 @@ def test_saving_a_loaded_model_is_refused_before_anything_is_written(tmp_path: P
     with pytest.raises(UnsupportedError, match="copy its checkpoint folder"):
         model.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("plainly", [True, False])
+def test_a_table_of_older_checkpoints_is_no_obstacle(plainly: bool, tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors |= {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(8) for layer in range(2)}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    out = quantize(source, tmp_path / "out")
+    if plainly:
+        model, _ = kappaquant.load(out)
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert bool(model(torch.tensor([[1, 2, 3]])).logits.isfinite().all())
 
 
 def test_unquantized_models_still_load(tmp_path: Path) -> None:
