@@ -52,7 +52,7 @@ def test_folder_and_metadata(source: Path) -> None:
     assert (out / "extra" / "LICENSE").read_text() == "as you like"
     config = json.loads((out / "config.json").read_text())
     quantization = config.pop("quantization_config")
-    assert config == CONFIG
+    assert config == {**CONFIG, "transformers_weights": "import-kappaquant-first.safetensors"}
     assert quantization["tensors"][Q] == "tq4g128"
     assert quantization["tensors"][EXPERTS] == "tq3g128"
     assert quantization["tensors"]["model.steps"] == "I64"
