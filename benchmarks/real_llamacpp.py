@@ -34,7 +34,7 @@ TYPES = (
 )  # fmt: skip
 
 
-def absent() -> str | None:
+def absent(bench: Bench | None = None) -> str | None:
     """Why llama.cpp cannot be asked; None if it can."""
     missing = [name for name, module in (("llama-cpp-python", "llama_cpp"), ("gguf", "gguf")) if not find_spec(module)]
     return f"{' and '.join(missing)} not installed" if missing else None
@@ -46,28 +46,12 @@ def variants() -> list[Variant]:
     for name, weighted in FILES:
         setting = f"llama_model_quantize, {name}{', importance matrix' if weighted else ''}"
         title = f"llama.cpp {name}{' imatrix' if weighted else ''}"
-        found.append(
-            Variant(
-                title,
-                "llama.cpp",
-                setting,
-                partial(whole_file, name, weighted),
-                weighted,
-                absent=lambda bench: absent(),
-            )
-        )
+        found.append(Variant(title, "llama.cpp", setting, partial(whole_file, name, weighted), weighted, absent=absent))
     for name, weighted in TYPES:
         setting = f"ggml_quantize_chunk, {name}, blocks across rows{', importance matrix' if weighted else ''}"
         title = f"type {name}{' imatrix' if weighted else ''}"
         found.append(
-            Variant(
-                title,
-                "llama.cpp type",
-                setting,
-                partial(one_type, name, weighted),
-                weighted,
-                absent=lambda bench: absent(),
-            )
+            Variant(title, "llama.cpp type", setting, partial(one_type, name, weighted), weighted, absent=absent)
         )
     return found
 

@@ -78,7 +78,8 @@ def load_config(config: Config) -> PretrainedConfig:
             return AutoConfig.from_pretrained(config, trust_remote_code=False)
         except (OSError, ValueError) as problem:  # code of the repository's own included, which is not run
             raise UnsupportedError(
-                f"{config}: has no configuration that transformers can load by itself ({str(problem).splitlines()[0]})"
+                f"{config}: has no configuration that transformers can load by itself ({str(problem).splitlines()[0]}); a newer "
+                "transformers may know it, code that a model brings is not run"
             ) from None
     model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:

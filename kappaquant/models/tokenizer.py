@@ -23,4 +23,7 @@ def read_tokenizer(location: str | Path, revision: str | None = None) -> PreTrai
         return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
     except Exception as problem:  # of broken files the tokenizers library raises no narrower one
         said = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise SourceError(f"{location}: has no tokenizer that transformers can load by itself ({said})") from None
+        raise SourceError(
+            f"{location}: has no tokenizer that transformers can load by itself ({said}); fetch its files again, or give a model whose "
+            "tokenizer needs no code of its own"
+        ) from None
