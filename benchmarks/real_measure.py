@@ -26,7 +26,6 @@ from kappaquant.quantizing.calibration.trials import Trial
 
 WINDOW = 1024
 CALIBRATION_WINDOWS = 24
-EVIDENCE_WINDOWS = 8
 GROUP = 64  # of a row of 576; the usual 128 does not divide it
 Packed = Mapping[str, tuple[Tensor, int]]  # name -> (dequantized, bytes as stored)
 Row = dict[str, Any]
@@ -104,18 +103,18 @@ class Bench:
         """A plan of the source."""
         return kappaquant.make_plan(self.infos, self.source.config, profile=self.kappa, **options)
 
-    def calibration(self, windows: int = CALIBRATION_WINDOWS) -> Calibration:
+    def calibration(self) -> Calibration:
         """The beginning of the first half, as the commands take a text."""
-        some = torch.tensor(self.halves[0][:windows])
+        some = torch.tensor(self.halves[0])
         digest = hashlib.sha256(some.numpy().tobytes()).hexdigest()
         record = {"file": "the first half", "tokens": some.numel(), "window": WINDOW, "tokens_sha256": digest}
         return Calibration(some, record)
 
     @cached_property
     def evidence(self) -> Sensitivities:
-        """Of the first windows, kept beside the model (inside, it would pass for a part of it)."""
-        text, path = self.calibration(EVIDENCE_WINDOWS), self.folder.with_name(f"{self.folder.name}-evidence.json")
-        if path.exists() and (found := Sensitivities.load(path)).text == text.record:
+        """Of the text that rows are calibrated on, kept beside the model (inside, it would pass for a part of it)."""
+        text, path = self.calibration(), self.folder.with_name(f"{self.folder.name}-evidence.json")
+        if path.exists() and text.record.items() <= (found := Sensitivities.load(path)).text.items():
             return found
         found = sensitivities(self.source, text, Trial(group_size=GROUP), self.device)
         found.save(path)

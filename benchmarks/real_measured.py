@@ -9,14 +9,14 @@ import hashlib
 from collections.abc import Sequence
 from functools import partial
 
-from benchmarks.real_measure import EVIDENCE_WINDOWS, GROUP, Bench, Packed, Variant
+from benchmarks.real_measure import GROUP, Bench, Packed, Variant
 from benchmarks.reference_table import quantized
 from kappaquant.planning.plan import Plan
 
 
 def variants(rows: Sequence[str]) -> list[Variant]:
     """One for the bytes of each row named."""
-    setting = f"calibrate on {EVIDENCE_WINDOWS} windows, plan --size, quantize --calibration; groups of {GROUP}"
+    setting = f"calibrate, plan --size, quantize --calibration; groups of {GROUP}"
     return [
         Variant(
             f"measured, bytes of {row}",

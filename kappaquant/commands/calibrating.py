@@ -61,7 +61,7 @@ def calibrate(
         typer.Option(help="Text to measure with, .txt or .jsonl; without it the model writes some first."),
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option("--calibration-tokens", help="How many of its tokens, at most; 8192 unless given.")
+        int | None, typer.Option("--calibration-tokens", help="How many of its tokens, at most; 32768 unless given.")
     ] = None,
     bits: Annotated[int, typer.Option(help="At which each part of the model is tried, 2 to 8.")] = 3,
     effort: Annotated[

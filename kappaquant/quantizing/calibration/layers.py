@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROWS = 4  # windows at once
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a layer is called with beside hidden states."""
+Calls = list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
+"""What layers are called with beside hidden states: for each piece of windows, layer by layer."""
 
 
 class Layers:
@@ -50,7 +50,6 @@ class Layers:
             )
         self.prefixes = [f"{_name_of(self.model, layer)}." for layer in layers]
         self._layers = list(layers)
-        self._calls: list[list[_Call]] = []  # of each piece of the windows, one a layer
         self._prepare()
 
     def __len__(self) -> int:
@@ -101,17 +100,17 @@ class Layers:
         self._layers[number].to("meta")
 
     @torch.no_grad()
-    def embed(self, windows: Tensor) -> list[Tensor]:
-        """Hidden states before the first layer, [rows, tokens, width] each, of windows [n, tokens]; learns how layers are called."""
+    def embed(self, windows: Tensor) -> tuple[list[Tensor], Calls]:
+        """Windows [n, tokens] in pieces: hidden states [rows, tokens, width] before the first layer, and how layers are called for each."""
         states: list[Tensor] = []
-        self._calls.clear()
+        calls: Calls = []
 
         def listen(first: bool, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """In place of a layer: remember its arguments, and pass the hidden states on."""
             if first:
                 states.append(hidden_states)
-                self._calls.append([])
-            self._calls[-1].append((args, kwargs))
+                calls.append([])
+            calls[-1].append((args, kwargs))
             return hidden_states
 
         for number, layer in enumerate(self._layers):
@@ -122,13 +121,13 @@ class Layers:
         finally:
             for layer in self._layers:
                 del layer.forward
-        return states
+        return states, calls
 
     @torch.no_grad()
-    def forward(self, number: int, states: list[Tensor]) -> Iterator[Tensor]:
-        """Hidden states behind a loaded layer, of each [rows, tokens, width] before it."""
-        for state, calls in zip(states, self._calls, strict=True):
-            args, kwargs = calls[number]
+    def forward(self, number: int, states: Sequence[Tensor], calls: Calls) -> Iterator[Tensor]:
+        """Hidden states behind a loaded layer, of each [rows, tokens, width] before it; called as ``embed`` found."""
+        for state, of_layers in zip(states, calls, strict=True):
+            args, kwargs = of_layers[number]
             out = self._layers[number](state, *args, **kwargs)
             yield out[0] if isinstance(out, tuple) else out
 

@@ -110,13 +110,13 @@ class Pass:
         """
         shards = self._source.shard_of
         needed = {shards[name]: number for number in range(len(self._layers)) for name in self._layers.names(number)}
-        states = self._layers.embed(self._work.calibration.windows)
+        states, calls = self._layers.embed(self._work.calibration.windows)
         for number in range(len(self._layers)):
             self._layers.load(number)
             packed = packable(self._layers, self._formats, number)
             if any(self._left(name) for name in packed):
                 with watched({path: self._layers.model.get_submodule(path) for path in set(packed.values())}) as seen:
-                    for _ in self._layers.forward(number, states):
+                    for _ in self._layers.forward(number, states, calls):
                         pass
                 tasks = tasks_of(self._layers, self._formats, packed, seen[0])
                 gathered = self._cards.gather((list(self._round(tasks, *seen)), self._fewest))
@@ -126,7 +126,7 @@ class Pass:
                     self._fewest = min((fewest for _, fewest in gathered if fewest is not None), default=None)
             for name in packed:
                 self._layers.put(name, self._stored(name))
-            states = list(self._layers.forward(number, states))
+            states = list(self._layers.forward(number, states, calls))
             self._layers.unload(number)
             for shard in [shard for shard, last in needed.items() if last == number]:
                 finish(shard)

@@ -21,10 +21,10 @@ def test_hidden_states_are_the_whole_models(architecture: str, experts: tiny_mod
     folder = tiny_models.save_tiny(architecture, tmp_path / "source", experts=experts)
     layers = Layers(kappaquant.open_source(folder), "cpu", torch.float32)
     windows = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(0))
-    states = layers.embed(windows)
+    states, calls = layers.embed(windows)
     for number in range(len(layers)):
         layers.load(number)
-        states = list(layers.forward(number, states))
+        states = list(layers.forward(number, states, calls))
         layers.unload(number)
         assert all(p.is_meta for p in layers.model.get_submodule(layers.prefixes[number][:-1]).parameters())
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

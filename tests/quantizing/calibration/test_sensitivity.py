@@ -15,12 +15,15 @@ from kappaquant.formats import codec
 from kappaquant.formats.registry import format_by_id
 from kappaquant.models.skeleton import load_config, model_class
 from kappaquant.planning.sensitivity import Sensitivities, Unit
+from kappaquant.quantizing.calibration import sensitivity
 from kappaquant.quantizing.calibration.sensitivity import sensitivities
 from kappaquant.quantizing.calibration.text import Calibration
 from kappaquant.quantizing.calibration.trials import Trial
 
-WINDOWS = torch.randint(3, 90, (6, 32), generator=torch.Generator().manual_seed(0))
-TEXT = Calibration(WINDOWS, {"file": "text.txt", "tokens": 192, "window": 32, "tokens_sha256": "a"})
+WINDOWS = torch.randint(3, 90, (8, 32), generator=torch.Generator().manual_seed(0))
+ROUNDING, JUDGING = WINDOWS[:6], WINDOWS[6:]
+RECORD = {"file": "text.txt", "tokens": 256, "window": 32, "tokens_sha256": "a"}
+TEXT = Calibration(WINDOWS, RECORD)
 
 
 def measured(folder: Path, **trial: Any) -> Sensitivities:
@@ -28,7 +31,7 @@ def measured(folder: Path, **trial: Any) -> Sensitivities:
 
 
 def divergence(folder: Path, unit: Unit, effort: str) -> float:
-    """Of a checkpoint with only this unit quantized, loaded whole."""
+    """Of a checkpoint with only this unit quantized by the first windows, loaded whole, on the last."""
     source = kappaquant.open_source(folder)
     overrides = [("*", 16), *((name, unit.bits) for name in unit.tensors)]
     plan = kappaquant.make_plan(source.tensors, source.config, "uniform", bits=3, group_size=32, overrides=overrides)
@@ -41,7 +44,7 @@ def divergence(folder: Path, unit: Unit, effort: str) -> float:
             out,
             plan,
             kappaquant.Options(device="cpu", jobs=1),
-            calibration=TEXT if effort == "calibrated" else None,
+            calibration=Calibration(ROUNDING, RECORD) if effort == "calibrated" else None,
         )
     )
     config = load_config(folder)
@@ -49,7 +52,7 @@ def divergence(folder: Path, unit: Unit, effort: str) -> float:
     made = model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
     original = model_class(config).from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        a, b = (torch.log_softmax(model(WINDOWS).logits, -1) for model in (original, made))
+        a, b = (torch.log_softmax(model(JUDGING).logits, -1) for model in (original, made))
     return float((a.exp() * (a - b)).sum(-1).mean())
 
 
@@ -101,7 +104,7 @@ def test_errors_are_those_of_outputs(tmp_path: Path) -> None:
     layer = model.model.layers[0].self_attn.v_proj
     layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, -2)))
     with torch.no_grad():
-        model(WINDOWS)
+        model(ROUNDING)
     known = found.tensors["model.layers.0.self_attn.v_proj.weight"]
     x, weight = torch.cat(inputs), layer.weight.detach()
     assert known.energy == pytest.approx(float((x @ weight.T).square().sum()), rel=1e-3)
@@ -110,6 +113,30 @@ def test_errors_are_those_of_outputs(tmp_path: Path) -> None:
         decoded = one.decode(codec.encode(weight, one, "best").parts, weight.shape[-1])
         expected = (x @ (weight - decoded).T).square().sum() / (x @ weight.T).square().sum()
         assert error == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_quarter_of_the_windows_judges() -> None:
+    windows = torch.arange(64).view(32, 2)
+    rounding, judging = sensitivity.split(windows)
+    assert torch.equal(torch.cat([rounding, judging]), windows)
+    assert len(judging) == 8
+    for few, judges in ((2, 1), (3, 1), (7, 1), (8, 2)):
+        rounding, judging = sensitivity.split(windows[:few])
+        assert (len(rounding), len(judging)) == (few - judges, judges)
+    assert all(torch.equal(part, windows[:1]) for part in sensitivity.split(windows[:1]))
+    rounding, judging = sensitivity.split(torch.zeros(128, 1024))
+    assert judging.numel() == sensitivity.JUDGED_TOKENS
+
+
+def test_what_judges_has_no_part_in_rounding(tmp_path: Path) -> None:
+    """Other windows to judge by change divergences, and no error of outputs; the evidence says how many tokens judged."""
+    folder = tiny_models.save_tiny("llama", tmp_path / "source")
+    source = kappaquant.open_source(folder)
+    others = Calibration(torch.cat([ROUNDING, JUDGING.flip(0, 1)]), RECORD)
+    one, other = (sensitivities(source, text, Trial(group_size=32), "cpu", jobs=1) for text in (TEXT, others))
+    assert one.tensors == other.tensors
+    assert all(a.kld != b.kld for a, b in zip(one.units, other.units, strict=True))
+    assert one.text == RECORD | {"judged_by": 64}
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:

@@ -31,11 +31,11 @@ def test_layers_that_read_the_same_are_one_task_and_experts_have_their_own_input
         Layers(source, "cpu", torch.float32),
         {n: FMT for n in source.tensors if n.endswith("_proj.weight")},
     )
-    (state,) = layers.embed(torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(0)))
+    (state,), calls = layers.embed(torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(0)))
     layers.load(0)
     packed = packable(layers, formats, 0)
     with watched({path: layers.model.get_submodule(path) for path in set(packed.values())}) as (sums, routed):
-        list(layers.forward(0, [state]))
+        list(layers.forward(0, [state], calls))
     tasks = tasks_of(layers, formats, packed, sums)
     assert sorted(name for task in tasks for name in task.names) == sorted(packed)
     roles = {tuple(sorted({name.split(".")[-2] for name in task.names})) for task in tasks}
