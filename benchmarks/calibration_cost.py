@@ -3,7 +3,8 @@
 All 40 layers are 71 GB on disk; of fewer, the time is said for 40 at their pace, the beginning and the vocabulary counted as often. The
 bounds are for one GPU: 20 minutes for 128 thousand tokens, 16 GiB of GPU memory, 8 GiB of the host's.
 
-With --evidence the same of ``calibrate``: 15 minutes for 8 thousand tokens. A layer there carries the variants of those below, so its
+With --evidence the same of ``calibrate``: 15 minutes for 8 thousand tokens, and what the GPU holds beside one layer in float32 are the
+states of variants, where they fit. A layer there carries the variants of those below, so its
 time grows; a line through the layers' times is followed up to the 40th.
 
 python -m benchmarks.calibration_cost [--evidence] [--layers 4] [--tokens 131072] [--device cuda] [--folder models]
@@ -189,7 +190,7 @@ def main() -> None:
     table = Table("GPUs", "layers", "s", "min for 40", "GPU GiB", "host GiB (private)")
     table.add_row(
         f"{row['gpus']}", f"{layers}", f"{row['seconds']:.0f}", f"{row['minutes_40_layers']:.1f} (<= {MINUTES[what]})",
-        f"{row['gpu_bytes'] / 2**30:.1f} (<= {GPU_GIB})",
+        f"{row['gpu_bytes'] / 2**30:.1f}" + f" (<= {GPU_GIB})" * (not options.evidence),
         f"{row['host_bytes'] / 2**30:.1f} ({row['host_private_bytes'] / 2**30:.1f}; <= {HOST_GIB})",
     )  # fmt: skip
     Console(width=140).print(table)

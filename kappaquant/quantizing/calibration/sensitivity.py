@@ -151,8 +151,8 @@ class _Pass:
             layers.unload(number)
         head = layers.load_head()
         variants += [self._of_head(name, seen_states, states, calls) for name in self._outside(Role.LM_HEAD)]
-        self._compare(head, states, variants)
         report(len(layers), len(layers))
+        self._compare(head, states, variants)
         return tuple(map(_measured, variants))
 
     def _place_of_states(self) -> torch.device:
