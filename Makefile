@@ -61,6 +61,7 @@ real-model: $(READY)
 	$(PIP) --no-build-isolation -e '.[real-model]'
 	scripts/calibrated_venv.sh
 	$(BIN)/python -m benchmarks.real_model --text $(TEXT)
+	$(BIN)/python -m benchmarks.real_model --text $(TEXT) --dither 0 --rows 'type Q[456]_K*' 'llama.cpp Q[456]*' 'calibrated [3456] g64*'
 	$(BIN)/python -m benchmarks.real_report
 	$(BIN)/python -m benchmarks.readme
 

@@ -16,6 +16,7 @@ from benchmarks.environment import RESULTS, ROOT
 from benchmarks.real_picture import BITS, SIZE, draw
 
 RESULT, PAGE = RESULTS / "real_model.json", ROOT / "docs" / "real_model.md"
+DITHERED = RESULTS / "real_model_dithered.json"
 PICTURES = {ROOT / "docs" / "real_model.png": BITS, ROOT / "docs" / "real_model_size.png": SIZE}
 HEAD = (
     "variant", "calibrated", "bits/weight of the matrices", "MB of the model", "KLD (95 %)", "same top token", "perplexity",
@@ -24,6 +25,7 @@ HEAD = (
 BESIDE = ("llama.cpp*", "calibrated ? g64, embedding 8", "calibrated apex2*", "calibrated kurtosis*")
 MEASURED = "measured, bytes of "
 PAIRS = ("MB", "beside", "its KLD", "bits by measurement", "ratio")
+BOTH = ("variant", "calibrated", "bits/weight of the matrices", "MB of the model", "KLD as it is", "KLD, dithered")
 #: README's rows of ours, where they have been measured
 OURS = ("uniform 3 g64", "own text 3 g64", "calibrated 3 g64", "own text 4 g64", "calibrated 4 g64")
 NEAR = 0.5  # bits a weight between two rows that README puts side by side
@@ -82,6 +84,18 @@ def predictions(result: dict[str, Any]) -> str:
     )
 
 
+def grid(result: dict[str, Any], dithered: dict[str, Any]) -> str:
+    """Rows of the model whose old grid was taken away, beside the same rows with it, as Markdown."""
+    with_grid = {row["name"]: row for row in result["rows"] if "absent" not in row}
+    made = sorted(
+        (row for row in dithered["rows"] if "absent" not in row), key=lambda r: (r["matrix_bits_per_weight"], r["name"])
+    )
+    lines = [list(BOTH), ["---"] * len(BOTH)]
+    for row in made:
+        lines.append([*cells(row)[:4], *(f"{r['kld_nats']['mean']:.4f}" for r in (with_grid[row["name"]], row))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def caption(result: dict[str, Any], up: str = "../") -> str:
     """What the table was measured on; ``up``: from the page to the root."""
     return (
@@ -109,11 +123,12 @@ def headline(result: dict[str, Any]) -> str:
     return f"{shown}\n\n{caption(result, '')}{written}"
 
 
-def page(text: str, result: dict[str, Any]) -> str:
+def page(text: str, result: dict[str, Any], dithered: dict[str, Any]) -> str:
     """The document with its tables made anew."""
     for what, block in (
         ("table", f"{table(result)}\n\n{caption(result)}"),
         ("pairs", f"{pairs(result)}\n\n{predictions(result)}"),
+        ("dithered", grid(result, dithered)),
     ):
         begin, end = f"<!-- {what} -->\n", f"\n<!-- /{what} -->"
         before, found, rest = text.partition(begin)
@@ -125,11 +140,13 @@ def page(text: str, result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    result, dithered = (json.loads(path.read_text(encoding="utf-8")) for path in (RESULT, DITHERED))
     for path, picture in PICTURES.items():
         draw(result, path, picture)
-    print(f"{table(result)}\n\n{caption(result)}\n\n{pairs(result)}\n\n{predictions(result)}")
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), result), encoding="utf-8")
+    print(
+        f"{table(result)}\n\n{caption(result)}\n\n{pairs(result)}\n\n{predictions(result)}\n\n{grid(result, dithered)}"
+    )
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), result, dithered), encoding="utf-8")
 
 
 if __name__ == "__main__":

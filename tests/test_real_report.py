@@ -121,6 +121,18 @@ def test_names_do_not_overlap(crowded: bool, picture: real_picture.Picture) -> N
     assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
 
 
+def test_rows_without_the_grid_stand_beside_those_with_it() -> None:
+    with_grid = measured(
+        [uniform("ours", 4.25, 0.04, True), row("type", "llama.cpp type", 4.5, 0.01), uniform("more", 5.0, 0.02)]
+    )
+    without = measured([row("type", "llama.cpp type", 4.5, 0.2), uniform("ours", 4.25, 0.05, True)])
+    lines = real_report.grid(with_grid, without).splitlines()
+    assert [line.split(" | ")[-2:] for line in lines[2:]] == [["0.0400", "0.0500 |"], ["0.0100", "0.2000 |"]]
+    assert names("\n".join(lines)) == ["**ours**", "type"]
+
+
 def test_the_page_shows_the_result() -> None:
     page = real_report.PAGE.read_text(encoding="utf-8")
-    assert real_report.page(page, result("real_model")) == page, "run python -m benchmarks.real_report"
+    assert real_report.page(page, result("real_model"), result("real_model_dithered")) == page, (
+        "run python -m benchmarks.real_report"
+    )
