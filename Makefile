@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard kappaquant/kernels/cpu/*.cpp kappaquant/kernels/cpu/*.h kappaquant/kernels/cpu/*.inl)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools

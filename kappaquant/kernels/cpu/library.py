@@ -1,0 +1,115 @@
+"""The native core: a shared library of plain functions, built with the package where there is a compiler, and called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+from kappaquant.errors import UnsupportedError
+
+NAME = "_core"
+
+
+class Weight(Structure):
+    """``kq::Weight`` of core.h: where a weight's parts lie, and its sizes."""
+
+    _fields_ = (
+        ("codes", c_void_p), ("norms", c_void_p), ("book", c_void_p), ("experts", c_int64), ("rows", c_int64), ("groups", c_int64),
+        ("bits", c_int32), ("group", c_int32), ("wide_norms", c_int32), ("unused", c_int32),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Core:
+    """The library, and the instruction set that it is asked to use.
+
+    Attributes:
+        level: its number, the fastest being the first.
+        name: of the instruction set.
+    """
+
+    library: ctypes.CDLL
+    level: int
+    name: str
+
+
+@cache
+def absence() -> str:
+    """Why there is no native core here; empty where there is one."""
+    try:
+        found = levels()
+    except OSError as problem:
+        return f"the native core cannot be loaded ({problem})"
+    if not found:
+        return (
+            "kappaquant was installed without its native core, for want of a C++ compiler: install one (g++ or clang) and then "
+            "kappaquant again"
+        )
+    if not any(found.values()):
+        return f"this processor has none of the instruction sets of the native core ({', '.join(found)})"
+    return ""
+
+
+@cache
+def core(name: str = "") -> Core:
+    """The library with the fastest instruction set of this processor, or the one of that name.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    if reason := absence():
+        raise UnsupportedError(reason)
+    known = levels()
+    for number, (level, here) in enumerate(known.items()):
+        if here and name in ("", level):
+            return Core(_library(), number, level)
+    raise UnsupportedError(
+        f"instruction set {name!r}: this processor has {', '.join(level for level, here in known.items() if here)}"
+    )
+
+
+def levels() -> dict[str, bool]:
+    """Instruction sets of the library, fastest first, and whether this processor has them; none without a library."""
+    if not _path():
+        return {}
+    found: dict[str, bool] = {}
+    library = _library()
+    for number in range(library.kq_levels()):
+        found[library.kq_level_name(number).decode()] = bool(library.kq_level_runs(number))
+    return found
+
+
+def _path() -> Path | None:
+    places = (Path(__file__).with_name(NAME + suffix) for suffix in EXTENSION_SUFFIXES)
+    return next((place for place in places if place.is_file()), None)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_path()))
+    weight, prepared = POINTER(Weight), [c_void_p] * 4  # int8 values, scales, offsets; or floats
+    call = [c_int32, c_int32]  # level, threads
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "kq_weight_bytes": (c_int32, []),
+        "kq_levels": (c_int32, []),
+        "kq_level_name": (c_char_p, [c_int32]),
+        "kq_level_runs": (c_int32, [c_int32]),
+        "kq_prepare": (None, [*call, c_void_p, c_int32, c_int64, c_int64, c_int64, c_int32, c_void_p, *prepared]),
+        "kq_linear": (None, [*call, weight, *prepared, c_int64, c_void_p, c_void_p, c_int32]),
+        "kq_grouped": (None, [*call, weight, *prepared, c_void_p, c_int64, c_int64, c_void_p]),
+        "kq_experts": (
+            None,
+            [*call, weight, weight, *prepared, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32],
+        ),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    if library.kq_weight_bytes() != ctypes.sizeof(Weight):
+        raise OSError(f"{_path()} is of another version of kappaquant; install the package again")
+    return library

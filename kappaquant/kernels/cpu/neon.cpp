@@ -1,0 +1,118 @@
+// NEON with dot products (ARMv8.2): tables of 16 to 64 bytes, and four products at once.
+#include "core.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+#include <cstring>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#endif
+
+namespace kq {
+namespace {
+
+struct Lanes {
+  static constexpr int kWidth = 16, kTile = 4;
+  static constexpr bool kUnsigned = false;
+  typedef int8x16_t Bytes;
+  typedef int32x4_t Ints;
+  typedef float32x4_t Floats;
+
+  template <int BITS, bool kHalf>
+  struct Codes {
+    static constexpr int kTables = BITS <= 4 ? 1 : 1 << (BITS - 4);  // of 16 entries
+    uint8x16_t spread[2];
+    int16x8_t down[2];
+    uint8x16_t table[kTables];
+
+    explicit Codes(const int8_t* bytes) {
+      for (int part = 0; part < 2; ++part) {
+        uint8_t from[16];
+        int16_t by[8];
+        for (int i = 0; i < 8; ++i) {  // a code lies in two bytes
+          const int bit = (8 * part + i) * BITS;
+          from[2 * i] = static_cast<uint8_t>(bit / 8);
+          from[2 * i + 1] = static_cast<uint8_t>(bit / 8 + 1);  // beyond the 16 that were loaded: 0
+          by[i] = static_cast<int16_t>(-(bit % 8));
+        }
+        spread[part] = vld1q_u8(from);
+        down[part] = vld1q_s16(by);
+      }
+      for (int i = 0; i < kTables; ++i) table[i] = vld1q_u8(reinterpret_cast<const uint8_t*>(bytes) + 16 * i);
+    }
+
+    int8x16_t operator()(const uint8_t* p) const {
+      uint8x16_t codes;
+      if constexpr (BITS == 8) {
+        codes = vld1q_u8(p);
+      } else {
+        uint8_t some[16] = {};
+        std::memcpy(some, p, 2 * BITS);
+        const uint8x16_t packed = vld1q_u8(some);
+        uint8x8_t half[2];
+        for (int part = 0; part < 2; ++part)
+          half[part] = vmovn_u16(vshlq_u16(vreinterpretq_u16_u8(vqtbl1q_u8(packed, spread[part])), down[part]));
+        codes = vandq_u8(vcombine_u8(half[0], half[1]), vdupq_n_u8((1 << BITS) - 1));
+      }
+      uint8x16_t found;
+      if constexpr (BITS <= 4) {
+        found = vqtbl1q_u8(table[0], codes);
+      } else if constexpr (BITS == 5) {
+        found = vqtbl2q_u8({{table[0], table[1]}}, codes);
+      } else {
+        found = vqtbl4q_u8({{table[0], table[1], table[2], table[3]}}, codes);
+        for (int i = 4; i < kTables; i += 4)  // an index that is out of the table leaves what was found
+          found = vqtbx4q_u8(found, {{table[i], table[i + 1], table[i + 2], table[i + 3]}}, vsubq_u8(codes, vdupq_n_u8(16 * i)));
+      }
+      return vreinterpretq_s8_u8(found);
+    }
+  };
+
+  template <bool kHalf>
+  static Bytes load(const int8_t* p) {
+    return vld1q_s8(p);
+  }
+  template <bool kHalf>
+  static void store(int8_t* p, Bytes v) {
+    vst1q_s8(p, v);
+  }
+  static Ints zero() { return vdupq_n_s32(0); }
+  static Floats none() { return vdupq_n_f32(0); }
+  static Ints dot(Ints acc, Bytes weights, Bytes x) { return vdotq_s32(acc, weights, x); }
+  static Floats add(Floats acc, Ints dots, float scale) { return vfmaq_n_f32(acc, vcvtq_f32_s32(dots), scale); }
+  static float sum(Floats v) { return vaddvq_f32(v); }
+  static void halves(const uint16_t* from, float* to) {
+    for (int i = 0; i < 16; i += 4) vst1q_f32(to + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + i))));
+  }
+};
+
+#include "products.inl"
+
+bool runs() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & (1 << 20);  // HWCAP_ASIMDDP
+#else
+  return true;  // every Apple silicon
+#endif
+}
+
+}  // namespace
+
+const Level kNeon = {"neon", runs, rotate, narrow, few, many, exact};
+
+}  // namespace kq
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

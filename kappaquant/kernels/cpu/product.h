@@ -1,0 +1,65 @@
+// Products of one matrix and some tokens, by whatever instruction set, as jobs of some rows each.
+#pragma once
+
+#include <cmath>
+
+#include "core.h"
+#include "pool.h"
+
+namespace kq {
+
+constexpr int64_t kChunkBytes = 1 << 14;  // of codes that one job reads at least
+constexpr int64_t kMostRows = 256;        // of one job
+constexpr int64_t kJobs = 8;              // for each thread, where there are rows enough
+
+inline int64_t up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+inline Table table_of(const Weight& w) {
+  Table made = {};
+  const int codes = 1 << w.bits;
+  float most = 0;
+  for (int i = 0; i < codes; ++i) most = std::fmax(most, std::fabs(w.book[i]));
+  for (int i = 0; i < codes; ++i)
+    made.bytes[i] = static_cast<int8_t>(most > 0 ? std::nearbyint(w.book[i] / most * 127.0f) : 0.0f);
+  made.scale = most / 127.0f;
+  return made;
+}
+
+// Inputs of several tokens, as they are prepared: one array of each kind.
+struct Prepared {
+  const int8_t* values;
+  const float* scales;
+  const float* offsets;
+  const float* floats;
+
+  Input of(const Weight& w, int64_t token) const {
+    const int64_t width = w.groups * w.group, padded = padded_groups(w.groups);
+    if (floats) return {nullptr, nullptr, nullptr, floats + token * width};
+    return {values + token * width, scales + token * padded, offsets + token * padded, nullptr};
+  }
+};
+
+// Rows of a job where `fair` rows are each one's share.
+inline int64_t rows_of_a_job(const Weight& w, int64_t fair) {
+  int64_t rows = (kChunkBytes + row_bytes(w) - 1) / row_bytes(w);
+  rows = rows > fair ? rows : fair;
+  rows = (rows + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
+  return rows < kMostRows ? rows : kMostRows;
+}
+
+// Rows [first, last) of a matrix times some tokens, into out[token][row - first]; `room` has `product_room` bytes.
+inline void product(const Level& level, const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in,
+             int64_t tokens, float* const* out, int8_t* room) {
+  if (in->floats)
+    level.exact(w, matrix, first, last, in, tokens, out, room);
+  else if (tokens <= kAtOnce)
+    level.few(w, matrix, first, last, table, in, static_cast<int>(tokens), out);
+  else
+    level.many(w, matrix, first, last, table, in, tokens, out, room);
+}
+
+inline int64_t product_room(const Weight& w, const Input* in, int64_t tokens) {
+  return in->floats ? exact_room(w) : tokens <= kAtOnce ? 0 : many_room(w);
+}
+
+}  // namespace kq

@@ -1,0 +1,90 @@
+// Runs the native core on what it reads, for builds that Python cannot load: another processor's, or one with sanitizers. From stdin come
+// numbers, signs, and two weights of experts with a bias for the first; to stdout go what the functions made of them, as floats.
+// Each array is allocated at its exact size, so that a byte read beyond it is seen.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "core.h"
+
+extern "C" {
+int32_t kq_levels();
+int32_t kq_level_runs(int32_t);
+void kq_prepare(int32_t, int32_t, const void*, int32_t, int64_t, int64_t, int64_t, int32_t, const float*, float*, int8_t*, float*, float*);
+void kq_linear(int32_t, int32_t, const kq::Weight*, const int8_t*, const float*, const float*, const float*, int64_t, const float*, void*,
+               int32_t);
+void kq_grouped(int32_t, int32_t, const kq::Weight*, const int8_t*, const float*, const float*, const float*, const int64_t*, int64_t,
+                int64_t, float*);
+void kq_experts(int32_t, int32_t, const kq::Weight*, const kq::Weight*, const int8_t*, const float*, const float*, const float*,
+                const int64_t*, const float*, int64_t, int64_t, const float*, void*, int32_t);
+}
+
+namespace {
+
+template <class T>
+std::unique_ptr<T[]> take(int64_t count) {
+  std::unique_ptr<T[]> made(new T[static_cast<size_t>(count)]);
+  if (std::fread(made.get(), sizeof(T), static_cast<size_t>(count), stdin) != static_cast<size_t>(count)) std::exit(2);
+  return made;
+}
+
+struct Held {
+  std::unique_ptr<uint8_t[]> codes;
+  std::unique_ptr<uint16_t[]> norms;
+  std::unique_ptr<float[]> book, signs;
+  kq::Weight weight;
+  int64_t inputs;
+};
+
+Held take_weight() {
+  const auto n = take<int64_t>(6);  // experts, rows, inputs, groups, bits, group
+  Held held;
+  held.weight = {};
+  held.weight.experts = n[0], held.weight.rows = n[1], held.inputs = n[2], held.weight.groups = n[3];
+  held.weight.bits = static_cast<int32_t>(n[4]), held.weight.group = static_cast<int32_t>(n[5]);
+  held.codes = take<uint8_t>(n[0] * n[1] * kq::row_bytes(held.weight));
+  held.norms = take<uint16_t>(n[0] * n[1] * n[3]);
+  held.book = take<float>(1 << n[4]);
+  held.signs = take<float>(2 * n[5]);
+  held.weight.codes = held.codes.get(), held.weight.norms = held.norms.get(), held.weight.book = held.book.get();
+  return held;
+}
+
+void give(const std::vector<float>& values) { std::fwrite(values.data(), sizeof(float), values.size(), stdout); }
+
+}  // namespace
+
+int main() {
+  const Held first = take_weight(), second = take_weight();
+  const auto n = take<int64_t>(2);  // tokens, experts of each
+  const int64_t tokens = n[0], k = n[1], width = first.weight.groups * first.weight.group;
+  const auto x = take<float>(tokens * first.inputs);
+  const auto bias = take<float>(first.weight.rows);
+  const auto index = take<int64_t>(tokens * k);
+  const auto shares = take<float>(tokens * k);
+  int32_t level = 0;
+  while (level < kq_levels() && !kq_level_runs(level)) ++level;
+  if (level == kq_levels()) return 3;
+  for (const bool exact : {false, true}) {
+    const int64_t padded = kq::padded_groups(first.weight.groups);
+    std::unique_ptr<float[]> floats(exact ? new float[tokens * width] : nullptr);
+    std::unique_ptr<int8_t[]> values(exact ? nullptr : new int8_t[tokens * width]);
+    std::unique_ptr<float[]> scales(exact ? nullptr : new float[tokens * padded]), offsets(exact ? nullptr : new float[tokens * padded]);
+    kq_prepare(level, 2, x.get(), 0, tokens, first.inputs, first.weight.groups, first.weight.group, first.signs.get(), floats.get(),
+               values.get(), scales.get(), offsets.get());
+    std::vector<float> linear(static_cast<size_t>(tokens * first.weight.rows));
+    kq_linear(level, 2, &first.weight, values.get(), scales.get(), offsets.get(), floats.get(), tokens, bias.get(), linear.data(), 0);
+    give(linear);
+    std::vector<float> grouped(static_cast<size_t>(tokens * k * first.weight.rows));
+    kq_grouped(level, 2, &first.weight, values.get(), scales.get(), offsets.get(), floats.get(), index.get(), tokens, k, grouped.data());
+    give(grouped);
+    std::vector<float> block(static_cast<size_t>(tokens * second.weight.rows));
+    kq_experts(level, 2, &first.weight, &second.weight, values.get(), scales.get(), offsets.get(), floats.get(), index.get(), shares.get(),
+               tokens, k, second.signs.get(), block.data(), 0);
+    give(block);
+  }
+  return 0;
+}
