@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kappaquant.errors import SourceError
 from kappaquant.files.documents import read_json
 from kappaquant.files.safetensors import TensorInfo
+from kappaquant.sources.encodings.scheme import MODELOPT_NAME, with_modelopt
 from kappaquant.sources.folder import open_folder
 from kappaquant.sources.source import (
     INDEX_NAME,
@@ -21,19 +22,29 @@ from kappaquant.sources.source import (
     warn_of_others,
 )
 
+_DOCUMENTS = ("config.json", INDEX_NAME, MODELOPT_NAME)
+
 
 @dataclass
 class HubSource(Source):
     """A pinned revision of a Hub repository, one shard on disk at a time."""
 
     scratch: tempfile.TemporaryDirectory[str]
+    _released: set[str] = field(init=False, repr=False, default_factory=set)
 
     def fetch(self, file_name: str) -> Path:
         path = Path(self.scratch.name) / file_name
-        return path if path.exists() else _download(self.label, file_name, self.revision, self.scratch.name)
+        if path.exists():
+            return path
+        self._released.discard(file_name)
+        return _download(self.label, file_name, self.revision, self.scratch.name)
 
     def release(self, shard: str) -> None:
-        (Path(self.scratch.name) / shard).unlink(missing_ok=True)
+        """Delete the shard, and those that were fetched for scales of it, as soon as no other needs their bytes."""
+        self._released.add(shard)
+        for file_name in self.headers:
+            if self.needed_by(file_name) <= self._released:
+                (Path(self.scratch.name) / file_name).unlink(missing_ok=True)
 
 
 def open_hub(repo: str, revision: str | None, stream: bool) -> Source:
@@ -52,8 +63,10 @@ def open_hub(repo: str, revision: str | None, stream: bool) -> Source:
             if ".." in Path(name).parts or Path(name).is_absolute():
                 raise SourceError(f"{repo}: file name {name!r} leaves the folder")
         scratch = tempfile.TemporaryDirectory(prefix="kappaquant-")
-        fetched = {f: _download(repo, f, commit, scratch.name) for f in ("config.json", INDEX_NAME) if f in files}
+        fetched = {f: _download(repo, f, commit, scratch.name) for f in _DOCUMENTS if f in files}
         config = read_json(Path(scratch.name) / "config.json", SourceError)
+        if MODELOPT_NAME in fetched:
+            config = with_modelopt(config, read_json(fetched[MODELOPT_NAME], SourceError))
         index = read_json(fetched[INDEX_NAME], SourceError) if INDEX_NAME in fetched else None
         headers = {}
         names = shard_names(repo, files, index)
