@@ -100,17 +100,20 @@ class Source(ABC):
         shown: dict[str, TensorInfo | None] = {**stored, **dict.fromkeys(dropped)}
         for encoded in self.encoded.values():
             shown |= {**dict.fromkeys(encoded.parts.values()), encoded.codes: encoded.info}
-        logger.info("%s: stored as %s; read as bf16", self.label, self.stored_as)
-        if dropped:
-            logger.warning(
-                "%s: %d scales of activations or of cached keys and values are left out, such as %s: no weights depend on them",
-                self.label, len(dropped), min(dropped),
-            )  # fmt: skip
+        self._say(dropped)
         shards = {
             shard: {info.name: info for name in tensors if (info := shown[name])}
             for shard, tensors in self.headers.items()
         }
         return {shard: tensors for shard, tensors in shards.items() if tensors or not self.headers[shard]}
+
+    def _say(self, dropped: frozenset[str]) -> None:
+        """One line on what the weights are, and on what nothing is made of."""
+        said = [f"weights stored as {self.stored_as} are read as the bf16 that stands for"] if self.stored_as else []
+        if dropped:
+            some = f"{len(dropped)} scales of activations or of cached keys and values (such as {min(dropped)})"
+            said.append(f"{some} are left out: no weights depend on them")
+        logger.warning("%s: %s", self.label, "; ".join(said))
 
     @abstractmethod
     def fetch(self, file_name: str) -> Path:
@@ -134,6 +137,11 @@ class Source(ABC):
     def stored_as(self) -> str | None:
         """How encoded tensors are stored, such as "fp8, blocks of 128x128"; None where all are plain."""
         return "; ".join(sorted({encoded.encoding.label for encoded in self.encoded.values()})) or None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all tensors as they are stored."""
+        return sum(info.nbytes for tensors in self.headers.values() for info in tensors.values())
 
     def identity(self) -> list[Any]:
         """What distinguishes these weights from others, as JSON values: headers, and of local shards size and time."""

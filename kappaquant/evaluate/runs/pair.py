@@ -138,8 +138,8 @@ def _tokenizer_digest(path: Path) -> str:
 def checkpoint_facts(checkpoint: Checkpoint | LocalSource) -> CheckpointFacts:
     """What the report says of the checkpoint: its folder's name, not where that lies."""
     if isinstance(checkpoint, LocalSource):
-        infos, files = checkpoint.tensors.values(), [checkpoint.folder / shard for shard in checkpoint.shards]
-        bits = 8 * sum(i.nbytes for i in infos) / sum(i.numel for i in infos)
+        infos, files = checkpoint.tensors.values(), [checkpoint.folder / shard for shard in checkpoint.headers]
+        bits = 8 * checkpoint.stored_bytes / sum(i.numel for i in infos)
         return CheckpointFacts(checkpoint.folder.resolve().name, "safetensors", _total(files), bits, None)
     entries = checkpoint.entries.values()
     shards = {path for entry in entries for path, _ in entry.parts.values()}
@@ -163,7 +163,7 @@ def _predicted(manifest: Mapping[str, Any]) -> float | None:
 def source_facts(source: LocalSource) -> SourceFacts:
     """What the report says of the original; reads the headers and the first 4 kB of every tensor."""
     headers, samples = hashlib.sha256(), hashlib.sha256()
-    paths = [source.folder / shard for shard in sorted(source.shards)]
+    paths = [source.folder / shard for shard in sorted(source.headers)]
     for path in paths:
         headers.update(path.name.encode())
         headers.update(_header(path))

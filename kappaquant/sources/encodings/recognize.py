@@ -47,7 +47,7 @@ def recognize(
             of = left.get(match[1])
             state = f"{of.name} is {of.dtype}, not quantized" if of else "there are no weights that it belongs to"
             raise SourceError(f"{label}: {name} is left over: {state}; fetch the model again")
-    if not found:
+    if not found and not dropped:
         raise SourceError(
             f"{label}/config.json: says that the weights are stored as {scheme.method}, but none is; if they are plain floats, "
             "take quantization_config out of it"
