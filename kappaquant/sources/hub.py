@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kappaquant.errors import SourceError
+from kappaquant.errors import KappaquantError, SourceError
 from kappaquant.files.documents import read_json
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.sources.encodings.scheme import MODELOPT_NAME, with_modelopt
@@ -48,15 +49,14 @@ class HubSource(Source):
 
 
 def open_hub(repo: str, revision: str | None, stream: bool) -> Source:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, is_offline_mode
 
+    if not stream or is_offline_mode():
+        folder = snapshot(repo, revision)
+        return open_folder(folder, repo, folder.name)
     with _hub_errors(repo):
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
         commit = str(info.sha)
-        if not stream:
-            ignored = [f"*{suffix}" for suffix in (*PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")]
-            folder = Path(snapshot_download(repo, revision=commit, ignore_patterns=ignored))
-            return open_folder(folder, repo, commit)
         files = sorted(s.rfilename for s in info.siblings or [])
         refuse_adapter(repo, files)
         for name in files:
@@ -79,11 +79,33 @@ def open_hub(repo: str, revision: str | None, stream: bool) -> Source:
         return HubSource(repo, commit, config, headers, side_files(visible), None, scratch)
 
 
-class _hub_errors:  # noqa: N801 - a context manager, used like a function
-    """Turns what huggingface_hub raises into a SourceError that names the repository."""
+def snapshot(
+    repo: str, revision: str | None, *, only: Sequence[str] | None = None, error: type[KappaquantError] = SourceError
+) -> Path:
+    """The folder of a commit in the Hub's cache, named after it, with all its files that are no pickles, fetched if need be.
 
-    def __init__(self, repo: str) -> None:
-        self.repo = repo
+    With HF_HUB_OFFLINE=1 it holds what was fetched before.
+
+    Args:
+        only: fetch no other files than these.
+
+    Raises:
+        KappaquantError: as ``error``: the Hub, or offline the cache, does not have it.
+    """
+    from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+
+    ignored = [f"*{suffix}" for suffix in (*PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")]
+    with _hub_errors(repo, error):
+        commit = revision if is_offline_mode() else str(HfApi().model_info(repo, revision=revision).sha)
+        patterns = None if only is None else list(only)
+        return Path(snapshot_download(repo, revision=commit, allow_patterns=patterns, ignore_patterns=ignored))
+
+
+class _hub_errors:  # noqa: N801 - a context manager, used like a function
+    """Turns what huggingface_hub raises into an error of ours that names the repository."""
+
+    def __init__(self, repo: str, error: type[KappaquantError] = SourceError) -> None:
+        self.repo, self.error = repo, error
 
     def __enter__(self) -> None:
         pass
@@ -102,7 +124,7 @@ class _hub_errors:  # noqa: N801 - a context manager, used like a function
         kinds = (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, SafetensorsParsingError)
         if isinstance(problem, (*kinds, HFValidationError, OfflineModeIsEnabled)):
             first = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-            raise SourceError(f"{self.repo}: no such folder here, and from the Hub: {first}") from problem
+            raise self.error(f"{self.repo}: no such folder here, and from the Hub: {first}") from problem
 
 
 def _download(repo: str, file_name: str, revision: str | None, folder: str) -> Path:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
@@ -21,7 +25,9 @@ class Stored:
     values: Tensor
 
 
-def fp8(scale: Callable[[Tensor], Tensor], expand: Callable[[Tensor, Tensor], Tensor], suffix: str) -> Callable[[Tensor], Stored]:
+def fp8(
+    scale: Callable[[Tensor], Tensor], expand: Callable[[Tensor, Tensor], Tensor], suffix: str
+) -> Callable[[Tensor], Stored]:
     """Weights in E4M3 by their scales; ``expand`` brings those to the shape of the weights."""
 
     def store(weight: Tensor) -> Stored:
@@ -124,7 +130,12 @@ class Kind:
 
 def _compressed(form: str, **weights: Any) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", **weights}}
-    return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
 
 
 KINDS = {
@@ -144,7 +155,9 @@ KINDS = {
 MXFP4_EXPERTS = Kind(mxfp4_experts, {"quant_method": "mxfp4"}, "mxfp4")
 
 
-def encoded(tensors: dict[str, Tensor], kind: Kind, chosen: Callable[[str], bool]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def encoded(
+    tensors: dict[str, Tensor], kind: Kind, chosen: Callable[[str], bool]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors with the chosen ones stored so, and those tensors as bf16 with the values that are stored."""
     stored, plain = dict(tensors), dict(tensors)
     for name in filter(chosen, tensors):
@@ -152,3 +165,15 @@ def encoded(tensors: dict[str, Tensor], kind: Kind, chosen: Callable[[str], bool
         stored |= {name + suffix: part.contiguous() for suffix, part in found.parts.items()}
         plain[name] = found.values.bfloat16()
     return stored, plain
+
+
+def encode_folder(folder: Path, kind: Kind, chosen: Callable[[str], bool]) -> Path:
+    """Store the chosen weights of a model in one file so; the folder that holds the bf16 model of the same values."""
+    path, plain_folder = folder / "model.safetensors", folder.with_name(folder.name + "-bf16")
+    shutil.copytree(folder, plain_folder)
+    stored, plain = encoded(load_file(path), kind, chosen)
+    save_file(stored, path, {"format": "pt"})
+    save_file({name: t.contiguous() for name, t in plain.items()}, plain_folder / path.name, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": kind.config}))
+    return plain_folder

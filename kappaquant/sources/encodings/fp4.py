@@ -89,7 +89,9 @@ def _encoded(tensors: Mapping[str, TensorInfo], codes: TensorInfo, base: str) ->
         )
     group = 32 if scale.dtype in EXPONENTS else 16
     if not codes.shape or codes.shape[-1] * 2 % group or not codes.numel:
-        raise SourceError(f"{codes.name}: has shape {list(codes.shape)}; rows of whole groups of {group} weights are needed")
+        raise SourceError(
+            f"{codes.name}: has shape {list(codes.shape)}; rows of whole groups of {group} weights are needed"
+        )
     shape = (*codes.shape[:-1], codes.shape[-1] * 2)
     wanted = (*shape[:-1], shape[-1] // group)
     if scale.shape != wanted:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CODES = ("F8_E4M3", "F8_E5M2")
-_SUFFIXES = ("_scale_inv", "_scale")  # both are multiplied by: the former is the inverse of what the weights were multiplied by
+_SUFFIXES = (
+    "_scale_inv",
+    "_scale",
+)  # both are multiplied by: the former is the inverse of what the weights were multiplied by
 _MX_GROUP = 32
 
 
@@ -51,7 +54,7 @@ class ScaledFp8(Encoding):
 
         from kappaquant.files.tensors import read_elements
 
-        width = math.prod(shape[-1:])
+        width = shape[-1] if shape else 1
         across = math.ceil(width / self.block[1])
         first, last = start // width, math.ceil(stop / width)
         row = torch.arange(first, last)
@@ -67,27 +70,27 @@ class ScaledFp8(Encoding):
 
 def _fitting(codes: TensorInfo, scale: TensorInfo, scheme: Scheme) -> ScaledFp8:
     """The division into blocks that a scale's shape and the scheme allow. Raises SourceError unless there is one."""
-    *stack, out, width = (1, 1, *codes.shape)[-max(2, len(codes.shape)) :]
-    if codes.shape and 0 in codes.shape:
-        raise SourceError(f"{codes.name}: has shape {list(codes.shape)} and is stored as {codes.dtype}; that needs elements")
+    *stack, out, width = codes.shape if len(codes.shape) > 1 else (1, *(codes.shape or (1,)))
+    if not codes.numel:
+        raise SourceError(
+            f"{codes.name}: has shape {list(codes.shape)} and is stored as {codes.dtype}; that needs elements"
+        )
     matrices = tuple(stack)
-    if math.prod(scale.shape) == 1:
-        return ScaledFp8(math.prod(codes.shape[:-1]), (math.prod(codes.shape[:-1]), width), "per tensor")
-    if stack and scale.shape in (matrices, (*matrices, 1), (*matrices, 1, 1)):
-        return ScaledFp8(out, (out, width), "per matrix")
-    if scale.shape in ((*matrices, out), (*matrices, out, 1)):
-        return ScaledFp8(out, (1, width), "per channel")
     sizes = [*scheme.blocks, *([(1, _MX_GROUP)] if scale.dtype in EXPONENTS else [])]
-    fitting = set()
-    for rows, columns in sizes:
-        down, across = math.ceil(out / rows), math.ceil(width / columns)
-        # the second as ModelOpt writes it
-        if scale.shape in ((*matrices, down, across), (*matrices, down, 1, across, 1)):
-            fitting.add((min(rows, out), min(columns, width)))
-    if len(fitting) != 1:
-        grids = [[*matrices, math.ceil(out / rows), math.ceil(width / columns)] for rows, columns in sizes]
-        blocks = "".join(f", {grid} (blocks of {r}x{c})" for grid, (r, c) in zip(grids, sizes, strict=True))
-        raise misfit(scale, codes, f"it may be [1], {[*matrices, out, 1]} (per channel){blocks}")
-    ((rows, columns),) = fitting
-    named = next(size for size in sizes if (min(size[0], out), min(size[1], width)) == (rows, columns))
-    return ScaledFp8(out, (rows, columns), f"blocks of {named[0]}x{named[1]}")
+    grids = [(*matrices, math.ceil(out / rows), math.ceil(width / columns)) for rows, columns in sizes]
+    fitting: dict[tuple[int, int], str] = {}
+    for grid, (rows, columns) in zip(grids, sizes, strict=True):
+        if scale.shape in (grid, (*grid[:-1], 1, grid[-1], 1)):  # the second as ModelOpt writes it
+            fitting.setdefault((min(rows, out), min(columns, width)), f"blocks of {rows}x{columns}")
+    if len(fitting) == 1:
+        ((block, kind),) = fitting.items()
+        return ScaledFp8(out, block, kind)
+    if not fitting:
+        if math.prod(scale.shape) == 1:
+            return ScaledFp8(math.prod(stack) * out, (math.prod(stack) * out, width), "per tensor")
+        if scale.shape in ((*matrices, out), (*matrices, out, 1)):
+            return ScaledFp8(out, (1, width), "per channel")
+        if stack and scale.shape in (matrices, (*matrices, 1), (*matrices, 1, 1)):
+            return ScaledFp8(out, (out, width), "per matrix")
+    blocks = "".join(f", {list(grid)} (blocks of {r}x{c})" for grid, (r, c) in zip(grids, sizes, strict=True))
+    raise misfit(scale, codes, f"it may be [1], {[*matrices, out, 1]} (per channel){blocks}, and one of them alone")

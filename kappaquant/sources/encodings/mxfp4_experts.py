@@ -37,9 +37,13 @@ class Mxfp4Experts(Encoding):
                 base = name.removesuffix(_CODES)
                 scale = scale_of(tensors, info, (base + _SCALES,))
                 if len(info.shape) != 4 or info.shape[-1] != _BYTES or not info.numel:
-                    raise SourceError(f"{name}: has shape {list(info.shape)}; MXFP4 experts are [experts, out, blocks, {_BYTES}]")
+                    raise SourceError(
+                        f"{name}: has shape {list(info.shape)}; MXFP4 experts are [experts, out, blocks, {_BYTES}]"
+                    )
                 if scale.shape != info.shape[:-1] or scale.dtype not in EXPONENTS:
-                    raise misfit(scale, info, f"it must be {list(info.shape[:-1])} of exponents ({' or '.join(EXPONENTS)})")
+                    raise misfit(
+                        scale, info, f"it must be {list(info.shape[:-1])} of exponents ({' or '.join(EXPONENTS)})"
+                    )
                 experts, out, blocks, _ = info.shape
                 presented = TensorInfo(base, PRESENTED, (experts, blocks * _BYTES * 2, out))
                 yield Encoded(presented, cls(), {"codes": name, "scale": scale.name})
@@ -48,7 +52,10 @@ class Mxfp4Experts(Encoding):
         import torch
 
         _, inputs, out = shape
-        first, last = start // out, math.ceil(stop / out)  # rows of the presented tensor: inputs, of one expert after another
+        first, last = (
+            start // out,
+            math.ceil(stop / out),
+        )  # rows of the presented tensor: inputs, of one expert after another
         values = torch.empty(last - first, out)
         for expert in range(first // inputs, math.ceil(last / inputs)):
             begin, end = max(first, expert * inputs), min(last, (expert + 1) * inputs)

@@ -104,7 +104,9 @@ def _blocks(label: str, said: Mapping[str, Any]) -> list[tuple[int, int]]:
         except (TypeError, ValueError):
             rows = columns = 0
         if min(rows, columns) < 1:
-            raise SourceError(f"{label}/config.json: blocks of {size!r} share a scale; two numbers of at least 1 belong there")
+            raise SourceError(
+                f"{label}/config.json: blocks of {size!r} share a scale; two numbers of at least 1 belong there"
+            )
         found.append((rows, columns))
     if said.get("quant_method") == "fp8" and "weight_block_size" not in said:
         found.append((128, 128))  # what transformers takes

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import CONFIG, EXPERTS, Q, digests, quantize, refused, tensors, write_source
+from builders import CONFIG, EXPERTS, Q, quantize, refused, tensors, write_source
 from encoded_sources import KINDS, MXFP4_EXPERTS, Kind, encoded, fp8_blocks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,14 +19,14 @@ from kappaquant import AlreadyQuantizedError, SourceError
 from kappaquant.errors import NonFiniteError
 from kappaquant.planning.profile import scan
 
-O, SPLIT = "model.layers.0.self_attn.o_proj.weight", "model.layers.2.mlp.experts.0.gate_proj.weight"
+OUT = "model.layers.0.self_attn.o_proj.weight"
 DOWN = "model.layers.1.mlp.experts.down_proj"
 
 
 def content() -> dict[str, Tensor]:
     """Weights whose rows and columns are no multiples of 128, whole and stacked; one that stays as it is, and an embedding."""
     found = {name: tensor for name, tensor in tensors().items() if tensor.numel() and tensor.dtype == torch.bfloat16}
-    found[O] = found[O][:200, :160].contiguous()
+    found[OUT] = found[OUT][:200, :160].contiguous()
     return found
 
 
@@ -65,14 +65,19 @@ def test_it_quantizes_to_the_bytes_of_its_bf16(
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
     assert f"stored as {kind.label} are read as the bf16" in said[0]
-    assert "1 scales of activations or of cached keys and values (such as model.layers.0.self_attn.q_proj.input_scale)" in said[0]
+    assert (
+        "1 scales of activations or of cached keys and values (such as model.layers.0.self_attn.q_proj.input_scale)"
+        in said[0]
+    )
 
     made, expected = (quantize(folder, tmp_path / f"{folder.parent.name}_out") for folder in (stored, plain))
     assert {name: made.tensor(name).dtype for name in made.keys() if not made.format_of(name)} == {
         name: expected.tensor(name).dtype for name in expected.keys() if not expected.format_of(name)
     }
     for name in expected.keys():
-        for (_, ours), (_, theirs) in zip(made.entry(name).parts.values(), expected.entry(name).parts.values(), strict=True):
+        for (_, ours), (_, theirs) in zip(
+            made.entry(name).parts.values(), expected.entry(name).parts.values(), strict=True
+        ):
             assert ours.info == theirs.info
     manifest, without = (json.loads((c.path / "kappaquant.json").read_text()) for c in (made, expected))
     assert manifest.pop("source") == {"model": "model", "revision": None, "stored_as": kind.label}
@@ -108,14 +113,14 @@ def test_a_cache_alone_may_be_quantized(tmp_path: Path) -> None:
 def test_one_file_with_several_kinds(tmp_path: Path) -> None:
     """As compressed-tensors' mixed-precision has them."""
     stored, plain = encoded(content(), KINDS["compressed nvfp4"], lambda name: name == Q)
-    stored, plain = {**stored, O: plain[O]}, plain
-    more, values = encoded({O: content()[O]}, KINDS["compressed fp8 channels"], lambda name: True)
-    del stored[O]
+    stored, plain = {**stored, OUT: plain[OUT]}, plain
+    more, values = encoded({OUT: content()[OUT]}, KINDS["compressed fp8 channels"], lambda name: True)
+    del stored[OUT]
     config = {**KINDS["compressed nvfp4"].config, "format": "mixed-precision"}
     folder = write_source(tmp_path / "s", {**stored, **more}, config={**CONFIG, "quantization_config": config})
     source = kappaquant.open_source(folder)
     assert source.stored_as == "fp8, per channel; nvfp4"
-    assert torch.equal(source.read(O).view(values[O].shape), values[O])
+    assert torch.equal(source.read(OUT).view(values[OUT].shape), values[OUT])
     assert torch.equal(source.read(Q).view(plain[Q].shape), plain[Q])
 
 
@@ -192,7 +197,7 @@ def test_a_config_that_promises_what_is_not_there(tmp_path: Path) -> None:
 def test_fp8_that_no_config_speaks_of(tmp_path: Path) -> None:
     stored, _ = encoded(content(), BLOCKS, lambda name: name == Q)
     folder = write_source(tmp_path / "source", stored)
-    refused(folder, AlreadyQuantizedError, f"already quantized by FP8.*tensor {Q}.*quantization|how it is stored")
+    refused(folder, AlreadyQuantizedError, f"already quantized by FP8.*tensor {Q}.*config.json says how it is stored")
 
 
 def test_weights_of_awq_inside_modelopt(tmp_path: Path) -> None:
@@ -218,12 +223,6 @@ def test_a_shard_of_scales_alone(tmp_path: Path) -> None:
     assert [path.name for path in made.path.glob("*.safetensors")] == ["b.safetensors"]
     assert set(made.keys()) == set(plain)
     assert list(made.verify()) == []
-
-
-def test_more_processes_make_the_same_bytes(tmp_path: Path) -> None:
-    stored, _ = pair(tmp_path, KINDS["nvfp4"], is_weight)
-    one, two = (quantize(stored, tmp_path / f"jobs{jobs}", jobs=jobs) for jobs in (1, 2))
-    assert digests(one.path) == digests(two.path)
 
 
 def test_blocks_of_other_sizes_are_told_apart_by_their_grid(tmp_path: Path) -> None:
