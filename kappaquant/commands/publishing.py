@@ -55,9 +55,9 @@ def _report(location: str) -> Path:
     """The evaluation in a folder, in a repository of the Hub, of which nothing else is fetched, or the file itself."""
     from kappaquant.checkpoints.side_files import EVALUATION_NAME
     from kappaquant.evaluate.documents.compare import report_path
-    from kappaquant.sources.location import local_file
+    from kappaquant.sources.location import is_hub_id, local_file
 
-    return Path(location) if Path(location).is_file() else report_path(local_file(location, EVALUATION_NAME))
+    return local_file(location, EVALUATION_NAME) if is_hub_id(location) else report_path(location)
 
 
 def _table(comparison: Comparison) -> Any:

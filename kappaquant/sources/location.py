@@ -53,6 +53,11 @@ def locate(location: str | Path, revision: str | None = None, error: type[Kappaq
     return Location(None, match[1], match[2] or revision)
 
 
+def is_hub_id(location: str | Path) -> bool:
+    """Whether this names a repository of the Hub, and nothing that is here."""
+    return not Path(location).exists() and _HUB_ID.fullmatch(str(location)) is not None
+
+
 def cached(folder: Path) -> tuple[str, str] | None:
     """Hub id and commit of a snapshot in the Hub's cache, ``models--owner--name/snapshots/COMMIT``; None for another folder."""
     *_, repo, snapshots, commit = ("", "", *folder.resolve().parts)

@@ -13,6 +13,7 @@ from tiny_models import character_tokenizer, save_tiny
 
 import kappaquant
 from kappaquant import UnsupportedError
+from kappaquant.evaluate.documents.markdown import markdown
 from kappaquant.evaluate.runs.against import Options, evaluate_against
 from kappaquant.evaluate.runs.pair import open_pair
 from kappaquant.quantizing.calibration.text import Calibration
@@ -91,6 +92,8 @@ def test_a_checkpoint_is_evaluated_against_it(tmp_path: Path) -> None:
     text.write_text("The quick brown fox jumps over the lazy dog. " * 6)
     found = evaluate_against(open_pair(out, stored), text, tmp_path / "logits", Options(window=64, by_layer=True))
     assert 0 < found.divergence.mean < 0.01
+    assert found.source.stored_as == KINDS["fp8 blocks"].label
+    assert "stored as fp8, blocks of 128x128" in markdown(found)
     assert found.source.bytes == (stored / "model.safetensors").stat().st_size
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import kappaquant
 from kappaquant import FormatError, SourceError
 from kappaquant.checkpoints.open import open_weights
 from kappaquant.cli import build
+from kappaquant.engines.serve import choose
 from kappaquant.sources.location import Location, cached, local_file, locate
 
 REPO, COMMIT, OTHER = "owner/tiny", "0123456789abcdef0123456789abcdef01234567", "f" * 40
@@ -118,6 +120,7 @@ def test_a_checkpoint_on_the_hub(cache: Path, tmp_path: Path) -> None:
         assert done.exit_code == code, done.output
         return done.output if code == 0 else str(done.exception)
 
+    assert str(snapshot) in choose(REPO, "transformers").command
     run("verify", REPO)
     run("inspect", f"{REPO}@main")
     run("dequantize", REPO, "-o", str(tmp_path / "plain"))
@@ -125,16 +128,29 @@ def test_a_checkpoint_on_the_hub(cache: Path, tmp_path: Path) -> None:
     run("bench", REPO, "--against", "owner/original", "--context", "4", "--steps", "2", "--device", "cpu")
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 4)
-    measure = ("evaluate", REPO, "--against", "owner/original", "--text", str(text), "--window", "32", "--device", "cpu")
+    measure = (
+        "evaluate",
+        REPO,
+        "--against",
+        "owner/original",
+        "--text",
+        str(text),
+        "--window",
+        "32",
+        "--device",
+        "cpu",
+    )
     assert "lies in the Hub's cache, where nothing is written; give -o FILE" in run(*measure, code=1)
     report = tmp_path / "evaluation.json"
     run(*measure, "--no-noise-floor", "-o", str(report))
     assert f'"{REPO}"' in report.read_text()
     run("compare", str(report), "--against", "owner/original")
+    (snapshot / "evaluation.json").symlink_to(report)
+    rows = json.loads(run("compare", f"{REPO}@main", str(report), "--json"))["rows"]
+    assert [row["name"] for row in rows] == [f"{REPO}@main", str(report)]
     assert "give -o FILE for README.md" in run("card", REPO, code=1)
     run("card", REPO, "-o", str(tmp_path / "card.md"), "--report", str(report))
     assert not (snapshot / "README.md").exists()
-    assert not (snapshot / "evaluation.json").exists()
 
 
 def test_of_a_repository_one_file_is_fetched(cache: Path, tmp_path: Path) -> None:

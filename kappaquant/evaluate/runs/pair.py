@@ -166,7 +166,7 @@ def source_facts(source: LocalSource) -> SourceFacts:
         source.label if source.revision else source.folder.resolve().name
     )  # a report is published: no path of this machine
     return SourceFacts(
-        name, source.revision, _total(paths), config, headers.hexdigest(), samples.hexdigest()
+        name, source.revision, _total(paths), config, headers.hexdigest(), samples.hexdigest(), source.stored_as
     )  # fmt: skip
 
 
