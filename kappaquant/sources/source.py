@@ -109,7 +109,7 @@ class Source(ABC):
 
     def _say(self, dropped: frozenset[str]) -> None:
         """One line on what the weights are, and on what nothing is made of."""
-        said = [f"weights stored as {self.stored_as} are read as the bf16 that stands for"] if self.stored_as else []
+        said = [f"weights stored as {self.stored_as} are read as the bf16 they stand for"] if self.stored_as else []
         if dropped:
             some = f"{len(dropped)} scales of activations or of cached keys and values (such as {min(dropped)})"
             said.append(f"{some} are left out: no weights depend on them")

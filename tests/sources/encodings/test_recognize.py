@@ -64,7 +64,7 @@ def test_it_quantizes_to_the_bytes_of_its_bf16(
     assert source.identity() != other.identity()
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
-    assert f"stored as {kind.label} are read as the bf16" in said[0]
+    assert f"stored as {kind.label} are read as the bf16 they stand for; " in said[0]
     assert (
         "1 scales of activations or of cached keys and values (such as model.layers.0.self_attn.q_proj.input_scale)"
         in said[0]
