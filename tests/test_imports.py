@@ -162,13 +162,17 @@ def arrows() -> Iterator[tuple[str, str]]:
             yield from ((name, target) for target in sorted(targets(name)))
 
 
-def heavy(module: str, seen: frozenset[str] = frozenset()) -> bool:
+def heavy(module: str) -> bool:
     """Whether importing a module imports torch, by itself or through the package's modules."""
-    tops = {name.partition(".")[0] for name in imports(TREES[module], lazy=False)}
-    below = (targets(module, lazy=False) - {"__init__"}) - seen
-    return bool(tops & {"torch", "transformers", "safetensors"}) or any(
-        heavy(b, seen | {module}) for b in sorted(below)
-    )
+    seen, left = {"__init__"}, {module}
+    while left:
+        name = left.pop()
+        tops = {full.partition(".")[0] for full in imports(TREES[name], lazy=False)}
+        if tops & {"torch", "transformers", "safetensors"}:
+            return True
+        seen.add(name)
+        left |= targets(name, lazy=False) - seen
+    return False
 
 
 @pytest.mark.parametrize("rule", rules())

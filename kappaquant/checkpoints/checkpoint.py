@@ -14,6 +14,7 @@ from kappaquant.files.documents import read_json
 from kappaquant.files.safetensors import TensorInfo, read_header
 from kappaquant.formats.base import Format
 from kappaquant.formats.entry import Entry, Located
+from kappaquant.sources.location import cached
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,12 +90,15 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        """The Hub id of a snapshot in the Hub's cache, else the folder's name."""
+        found = cached(self.path)
+        return found[0] if found else self.path.resolve().name
 
     @property
     def revision(self) -> str | None:
-        """None: a checkpoint is a folder."""
-        return None
+        """The commit of a snapshot in the Hub's cache; None for another folder."""
+        found = cached(self.path)
+        return found[1] if found else None
 
     @property
     def folder(self) -> Path | None:

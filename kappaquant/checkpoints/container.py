@@ -37,6 +37,7 @@ class Contents:
         hashes: stored tensor -> SHA-256.
         shards: file name -> layout.
         calibration: what text decided codes, as JSON values; None where none did.
+        stored_as: how the source's weights were stored, such as "fp8, blocks of 128x128"; None where they were plain.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Contents:
     hashes: Mapping[str, str]
     shards: Mapping[str, ShardLayout]
     calibration: Mapping[str, Any] | None = None
+    stored_as: str | None = None
 
 
 class Container(ABC):

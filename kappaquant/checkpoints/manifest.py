@@ -74,7 +74,11 @@ def manifest(contents: Contents, config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "kappaquant_version": __version__,
         "format_version": FORMAT_VERSION,
-        "source": {"model": contents.model, "revision": contents.revision},
+        "source": {
+            "model": contents.model,
+            "revision": contents.revision,
+            **({"stored_as": contents.stored_as} if contents.stored_as else {}),
+        },
         "effort": contents.effort,
         **({"calibration": dict(contents.calibration)} if contents.calibration else {}),
         "plan": json.loads(contents.plan.record()),

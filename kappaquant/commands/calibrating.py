@@ -31,24 +31,17 @@ def write(
     revision: RevisionOpt = None,
 ) -> None:
     """Let a model write the text that it, or its source, is calibrated on."""
-    from kappaquant.checkpoints.open import is_checkpoint, open_checkpoint
+    from kappaquant.checkpoints.open import open_weights
     from kappaquant.files.processes import choose_device
     from kappaquant.quantizing.calibration.text import check_tokens
     from kappaquant.quantizing.calibration.written import TOKENS, header_of
-    from kappaquant.sources.open import open_source
 
     if output.suffix != ".jsonl":
         raise OutputError(f"{output}: must be named .jsonl, which quantize --calibration takes")
     check_file(output)
     wanted = TOKENS if tokens is None else tokens
     check_tokens(wanted, "--tokens")
-    weights: Source | Checkpoint
-    if is_checkpoint(Path(model)):
-        if revision is not None:
-            raise SourceError(f"{model}: --revision {revision} applies to a Hub id, not to a local folder")
-        weights = open_checkpoint(model)
-    else:
-        weights = open_source(model, revision)
+    weights = open_weights(model, revision)
     _write(weights, output, header_of(weights, wanted), choose_device(device))
     console().print(f"{output}: {wanted} tokens written by {model}", markup=False, highlight=False)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kappaquant.commands.options import ActivationsOpt, DeviceOpt, JsonOpt, RevisionOpt
+from kappaquant.commands.options import ActivationsOpt, DeviceOpt, JsonOpt, RevisionOpt, in_checkpoint
 from kappaquant.commands.terminal import errors, progress
 from kappaquant.errors import UnsupportedError
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Quantized checkpoint folder, or one of plain safetensors.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Quantized checkpoint, or one of plain safetensors: folder or Hub id.")
+    ],
     against: Annotated[str, typer.Option(help="The original it was made from: folder or Hub id.")],
     text: Annotated[
         Path | None, typer.Option(help="Plain text to read; default evaluation.txt in the original's folder.")
@@ -94,7 +96,7 @@ def evaluate(
     pair = open_pair(checkpoint, against, revision)
     for notice in pair.notices:
         errors().print(f"note: {notice}", markup=False, highlight=False, soft_wrap=True)
-    report = output or pair.path / EVALUATION_NAME
+    report = output or in_checkpoint(pair.path, EVALUATION_NAME, "-o")
     for path in filter(None, (report, markdown)):
         check_file(path)
     earlier = Evaluation.load(report) if report.exists() else None

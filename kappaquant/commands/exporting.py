@@ -61,6 +61,7 @@ def export(
     as_json: JsonOpt = False,
 ) -> None:
     """Write a folder for another program; run the same command again to resume a run that was cut off."""
+    from kappaquant.checkpoints.open import open_weights
     from kappaquant.files.processes import warm_up
 
     target = target_by_name(to)
@@ -76,7 +77,7 @@ def export(
     from kappaquant.files.documents import json_text
 
     transformers_logging.set_verbosity_error()  # hints at faster kernels, for the check
-    opened = _open(source, revision, stream)
+    opened = open_weights(source, revision, stream=stream)
     made = _plan(
         opened, plan_file, policy, policy_options, profile, [(pattern, width) for pattern, width, _ in settings]
     )
@@ -96,14 +97,6 @@ def export(
         )
     size = f"{report['bytes'] / 1e9:.3f} GB, {report['bits_per_weight']:.3f} bits per weight"
     console().print(f"{output}: {size}", highlight=False, soft_wrap=True)
-
-
-def _open(source: str, revision: str | None, stream: bool) -> Source | Checkpoint:
-    """A quantized checkpoint if the folder is one, else a plain source."""
-    from kappaquant.checkpoints.open import is_checkpoint, open_checkpoint
-    from kappaquant.sources.open import open_source
-
-    return open_checkpoint(source) if is_checkpoint(Path(source)) else open_source(source, revision, stream=stream)
 
 
 def _override(text: str) -> tuple[str, Setting, int | None]:

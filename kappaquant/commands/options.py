@@ -17,11 +17,17 @@ from kappaquant.formats.codebook import AUTO, GroupSize
 from kappaquant.formats.signs import check_group_size
 from kappaquant.planning.policies.base import Policy
 from kappaquant.planning.policies.registry import policies, policy_by_name
+from kappaquant.sources.location import cached
 
 SourceArg = Annotated[
-    str, typer.Argument(help="Folder with config.json and safetensors, or a Hub id such as owner/name.")
+    str, typer.Argument(help="Folder with config.json and safetensors, or a Hub id: owner/name or owner/name@revision.")
 ]
-CheckpointArg = Annotated[Path, typer.Argument(help="Quantized checkpoint folder, kappaquant or tq3_native.")]
+CheckpointArg = Annotated[
+    str,
+    typer.Argument(
+        help="Quantized checkpoint, kappaquant or tq3_native: folder, or Hub id (owner/name or owner/name@revision)."
+    ),
+]
 OriginalOpt = Annotated[
     str | None, typer.Option("--source", help="Original model (folder or Hub id): shapes for a tq3_native checkpoint.")
 ]
@@ -50,6 +56,13 @@ FuseOpt = Annotated[
         help="Raise q/k/v, gate/up and what else serving engines fuse to the most bits among them.",
     ),
 ]
+
+
+def in_checkpoint(folder: Path, name: str, option: str) -> Path:
+    """A file to write in a checkpoint. Raises OutputError where that is a snapshot of the Hub's cache."""
+    if cached(folder):
+        raise OutputError(f"{folder}: lies in the Hub's cache, where nothing is written; give {option} FILE for {name}")
+    return folder / name
 
 
 def numbers(text: str, kind: type, option: str) -> list[Any]:

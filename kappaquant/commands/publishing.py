@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kappaquant.commands.options import CheckpointArg, JsonOpt, RevisionOpt
+from kappaquant.commands.options import CheckpointArg, JsonOpt, RevisionOpt, in_checkpoint
 from kappaquant.commands.terminal import console, errors, show
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def compare(
     checkpoints: Annotated[
-        list[Path], typer.Argument(help="Checkpoint folders that hold an evaluation.json, or such files themselves.")
+        list[str],
+        typer.Argument(help="Checkpoints (folders or Hub ids) that hold an evaluation.json, or such files themselves."),
     ],
     against: Annotated[
         str | None, typer.Option(help="The original (folder or Hub id) that all must have been measured against.")
@@ -31,7 +32,6 @@ def compare(
     """Set evaluated checkpoints of one original side by side: size, KL divergence, agreement, perplexity, tasks."""
     from kappaquant.commands.plots import pareto, png_figure
     from kappaquant.evaluate.documents.compare import compare as run
-    from kappaquant.evaluate.documents.compare import report_path
     from kappaquant.evaluate.documents.evaluation import Evaluation
     from kappaquant.evaluate.runs.pair import source_facts
     from kappaquant.sources.folder import LocalSource
@@ -39,7 +39,7 @@ def compare(
 
     if plot:
         png_figure(plot)
-    evaluations = {str(path): Evaluation.load(report_path(path)) for path in checkpoints}
+    evaluations = {str(path): Evaluation.load(_report(path)) for path in checkpoints}
     facts = None
     if against:
         source = open_source(against, revision)
@@ -49,6 +49,15 @@ def compare(
     if plot:
         pareto(comparison, plot)
     show(json.dumps(asdict(comparison), indent=1, ensure_ascii=False) if as_json else _table(comparison), as_json)
+
+
+def _report(location: str) -> Path:
+    """The evaluation in a folder, in a repository of the Hub, of which nothing else is fetched, or the file itself."""
+    from kappaquant.checkpoints.side_files import EVALUATION_NAME
+    from kappaquant.evaluate.documents.compare import report_path
+    from kappaquant.sources.location import is_hub_id, local_file
+
+    return local_file(location, EVALUATION_NAME) if is_hub_id(location) else report_path(location)
 
 
 def _table(comparison: Comparison) -> Any:
@@ -146,12 +155,13 @@ def card(
     from kappaquant.checkpoints.side_files import EVALUATION_NAME
     from kappaquant.publishing.card import CARD_NAME, make_card, write_card
 
-    default = checkpoint / EVALUATION_NAME
+    opened = open_checkpoint(checkpoint)
+    path = output or in_checkpoint(opened.path, CARD_NAME, "-o")
+    default = opened.path / EVALUATION_NAME
     made = make_card(
-        open_checkpoint(checkpoint), report or (default if default.exists() else None), base_model=base_model,
+        opened, report or (default if default.exists() else None), base_model=base_model,
         source_license=source_license, quantized_by=quantized_by, repo=repo,
     )  # fmt: skip
-    path = output or checkpoint / CARD_NAME
     write_card(made, path, force=force)
     for notice in made.notices:
         errors().print(f"note: {notice}", markup=False, highlight=False, soft_wrap=True)
@@ -159,7 +169,7 @@ def card(
 
 
 def push(
-    checkpoint: CheckpointArg,
+    checkpoint: Annotated[Path, typer.Argument(help="Quantized checkpoint folder.")],
     repo: Annotated[str, typer.Argument(help="owner/name on the Hub; made if it does not exist.")],
     private: Annotated[bool, typer.Option("--private", help="Make the new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to upload to; made if it does not exist.")] = None,

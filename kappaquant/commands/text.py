@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -80,7 +79,7 @@ def chat(
         messages.append({"role": "assistant", "content": emit(pieces)})
 
 
-def load_quantized(checkpoint: Path, device: str | None, activations: str) -> tuple[Any, Any]:
+def load_quantized(checkpoint: str, device: str | None, activations: str) -> tuple[Any, Any]:
     from transformers.utils import logging as transformers_logging
 
     from kappaquant.engines.transformers.load import load

@@ -94,7 +94,7 @@ def convert(
                 except ItemError as failure:
                     raise failure.problem from failure
             contents = Contents(
-                checkpoint.name, None, checkpoint.config, checkpoint.tensors, formats, _plan(checkpoint, norms),
+                checkpoint.name, checkpoint.revision, checkpoint.config, checkpoint.tensors, formats, _plan(checkpoint, norms),
                 checkpoint.container.id, {}, writer.hashes(None), writer.layouts,
             )  # fmt: skip
             writer.finish(v1.documents(contents), {name: checkpoint.fetch(name) for name in checkpoint.side_files})

@@ -17,9 +17,9 @@ import torch
 from kappaquant.errors import NonFiniteError, PlanError
 from kappaquant.files.documents import read_json, write_whole
 from kappaquant.files.processes import ItemError, choose_device, choose_jobs, each, pool
-from kappaquant.files.safetensors import Stored
-from kappaquant.files.tensors import FLOATS, ranges, read_elements
+from kappaquant.files.tensors import FLOATS, ranges
 from kappaquant.formats.codebook import BITS, check_bits
+from kappaquant.formats.entry import Entry
 from kappaquant.formats.signs import check_group_size
 from kappaquant.kernels import dispatch as ops
 from kappaquant.models.roles import family_of, layer_of
@@ -178,16 +178,16 @@ def scan(
     jobs = choose_jobs(jobs, total)
     with pool(jobs if device == "cpu" else 1) as workers:
         for shard, tensors in source.shards.items():
-            path, stored = source.locate(shard)
+            entries = source.read_entries(shard)
             tasks = [
-                _Task(path, stored[name], start, stop, group_size, widths if len(info.shape) >= 2 else (), device)
+                _Task(entries[name], start, stop, group_size, widths if len(info.shape) >= 2 else (), device)
                 for name, info in tensors.items()
                 if name in parts
                 for start, stop in ranges(info.shape)
             ]
             try:
                 for task, part in each(_measure, tasks, workers):
-                    parts[task.stored.info.name][task.start] = part
+                    parts[task.entry.info.name][task.start] = part
                     done += task.nbytes
                     progress(done, total)
             except ItemError as failure:
@@ -206,8 +206,7 @@ def scan(
 
 @dataclass(frozen=True)
 class _Task:
-    path: Path
-    stored: Stored
+    entry: Entry
     start: int
     stop: int
     group_size: int
@@ -216,7 +215,7 @@ class _Task:
 
     @property
     def nbytes(self) -> int:
-        return self.stored.info.nbytes * (self.stop - self.start) // self.stored.info.numel
+        return self.entry.info.nbytes * (self.stop - self.start) // self.entry.info.numel
 
 
 @dataclass
@@ -270,8 +269,8 @@ class _Part:
 
 
 def _measure(task: _Task) -> _Part:
-    info = task.stored.info
-    weight = read_elements(task.path, task.stored, task.start, task.stop).to(task.device)
+    info = task.entry.info
+    weight = task.entry.elements(task.start, task.stop).to(task.device)
     moments = Moments.of(weight)
     if not moments.finite:
         return _Part(moments, {}, Magnitudes())

@@ -62,6 +62,8 @@ def head(facts: Facts) -> str:
         else f"`{facts.manifest['source']['model']}`"
     )
     at = f" at revision `{facts.revision}`" if facts.revision else ""
+    if stored_as := facts.manifest["source"].get("stored_as"):
+        at += f" (weights stored as {stored_as}, read as bf16)"
     return (
         f"# {facts.name}\n\n{of}{at}, quantized by kappaquant {facts.manifest['kappaquant_version']} to "
         f"{total.bits_per_weight:.2f} bits per weight: {decimal(total.output_bytes)} of weights instead of {decimal(total.source_bytes)}."

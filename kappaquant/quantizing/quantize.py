@@ -100,9 +100,8 @@ def check(source: Source, plan: Plan, options: Options, calibrated: bool) -> Non
 
 
 def _fingerprint(source: Source, plan: Plan, options: Options, calibration: Calibration | None) -> str:
-    label, revision, _, stamps = source.identity()
-    headers = {s: {n: (i.dtype, i.shape) for n, i in t.items()} for s, t in source.shards.items()}
-    parts = [label, revision, headers, stamps, plan.record(), options.effort, options.container]
+    shards = {shard: list(tensors) for shard, tensors in source.shards.items()}
+    parts = [*source.identity(), shards, plan.record(), options.effort, options.container]
     parts += [calibration.record] if calibration else []
     return hashlib.sha256(json.dumps([__version__, *parts]).encode()).hexdigest()
 
@@ -157,7 +156,7 @@ class _Run:
 
     def _slices(self, shard: str) -> list[Slice]:
         """The pieces of one shard; the source's file is fetched if it is not there."""
-        path, where = self.source.locate(shard)
+        entries = self.source.read_entries(shard)
         layout, target = self.writer.layouts[shard], self.writer.folder / shard
         slices = []
         for name, info in self.source.shards[shard].items():
@@ -165,7 +164,7 @@ class _Run:
             stored = {suffix: layout.stored[part.name] for suffix, part in self.container.stored(info, fmt).items()}
             slices += [
                 Slice(
-                    start, stop, path, where[name], target, self.container, stored, fmt, self.options.effort, self.device,
+                    start, stop, entries[name], target, self.container, stored, fmt, self.options.effort, self.device,
                     self.options.allow_nonfinite,
                 )
                 for start, stop in ranges(info.shape)
@@ -240,7 +239,7 @@ class _Run:
         contents = Contents(
             source.name, source.revision, source.config, tensors, formats, self.plan,
             "calibrated" if self.calibration else self.options.effort, measured, hashes, self.writer.layouts,
-            self.calibration.record if self.calibration else None,
+            self.calibration.record if self.calibration else None, source.stored_as,
         )  # fmt: skip
         left = (MANIFEST_NAME, MARKER_NAME, EVALUATION_NAME)
         files = {name: source.fetch(name) for name in source.side_files if name not in left}

@@ -16,8 +16,9 @@ import torch
 from kappaquant.checkpoints.container import Container
 from kappaquant.errors import NonFiniteError
 from kappaquant.files.safetensors import DTYPE_BYTES, Stored, write_at
-from kappaquant.files.tensors import FLOATS, TORCH_DTYPES, read_elements, tensor_bytes
+from kappaquant.files.tensors import FLOATS, TORCH_DTYPES, tensor_bytes
 from kappaquant.formats.base import Effort, Format
+from kappaquant.formats.entry import Entry
 from kappaquant.kernels import dispatch
 from kappaquant.planning.moments import Moments
 
@@ -33,8 +34,7 @@ class Slice:
 
     start: int
     stop: int
-    source_path: Path
-    source: Stored
+    source: Entry
     target_path: Path
     container: Container
     stored: dict[str, Stored]
@@ -49,7 +49,7 @@ class Slice:
 
     @property
     def nbytes(self) -> int:
-        """Source bytes of this slice."""
+        """Source bytes of this slice, as it is presented."""
         return (self.stop - self.start) * DTYPE_BYTES[self.source.info.dtype]
 
 
@@ -87,7 +87,7 @@ def encode_slice(piece: Slice) -> Sums:
     Raises:
         NonFiniteError: NaN, infinity, or values that the stored dtype can not hold; names the tensor.
     """
-    weight = read_elements(piece.source_path, piece.source, piece.start, piece.stop)
+    weight = piece.source.elements(piece.start, piece.stop)
     info = piece.source.info
     on_device = weight.to(piece.device)
     sums = Sums(Moments.of(on_device)) if info.dtype in FLOATS else Sums()

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.models.skeleton import load_config, model_class
 from kappaquant.runtime.decoding import Decoder, device_of
+from kappaquant.runtime.original import original_model
 from kappaquant.runtime.sampling import Sampler, Sampling
+from kappaquant.sources.open import open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,9 +78,7 @@ def measure(
 
 def load_original(location: str, device: str) -> PreTrainedModel:
     """A model as published, in bfloat16: a folder or a Hub id."""
-    config = load_config(location)
-    model: PreTrainedModel = model_class(config).from_pretrained(location, dtype=torch.bfloat16)
-    return model.to(device).eval()  # type: ignore[arg-type]
+    return original_model(open_source(location), torch.bfloat16).to(device)  # type: ignore[arg-type]
 
 
 def read_bandwidth(device: str) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from kappaquant.errors import SourceError
 from kappaquant.files.documents import read_json
 from kappaquant.files.safetensors import read_header
+from kappaquant.sources.encodings.scheme import MODELOPT_NAME, with_modelopt
 from kappaquant.sources.source import (
     INDEX_NAME,
     Source,
@@ -35,6 +36,8 @@ def open_folder(folder: Path, label: str, revision: str | None) -> LocalSource:
     files = [f for f in files if not any(part.startswith(".") for part in Path(f).parts)]
     refuse_adapter(label, files)
     config = read_json(folder / "config.json", SourceError)
+    if MODELOPT_NAME in files:
+        config = with_modelopt(config, read_json(folder / MODELOPT_NAME, SourceError))
     index = read_json(folder / INDEX_NAME, SourceError) if INDEX_NAME in files else None
     names = shard_names(label, files, index)
     headers = {name: {n: s.info for n, s in read_header(folder / name).items()} for name in names}

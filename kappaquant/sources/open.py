@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from kappaquant.errors import SourceError
 from kappaquant.sources.folder import open_folder
+from kappaquant.sources.location import locate
 from kappaquant.sources.source import Source
 
 
 def open_source(location: str | Path, revision: str | None = None, *, stream: bool = False) -> Source:
-    """Open a local folder, or a Hub id such as ``Qwen/Qwen3.6-35B-A3B``, reading headers only.
+    """Open a local folder, or a Hub id such as ``Qwen/Qwen3.6-35B-A3B`` or ``owner/name@revision``, reading headers only.
+
+    A snapshot in the Hub's cache, given as a folder, goes by its Hub id and commit. With HF_HUB_OFFLINE=1 a Hub id means what is
+    in the cache.
 
     Args:
-        revision: branch, tag or commit on the Hub; it is resolved to a commit at once.
+        revision: branch, tag or commit on the Hub, the same as ``@revision``; it is resolved to a commit at once.
         stream: for a Hub id: fetch headers by range requests and shards one at a time into a temporary folder.
             Otherwise the whole snapshot goes to the Hub cache first.
 
@@ -22,15 +24,10 @@ def open_source(location: str | Path, revision: str | None = None, *, stream: bo
         SourceError: nothing there, or not a well-formed safetensors checkpoint.
         AlreadyQuantizedError: the weights are already quantized by another method.
     """
-    folder = Path(location)
-    if folder.is_dir():
-        if revision is not None:
-            raise SourceError(f"{folder}: --revision {revision} applies to a Hub id, not to a local folder")
-        return open_folder(folder, str(folder), None)
-    if folder.exists():
-        raise SourceError(f"{folder}: is a file; give the folder that holds config.json and the safetensors shards")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(location)):
-        raise SourceError(f"{location}: no such folder, and not a Hub id of the form owner/name")
+    place = locate(location, revision)
+    if place.folder is not None:
+        return open_folder(place.folder, place.repo or str(place.folder), place.revision)
     from kappaquant.sources.hub import open_hub
 
-    return open_hub(str(location), revision, stream)
+    assert place.repo is not None
+    return open_hub(place.repo, place.revision, stream)

@@ -204,11 +204,16 @@ W = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("method", "config", "extra"),
     [
-        ("fp8", {"quantization_config": {"quant_method": "fp8"}}, {}),
+        ("quanto", {"quantization_config": {"quant_method": "quanto"}}, {}),
+        ("int8", {"quantization_config": "int8"}, {}),
         ("gptq", {"quantization_config": {"quant_method": "gptq"}}, {}),
         ("awq", {"text_config": {"quantization_config": {"quant_method": "awq"}}}, {}),
         ("bitsandbytes", {"quantization_config": {"quant_method": "bitsandbytes"}}, {}),
-        ("mxfp4", {"quantization_config": {"quant_method": "mxfp4"}}, {}),
+        (
+            "compressed-tensors as pack-quantized",
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
+            {},
+        ),
         ("kappaquant", {"quantization_config": {"quant_method": "kappaquant"}}, {}),
         ("FP8", {}, {f"{W}.weight_scale_inv": torch.ones(1, 1)}),
         ("FP8", {}, {f"{W}.weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}),

@@ -14,11 +14,15 @@ import pytest
 import tiny_models
 import torch
 from builders import digests, quantize, tensors, write_source
+from encoded_sources import KINDS, encoded
 from huggingface_hub import constants, hf_api
 from safetensors.torch import load_file, save_file
 
 import kappaquant
+from kappaquant.checkpoints.open import open_weights
 from kappaquant.quantizing.calibration.text import Calibration
+from kappaquant.sources.hub import HubSource
+from kappaquant.sources.location import local_file
 
 REPO, COMMIT = "owner/tiny", "0123456789abcdef0123456789abcdef01234567"
 
@@ -205,6 +209,48 @@ def split_by_layer(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     weight_map = {name: file for file, tensors_of in shards.items() for name in tensors_of}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_stream_of_weights_whose_scales_are_in_other_shards(tmp_path: Path, serve: Callable[[Path], Hub]) -> None:
+    """A shard stays until the weights that its scales are of are read too; nothing is fetched twice."""
+    kind = KINDS["fp8 blocks"]
+    stored, _ = encoded({n: t for n, t in tensors().items() if t.numel()}, kind, lambda name: "_proj" in name)
+    folder = write_source(tmp_path / "tiny", stored, 4, {"model_type": "llama", "quantization_config": kind.config})
+    hub = serve(folder)
+    source = kappaquant.open_source(REPO, stream=True)
+    assert source.stored_as == kind.label
+    before = dict(hub.sent)
+    plan = kappaquant.make_plan(source.tensors, source.config, "uniform", bits=3)
+    out = kappaquant.quantize(source, tmp_path / "out", plan)
+    assert {shard: hub.sent[shard] - before[shard] for shard in source.headers} == {
+        shard: (folder / shard).stat().st_size for shard in source.headers
+    }
+    assert not list(Path(source.scratch.name).glob("*.safetensors"))  # type: ignore[attr-defined]
+    local = kappaquant.open_source(folder)
+    streamed, expected = digests(out), digests(kappaquant.quantize(local, tmp_path / "local", plan))
+    del streamed["kappaquant.json"], expected["kappaquant.json"]
+    assert streamed == expected
+
+
+def test_a_checkpoint_is_fetched_whole_and_its_evaluation_alone(tmp_path: Path, serve: Callable[[Path], Hub]) -> None:
+    folder = quantize(write_source(tmp_path / "source"), tmp_path / "packed").path
+    (folder / "evaluation.json").write_text("{}")
+    hub = serve(folder)
+    assert local_file(f"{REPO}@main", "evaluation.json").read_text() == "{}"
+    assert set(hub.sent) == {"evaluation.json"}
+    assert type(open_weights(REPO, stream=True)) is kappaquant.Checkpoint
+    opened = kappaquant.open_checkpoint(f"{REPO}@main")
+    assert (opened.name, opened.revision) == (REPO, COMMIT)
+    assert list(opened.verify()) == []
+    with pytest.raises(kappaquant.FormatError, match="owner/absent: no such folder here, and from the Hub"):
+        kappaquant.open_checkpoint("owner/absent")
+
+
+def test_a_source_is_told_from_a_checkpoint_by_its_config(hub: Hub) -> None:
+    opened = open_weights(REPO, "main", stream=True)
+    assert isinstance(opened, HubSource)
+    assert opened.revision == COMMIT
+    assert not any(size > 100_001 for name, size in hub.sent.items() if name.endswith(".safetensors"))
 
 
 def test_without_stream_the_snapshot_is_used(hub: Hub, tmp_path: Path) -> None:

@@ -40,9 +40,10 @@ def load(
     device: torch.device | str | None = None,
     activations: str = ACTIVATIONS[0],
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a quantized checkpoint folder, v1 or tq3_native, as a transformers model with packed weights.
+    """Load a quantized checkpoint, v1 or tq3_native, as a transformers model with packed weights.
 
     Args:
+        path: its folder, or a Hub id, ``owner/name`` or ``owner/name@revision``.
         dtype: of the kept tensors and activations; default the one in config.json.
         device: default the CPU.
         activations: what kernels on NVIDIA GPUs multiply by, "int8" or "bf16" (float16 with scales); see docs/kernels.md.

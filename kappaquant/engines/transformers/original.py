@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from kappaquant.engines.transformers.load import TOKENIZER_FILES
 from kappaquant.errors import SourceError, UnsupportedError
-from kappaquant.models.skeleton import load_config, model_class
 from kappaquant.models.tokenizer import read_tokenizer
+from kappaquant.runtime.original import original_model
 from kappaquant.sources.source import Source
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def load_original(source: Source, device: str) -> PreTrainedModel:
     Raises:
         UnsupportedError: its weights are larger than the free memory, or it is streamed and never there as a whole.
     """
-    folder = whole_folder(source)
+    whole_folder(source)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     needed, free = sum(info.numel for info in source.tensors.values()) * dtype.itemsize, free_memory(device)
     if needed > free:
@@ -35,9 +35,7 @@ def load_original(source: Source, device: str) -> PreTrainedModel:
             "it cannot write its calibration text here; give --calibration FILE, or quantize it with --effort best and let that "
             "checkpoint write one: kappaquant write CHECKPOINT -o text.jsonl"
         )
-    config = load_config(folder)
-    model: Any = model_class(config).from_pretrained(folder, config=config, dtype=dtype)
-    return model.to(device).eval()
+    return original_model(source, dtype).to(device)  # type: ignore[arg-type]
 
 
 def whole_folder(source: Source) -> Path:

@@ -52,6 +52,7 @@ class SourceFacts:
         bytes: of its weight files.
         config_sha256: of config.json; headers_sha256: of the headers of its shards, by name.
         samples_sha256: of the first bytes of every tensor, which tell a fine-tuned model from its base.
+        stored_as: how its weights are stored, such as "fp8, blocks of 128x128"; None where they are plain.
     """
 
     path: str
@@ -60,6 +61,7 @@ class SourceFacts:
     config_sha256: str
     headers_sha256: str
     samples_sha256: str
+    stored_as: str | None = None
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from kappaquant.evaluate.documents.evaluation import (
 def markdown(evaluation: Evaluation) -> str:
     """What was measured of what, and the tables."""
     e = evaluation
+    stored = f" (stored as {e.source.stored_as})" if e.source.stored_as else ""
     head = (
         f"{e.checkpoint.path} against {e.source.path}: {e.checkpoint.bytes:,} bytes ({e.checkpoint.bits_per_weight:.3f} bits "
-        f"per weight) against {e.source.bytes:,}; {e.text.tokens:,} tokens of {e.text.name} in {e.text.sequences:,} sequences"
+        f"per weight) against {e.source.bytes:,}{stored}; {e.text.tokens:,} tokens of {e.text.name} in {e.text.sequences:,} sequences"
     )
     return f"{head}\n\n{tables(e)}\n"
 

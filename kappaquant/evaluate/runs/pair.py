@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from kappaquant.checkpoints.checkpoint import Checkpoint
-from kappaquant.checkpoints.open import open_checkpoint
-from kappaquant.checkpoints.side_files import MANIFEST_NAME, MARKER_NAME
+from kappaquant.checkpoints.open import is_checkpoint, open_checkpoint
+from kappaquant.checkpoints.side_files import MANIFEST_NAME
 from kappaquant.errors import FormatError, SourceError, UnsupportedError
 from kappaquant.evaluate.documents.evaluation import CheckpointFacts, SourceFacts
 from kappaquant.files.documents import read_json
 from kappaquant.files.safetensors import read_bytes
 from kappaquant.sources.folder import LocalSource
+from kappaquant.sources.location import local_folder
 from kappaquant.sources.open import open_source
 from kappaquant.sources.source import Source
 
@@ -57,7 +58,7 @@ def open_pair(checkpoint: str | Path, against: str | Path, revision: str | None 
     """Open both, reading headers only.
 
     Args:
-        checkpoint: folder of a quantized checkpoint, or of plain safetensors.
+        checkpoint: folder or Hub id of a quantized checkpoint, or of plain safetensors.
         against: the original, folder or Hub id; revision: of the latter.
 
     Raises:
@@ -65,22 +66,13 @@ def open_pair(checkpoint: str | Path, against: str | Path, revision: str | None 
         FormatError, SourceError: one of them cannot be read.
     """
     source = _local(open_source(against, revision))
-    folder = Path(checkpoint)
-    opened: Checkpoint | LocalSource
-    if (folder / MARKER_NAME).exists() or _is_quantized(folder):
-        opened = open_checkpoint(folder, source=source.folder)
-    else:
-        opened = _local(open_source(folder))
+    folder = local_folder(checkpoint)
+    packed = is_checkpoint(folder)
+    opened = open_checkpoint(folder, source=source.folder) if packed else _local(open_source(folder))
     _check_config(folder, opened.config, source)
     notices = list(opened.notices) if isinstance(opened, Checkpoint) else []
     tokenizer = _check_tokenizers(folder, source, notices)
     return Pair(opened, source, tokenizer, notices)
-
-
-def _is_quantized(folder: Path) -> bool:
-    if not folder.is_dir():
-        raise SourceError(f"{folder}: no such folder; give the folder of a quantized checkpoint")
-    return "quantization_config" in read_json(folder / "config.json", SourceError)
 
 
 def _local(source: Source) -> LocalSource:
@@ -138,14 +130,14 @@ def _tokenizer_digest(path: Path) -> str:
 def checkpoint_facts(checkpoint: Checkpoint | LocalSource) -> CheckpointFacts:
     """What the report says of the checkpoint: its folder's name, not where that lies."""
     if isinstance(checkpoint, LocalSource):
-        infos, files = checkpoint.tensors.values(), [checkpoint.folder / shard for shard in checkpoint.shards]
-        bits = 8 * sum(i.nbytes for i in infos) / sum(i.numel for i in infos)
-        return CheckpointFacts(checkpoint.folder.resolve().name, "safetensors", _total(files), bits, None)
+        infos, files = checkpoint.tensors.values(), [checkpoint.folder / shard for shard in checkpoint.headers]
+        bits = 8 * checkpoint.stored_bytes / sum(i.numel for i in infos)
+        return CheckpointFacts(checkpoint.name, "safetensors", _total(files), bits, None)
     entries = checkpoint.entries.values()
     shards = {path for entry in entries for path, _ in entry.parts.values()}
     bits = 8 * sum(map(checkpoint.nbytes, checkpoint.entries)) / sum(entry.info.numel for entry in entries)
     manifest = checkpoint.path / MANIFEST_NAME
-    name, container = checkpoint.path.resolve().name, checkpoint.container.id
+    name, container = checkpoint.name, checkpoint.container.id
     if not manifest.exists():
         return CheckpointFacts(name, container, _total(list(shards)), bits, None)
     predicted = _predicted(read_json(manifest, FormatError))
@@ -163,7 +155,7 @@ def _predicted(manifest: Mapping[str, Any]) -> float | None:
 def source_facts(source: LocalSource) -> SourceFacts:
     """What the report says of the original; reads the headers and the first 4 kB of every tensor."""
     headers, samples = hashlib.sha256(), hashlib.sha256()
-    paths = [source.folder / shard for shard in sorted(source.shards)]
+    paths = [source.folder / shard for shard in sorted(source.headers)]
     for path in paths:
         headers.update(path.name.encode())
         headers.update(_header(path))
@@ -174,7 +166,7 @@ def source_facts(source: LocalSource) -> SourceFacts:
         source.label if source.revision else source.folder.resolve().name
     )  # a report is published: no path of this machine
     return SourceFacts(
-        name, source.revision, _total(paths), config, headers.hexdigest(), samples.hexdigest()
+        name, source.revision, _total(paths), config, headers.hexdigest(), samples.hexdigest(), source.stored_as
     )  # fmt: skip
 
 

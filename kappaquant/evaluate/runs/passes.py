@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from kappaquant.evaluate.measures.divergence import scored
 from kappaquant.evaluate.measures.logits import Tensors
 from kappaquant.evaluate.runs.kept import Kept
 from kappaquant.evaluate.runs.pair import Pair
-from kappaquant.models.skeleton import load_config, model_class
+from kappaquant.models.skeleton import load_config
 from kappaquant.models.tokenizer import read_tokenizer
+from kappaquant.runtime.original import original_model
+from kappaquant.sources.source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,22 +96,19 @@ def read_sequences(pair: Pair, text: Path, window: int, tokens: int | None) -> l
 
 def load_original(pair: Pair, dtype: str, device: str) -> PreTrainedModel:
     """The original as published, or in float32."""
-    return _load_plain(pair.source.folder, dtype, device)
+    return _load_plain(pair.source, dtype, device)
 
 
 def load_checkpoint(pair: Pair, dtype: str, device: str, activations: str) -> PreTrainedModel:
     """The checkpoint with packed weights; a plain folder as it is."""
     if not isinstance(pair.checkpoint, Checkpoint):
-        return _load_plain(pair.path, dtype, device)
+        return _load_plain(pair.checkpoint, dtype, device)
     wanted = torch.float32 if dtype == "float32" else None
     return load(pair.path, dtype=wanted, device=device, activations=activations)[0]
 
 
-def _load_plain(folder: Path, dtype: str, device: str) -> PreTrainedModel:
-    config = load_config(folder)
-    wanted: Any = torch.float32 if dtype == "float32" else "auto"
-    model: PreTrainedModel = model_class(config).from_pretrained(folder, config=config, dtype=wanted)
-    return model.to(device).eval()  # type: ignore[arg-type]
+def _load_plain(source: Source, dtype: str, device: str) -> PreTrainedModel:
+    return original_model(source, torch.float32 if dtype == "float32" else "auto").to(device)  # type: ignore[arg-type]
 
 
 def free() -> None:
