@@ -25,7 +25,8 @@ inline void pause() {
 }
 
 constexpr uint64_t kClosed = 0xFFFFFFFF;
-constexpr int kAwake = 2000;  // looks for work before a thread goes to sleep: tens of microseconds
+constexpr int kAwake = 2000;   // looks for work before a thread goes to sleep: tens of microseconds
+constexpr int kPatient = 500;  // looks for the last jobs' end before the caller lets others have its processor
 
 // The upper half of `word` numbers runs, the lower half is the index that is taken next. Who takes one does so by an exchange, which fails
 // if the run is another by then. Before a run's job is written the word is closed, under a number of its own: a thread that comes late
@@ -89,7 +90,12 @@ struct Pool {
       wake.notify_all();
     }
     work(run, 0);
-    while (done.load(std::memory_order_acquire) < count) pause();
+    for (int looks = 0; done.load(std::memory_order_acquire) < count; ++looks) {
+      if (looks < kPatient)
+        pause();
+      else
+        std::this_thread::yield();  // one that has a job may be waiting for a processor
+    }
   }
 };
 

@@ -223,8 +223,3 @@ def test_refusals_say_why(native: Native) -> None:
     short = Arranged(fmt, (16, 256), tuple(part[:8] for part in weight.tensors))
     with pytest.raises(UnsupportedError, match=r"part of shape \[8, 128\]; expected \[16, 128\]"):
         native.linear(numbers(1, 256), [], ("int8", 128), short, None)
-
-
-def test_an_instruction_set_that_is_not_here_is_named() -> None:
-    with pytest.raises(UnsupportedError, match="instruction set 'mmx'"):
-        library.core("mmx")
