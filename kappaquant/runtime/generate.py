@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.runtime.decoding import Decoder, borrowed
+from kappaquant.runtime.own_generate import OwnGenerate
 from kappaquant.runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def chat(
 
 
 def tokens(
-    decoder: Decoder,
+    decoder: Decoder | OwnGenerate,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     sampler: Sampler,
@@ -179,7 +180,8 @@ def _run(
     stop: Sequence[str],
 ) -> Iterator[str]:
     input_ids: Tensor = inputs["input_ids"]
-    ends = model.generation_config.eos_token_id if model.generation_config else None
+    config = getattr(model, "generation_config", None)
+    ends = config.eos_token_id if config else None
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     text = Text(tokenizer, stop)
     with borrowed(model, 1, input_ids.shape[1] + max_new_tokens) as decoder:

@@ -12,8 +12,9 @@ import torch
 from kappaquant.errors import UnsupportedError
 from kappaquant.quantizing.calibration.text import check_tokens
 from kappaquant.quantizing.calibration.written import TOKENS, Rules, seeds
-from kappaquant.runtime.decoding import borrowed, device_of
+from kappaquant.runtime.decoding import borrowed
 from kappaquant.runtime.generate import UNFINISHED, tokens
+from kappaquant.runtime.prompts import device_of
 from kappaquant.runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
