@@ -70,7 +70,7 @@ class OwnGenerate:
         self.length = 0
 
 
-class _Stopped(Exception):
+class _StoppedError(Exception):
     """Unwinds ``generate`` where nobody wants its next token."""
 
 
@@ -93,7 +93,7 @@ class _Loop:
                     input_ids, attention_mask=attention_mask, do_sample=False, max_new_tokens=most + 1,
                     logits_processor=LogitsProcessorList([self._hold]),
                 )  # fmt: skip
-            except _Stopped:
+            except _StoppedError:
                 pass
             except BaseException as problem:  # it belongs to who asked for the scores
                 self._found.put(problem)
@@ -119,5 +119,5 @@ class _Loop:
         self._found.put(scores)
         tokens = self._wanted.get()
         if tokens is None:
-            raise _Stopped
+            raise _StoppedError
         return torch.full_like(scores, float("-inf")).scatter(1, tokens.view(-1, 1).to(scores.device), 0.0)

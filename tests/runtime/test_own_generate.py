@@ -58,7 +58,8 @@ def test_text_is_what_generate_says(model_type: str) -> None:
         model = small_model(model_type)
         expected = plainly(model)
     except Exception as problem:
-        assert model_type not in FAST, problem
+        if model_type in FAST:
+            raise
         pytest.skip(f"transformers makes no small one, or no text of it: {problem}")
     assert streamed(model) == expected
 

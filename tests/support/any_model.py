@@ -72,7 +72,7 @@ def small_model(model_type: str, **more: Any) -> Any:
         if size > _LARGEST:
             raise ValueError(f"{model_type}: {size:,} weights")
         torch.manual_seed(0)
-        model = getattr(transformers, CAUSAL[model_type])(config).eval()
+        model = kind(config).eval()
     finally:
         signal.alarm(0)
     with torch.no_grad():
