@@ -61,14 +61,13 @@ def small_model(model_type: str, **more: Any) -> Any:
 
     Raises whatever transformers does where small sizes of these names do not make a model.
     """
+    kind = getattr(transformers, CAUSAL[model_type])  # imports it, however long that takes
     signal.signal(signal.SIGALRM, _too_slow)
     signal.alarm(_SECONDS)
     try:
         config = small_config(model_type, **more)
         with torch.device("meta"):
-            size = sum(
-                parameter.numel() for parameter in getattr(transformers, CAUSAL[model_type])(config).parameters()
-            )
+            size = sum(parameter.numel() for parameter in kind(config).parameters())
         if size > _LARGEST:
             raise ValueError(f"{model_type}: {size:,} weights")
         torch.manual_seed(0)
