@@ -23,7 +23,13 @@ def evaluate(
         Path | None, typer.Option(help="Plain text to read; default evaluation.txt in the original's folder.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Read so many tokens of the text; default all.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens of a sequence; each is read from its own first token.")] = 512,
+    window: Annotated[int, typer.Option(help="Tokens of a sequence; each is read by itself.")] = 512,
+    bos: Annotated[
+        str,
+        typer.Option(
+            help="What each sequence begins with: auto for what the tokenizer puts before a text; always or never its BOS token."
+        ),
+    ] = "auto",
     top_k: Annotated[
         int, typer.Option(help="Probabilities of the original kept for each token; all make the divergence exact.")
     ] = 256,
@@ -89,7 +95,7 @@ def evaluate(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # there is one
     options = Options(
-        window, tokens, top_k, dtype, choose_device(device), activations, noise_floor=noise_floor, by_layer=by_layer
+        window, tokens, top_k, dtype, choose_device(device), activations, noise_floor=noise_floor, by_layer=by_layer, bos=bos,  # type: ignore[arg-type]  # checked there
     )  # fmt: skip
     pair = open_pair(checkpoint, against, revision)
     for notice in pair.notices:
