@@ -142,7 +142,7 @@ def test_a_run_is_not_resumed_with_other_beginnings(trained_with_bos: Path, tmp_
     with pytest.raises(FormatError, match="give another folder with --logits"):
         measure(trained_with_bos, trained_with_bos, tmp_path / "logits", dataclasses.replace(options, bos="never"))
     measure(trained_with_bos, trained_with_bos, tmp_path / "other", dataclasses.replace(options, bos="never"))
-    with pytest.raises(FormatError, match="with tokens 97|every window begins with None, asked for is '~'"):
+    with pytest.raises(FormatError, match="with tokens 97"):
         measure(trained_with_bos, trained_with_bos, tmp_path / "other", options)
 
 
