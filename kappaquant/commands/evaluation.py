@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kappaquant.commands.options import ActivationsOpt, DeviceOpt, JsonOpt, RevisionOpt
+from kappaquant.commands.options import ActivationsOpt, DeviceOpt, JsonOpt, RevisionOpt, refuse_unused
 from kappaquant.commands.terminal import errors, progress
 from kappaquant.errors import UnsupportedError
 
@@ -57,7 +57,7 @@ def evaluate(
         int | None, typer.Option(help="Tokens of an answer at most; default as the task has it.")
     ] = None,
     chat_template: Annotated[bool, typer.Option("--chat-template", help="Ask through the chat template.")] = False,
-    task_batch: Annotated[int, typer.Option(help="Questions answered at once.")] = 16,
+    task_batch: Annotated[int | None, typer.Option(help="Questions answered at once; 16 unless given.")] = None,
     throughput: Annotated[
         bool, typer.Option("--throughput", help="Also tokens per second and memory of both, the original in bfloat16.")
     ] = False,
@@ -92,6 +92,12 @@ def evaluate(
     from kappaquant.files.documents import check_file, write_whole
     from kappaquant.files.processes import choose_device
 
+    if not task:
+        of_tasks = {"--shots-from": shots_from, "--questions": questions, "--shots": shots, "--max-tokens": max_tokens}
+        of_tasks |= {"--chat-template": chat_template, "--task-batch": task_batch}
+        refuse_unused(of_tasks, "without --task")
+    if not throughput:
+        refuse_unused({"--context": context}, "without --throughput")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # there is one
     options = Options(
@@ -107,7 +113,7 @@ def evaluate(
     asked = [
         parse_task(
             name, pair.source.folder, shots_from=shots_from, questions=questions, shots=shots, max_tokens=max_tokens,
-            chat_template=chat_template, batch_size=task_batch,
+            chat_template=chat_template, batch_size=16 if task_batch is None else task_batch,
         )
         for name in task or ()
     ]  # fmt: skip

@@ -15,6 +15,8 @@ from kappaquant.commands.options import (
     implied_policy,
     kurtosis_of,
     policy_of,
+    refuse_stream,
+    refuse_unused,
 )
 from kappaquant.commands.terminal import console, errors, progress
 from kappaquant.errors import PlanError
@@ -103,7 +105,11 @@ def _open(source: str, revision: str | None, stream: bool) -> Source | Checkpoin
     from kappaquant.checkpoints.open import is_checkpoint, open_checkpoint
     from kappaquant.sources.open import open_source
 
-    return open_checkpoint(source) if is_checkpoint(Path(source)) else open_source(source, revision, stream=stream)
+    refuse_stream(source, stream)
+    if not is_checkpoint(Path(source)):
+        return open_source(source, revision, stream=stream)
+    refuse_unused({"--revision": revision}, f"on {source}, a folder; leave it out")
+    return open_checkpoint(source)
 
 
 def _override(text: str) -> tuple[str, Setting, int | None]:

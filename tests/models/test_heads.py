@@ -61,7 +61,7 @@ def test_a_class_that_names_its_parts_otherwise_is_refused_in_words(tmp_path: Pa
     folder = checkpoint("llama", tmp_path)
     with pytest.raises(
         FormatError,
-        match="LlamaForQuestionAnswering has no place for it .*; load it as what config.json names, LlamaForCausalLM",
+        match=r"LlamaForQuestionAnswering has no place for it .*; load it as what config.json names, LlamaForCausalLM",
     ):
         transformers.AutoModelForQuestionAnswering.from_pretrained(folder)
 
