@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.models.skeleton import load_config, model_class
+from kappaquant.models.plain import plain_model
 from kappaquant.runtime.decoding import decoder_of
 from kappaquant.runtime.prompts import device_of
 from kappaquant.runtime.sampling import Sampler, Sampling
@@ -78,9 +78,7 @@ def measure(
 
 def load_original(location: str, device: str) -> PreTrainedModel:
     """A model as published, in bfloat16: a folder or a Hub id."""
-    config = load_config(location)
-    model: PreTrainedModel = model_class(config).from_pretrained(location, dtype=torch.bfloat16)
-    return model.to(device).eval()  # type: ignore[arg-type]
+    return plain_model(location, torch.bfloat16, device)
 
 
 def read_bandwidth(device: str) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
+from kappaquant.models.tokenizer import templated
 from kappaquant.runtime.decoding import Decoder, borrowed
 from kappaquant.runtime.own_generate import OwnGenerate
 from kappaquant.runtime.sampling import Sampler, Sampling
@@ -75,9 +76,7 @@ def chat(
             f"{tokenizer.name_or_path}: its tokenizer has no chat template, so it is a base model; "
             "continue a prompt with generate instead, or add chat_template.jinja"
         )
-    inputs: Any = tokenizer.apply_chat_template(
-        [dict(message) for message in messages], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
+    inputs = templated(tokenizer, messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     return _run(model, tokenizer, inputs, max_new_tokens, sampling, stop)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from kappaquant.engines.transformers.load import TOKENIZER_FILES
 from kappaquant.errors import SourceError, UnsupportedError
-from kappaquant.models.skeleton import load_config, model_class
+from kappaquant.models.plain import plain_model
 from kappaquant.models.tokenizer import read_tokenizer
 from kappaquant.sources.source import Source
 
@@ -35,9 +35,7 @@ def load_original(source: Source, device: str) -> PreTrainedModel:
             "it cannot write its calibration text here; give --calibration FILE, or quantize it with --effort best and let that "
             "checkpoint write one: kappaquant write CHECKPOINT -o text.jsonl"
         )
-    config = load_config(folder)
-    model: Any = model_class(config).from_pretrained(folder, config=config, dtype=dtype)
-    return model.to(device).eval()
+    return plain_model(folder, dtype, device)
 
 
 def whole_folder(source: Source) -> Path:

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from kappaquant.evaluate.measures.divergence import scored
 from kappaquant.evaluate.measures.logits import Tensors
 from kappaquant.evaluate.runs.kept import Kept
 from kappaquant.evaluate.runs.pair import Pair
-from kappaquant.models.skeleton import load_config, model_class
+from kappaquant.models.plain import plain_model
+from kappaquant.models.skeleton import load_config
 from kappaquant.models.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
@@ -114,10 +115,7 @@ def load_checkpoint(pair: Pair, dtype: str, device: str, activations: str) -> Pr
 
 
 def _load_plain(folder: Path, dtype: str, device: str) -> PreTrainedModel:
-    config = load_config(folder)
-    wanted: Any = torch.float32 if dtype == "float32" else "auto"
-    model: PreTrainedModel = model_class(config).from_pretrained(folder, config=config, dtype=wanted)
-    return model.to(device).eval()  # type: ignore[arg-type]
+    return plain_model(folder, torch.float32 if dtype == "float32" else "auto", device)
 
 
 def free() -> None:
