@@ -34,7 +34,7 @@ FEWEST = 256  # slots that a step attends to at least; below, fewer are hardly f
 _NEEDED = ("input_ids", "attention_mask", "position_ids", "past_key_values")  # what a step gives to a model
 
 
-def why_not(model: PreTrainedModel) -> str | None:
+def why_not(model: Any) -> str | None:
     """Why ``Decoder`` cannot be trusted with a model, or None; told by what the model takes and claims, not by its name."""
     if not model.can_generate():
         return "it has no head that predicts tokens"
@@ -245,7 +245,9 @@ ROOM = 1024  # slots of the smallest decoder that is kept
 def borrowed(model: PreTrainedModel, batch: int, max_length: int) -> Iterator[Decoder | OwnGenerate]:
     """A decoder that is large enough: the one kept since the model's last use, unless that is in use right now."""
     if why_not(model):
-        with closing(decoder_of(model, batch, max_length)) as own:
+        own = decoder_of(model, batch, max_length)
+        assert isinstance(own, OwnGenerate)
+        with closing(own):
             yield own
         return
     decoder = _KEPT.pop(model, None)

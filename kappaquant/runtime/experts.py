@@ -178,7 +178,7 @@ class QuantExperts(nn.Module):
         if whole:
             gate_up, down = whole
             if wanted(hidden_states, top_k_weights):
-                return ExpertsProduct.apply(  # type: ignore[no-any-return]
+                return ExpertsProduct.apply(
                     hidden_states, top_k_index, top_k_weights, gate_up, down, self.shared.activations
                 )
             return dispatch.experts(

@@ -162,7 +162,7 @@ class PackedWeight(nn.Module):
         """[..., in] -> [..., out] in x's dtype, for a weight [out, in]."""
         prepared = shared.prepared(x, self)
         if wanted(x, *(() if bias is None else (bias,))):
-            return LinearProduct.apply(x, bias, self, prepared, shared.activations)  # type: ignore[no-any-return]
+            return LinearProduct.apply(x, bias, self, prepared, shared.activations)
         rows = [self.shape[0]]
         return dispatch.linear(x, prepared, self.tensors, self.spec, rows, bias, shared.activations)
 
@@ -172,7 +172,7 @@ class PackedWeight(nn.Module):
         ``index`` is int64 [tokens, k]; the result is 0 for what lies outside [0, E).
         """
         if wanted(x):
-            return GroupedProduct.apply(x, index, self)  # type: ignore[no-any-return]
+            return GroupedProduct.apply(x, index, self)
         return dispatch.grouped_linear(x, index, self.tensors, self.spec, list(self.shape))
 
     @property
