@@ -133,8 +133,9 @@ def test_verify_exits_1_and_names_the_tampered_tensor(command: Command, quantize
         (("scan", "{model}", "--plot", "{tmp}"), "is a folder; name a file"),
         (
             ("plan", "{model}", "--bits", "4", "--thresholds", "1"),
-            "option 'bits': the recipe policy has no such option",
+            "no policy has all of these options: --bits of uniform, --thresholds of kurtosis",
         ),
+        (("plan", "{model}", "--policy", "recipe", "--bits", "4"), "the recipe policy has no such option"),
         (("inspect", "{model}"), "not quantized"),
         (("inspect", "{model}", "--tp", "0"), "--tp 0: must be 1 or more"),
         (("inspect", "{model}", "--expert-parallel"), "give --tp too"),

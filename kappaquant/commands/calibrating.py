@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kappaquant.commands.options import DeviceOpt, GroupOpt, JobsOpt, RevisionOpt, SourceArg, group_choice
+from kappaquant.commands.options import (
+    DeviceOpt,
+    GroupOpt,
+    JobsOpt,
+    RevisionOpt,
+    SourceArg,
+    group_choice,
+    refuse_unused,
+)
 from kappaquant.commands.terminal import console, progress
 from kappaquant.errors import OutputError, PlanError, SourceError
 from kappaquant.files.documents import check_file
@@ -56,11 +64,15 @@ def calibrate(
     calibration_tokens: Annotated[
         int | None, typer.Option("--calibration-tokens", help="How many of its tokens, at most; 32768 unless given.")
     ] = None,
-    bits: Annotated[int, typer.Option(help="At which each part of the model is tried, 2 to 8.")] = 3,
+    bits: Annotated[
+        int | None, typer.Option(help="At which each part of the model is tried, 2 to 8; 3 unless given.")
+    ] = None,
     effort: Annotated[
-        str,
-        typer.Option(help="How it is tried: calibrated, as quantize --calibration rounds, or best, which is faster."),
-    ] = "calibrated",
+        str | None,
+        typer.Option(
+            help="How it is tried: calibrated (the default), as quantize --calibration rounds, or best, which is faster."
+        ),
+    ] = None,
     data_free: Annotated[
         bool, typer.Option("--data-free", help="Without text: errors of weights, and κ; cruder by far, and fast.")
     ] = False,
@@ -76,10 +88,12 @@ def calibrate(
     from kappaquant.quantizing.calibration.trials import Trial
     from kappaquant.sources.open import open_source
 
-    if effort not in ("best", "calibrated"):
+    if effort not in (None, "best", "calibrated"):
         raise PlanError(f"--effort {effort}: must be calibrated or best")
     if data_free and (calibration or calibration_tokens is not None):
         raise PlanError("--data-free reads no text; leave out --calibration and --calibration-tokens, or --data-free")
+    if data_free:
+        refuse_unused({"--bits": bits, "--effort": effort}, "with --data-free, which tries nothing; leave it out")
     check_file(output)
     group = group_choice(group_size)
     opened = open_source(source, revision)
@@ -91,7 +105,7 @@ def calibrate(
         text = calibration_of(opened, output, calibration, tokens, device)
         with progress("layers", "layers") as report:
             found = sensitivity.sensitivities(
-                opened, text, Trial(bits, effort, group), device, jobs,
+                opened, text, Trial(3 if bits is None else bits, effort or "calibrated", group), device, jobs,
                 lambda done, total: report("layers", done, total),
             )  # fmt: skip
     found.save(output)

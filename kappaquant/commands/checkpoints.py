@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kappaquant.commands.options import CheckpointArg, JsonOpt, OriginalOpt, OutputArg, OutputOpt, destination
+from kappaquant.commands.options import (
+    CheckpointArg,
+    JsonOpt,
+    OriginalOpt,
+    OutputArg,
+    OutputOpt,
+    destination,
+    refuse_original,
+)
 from kappaquant.commands.terminal import console, errors, progress, show
 from kappaquant.errors import PlanError
 
@@ -44,6 +52,7 @@ def inspect(
 
         png_figure(plot)
     opened = open_checkpoint(checkpoint, source=source)
+    refuse_original(opened, source)
     if plot:
         bits_map(opened, plot)
     show(json.dumps(checkpoint_json(opened), indent=1) if as_json else checkpoint_table(opened), as_json)
@@ -84,6 +93,7 @@ def verify(checkpoint: CheckpointArg, source: OriginalOpt = None) -> None:
 
     try:
         opened = open_checkpoint(checkpoint, source=source)
+        refuse_original(opened, source)
         problems = list(opened.verify())
     except FormatError as problem:
         problems = [str(problem)]
@@ -109,9 +119,11 @@ def dequantize(
     from kappaquant.checkpoints.open import open_checkpoint
     from kappaquant.exports.plain import dequantize as run
 
+    opened = open_checkpoint(checkpoint, source=source)
+    refuse_original(opened, source)
     with progress("dequantize") as report:
         path = run(
-            open_checkpoint(checkpoint, source=source),
+            opened,
             destination(place, output),
             dtype,
             lambda d, t: report("write", d, t),

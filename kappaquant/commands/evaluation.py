@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kappaquant.commands.options import ActivationsOpt, DeviceOpt, JsonOpt, RevisionOpt, in_checkpoint
+from kappaquant.commands.options import ActivationsOpt, DeviceOpt, JsonOpt, RevisionOpt, in_checkpoint, refuse_unused
 from kappaquant.commands.terminal import errors, progress
 from kappaquant.errors import UnsupportedError
 
@@ -25,7 +25,13 @@ def evaluate(
         Path | None, typer.Option(help="Plain text to read; default evaluation.txt in the original's folder.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Read so many tokens of the text; default all.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens of a sequence; each is read from its own first token.")] = 512,
+    window: Annotated[int, typer.Option(help="Tokens of a sequence; each is read by itself.")] = 512,
+    bos: Annotated[
+        str,
+        typer.Option(
+            help="What each sequence begins with: auto for what the tokenizer puts before a text; always or never its BOS token."
+        ),
+    ] = "auto",
     top_k: Annotated[
         int, typer.Option(help="Probabilities of the original kept for each token; all make the divergence exact.")
     ] = 256,
@@ -53,7 +59,7 @@ def evaluate(
         int | None, typer.Option(help="Tokens of an answer at most; default as the task has it.")
     ] = None,
     chat_template: Annotated[bool, typer.Option("--chat-template", help="Ask through the chat template.")] = False,
-    task_batch: Annotated[int, typer.Option(help="Questions answered at once.")] = 16,
+    task_batch: Annotated[int | None, typer.Option(help="Questions answered at once; 16 unless given.")] = None,
     throughput: Annotated[
         bool, typer.Option("--throughput", help="Also tokens per second and memory of both, the original in bfloat16.")
     ] = False,
@@ -88,10 +94,16 @@ def evaluate(
     from kappaquant.files.documents import check_file, write_whole
     from kappaquant.files.processes import choose_device
 
+    if not task:
+        of_tasks = {"--shots-from": shots_from, "--questions": questions, "--shots": shots, "--max-tokens": max_tokens}
+        of_tasks |= {"--chat-template": chat_template, "--task-batch": task_batch}
+        refuse_unused(of_tasks, "without --task")
+    if not throughput:
+        refuse_unused({"--context": context}, "without --throughput")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # there is one
     options = Options(
-        window, tokens, top_k, dtype, choose_device(device), activations, noise_floor=noise_floor, by_layer=by_layer
+        window, tokens, top_k, dtype, choose_device(device), activations, noise_floor=noise_floor, by_layer=by_layer, bos=bos,  # type: ignore[arg-type]  # checked there
     )  # fmt: skip
     pair = open_pair(checkpoint, against, revision)
     for notice in pair.notices:
@@ -103,7 +115,7 @@ def evaluate(
     asked = [
         parse_task(
             name, pair.source.folder, shots_from=shots_from, questions=questions, shots=shots, max_tokens=max_tokens,
-            chat_template=chat_template, batch_size=task_batch,
+            chat_template=chat_template, batch_size=16 if task_batch is None else task_batch,
         )
         for name in task or ()
     ]  # fmt: skip

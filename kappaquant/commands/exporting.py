@@ -15,6 +15,7 @@ from kappaquant.commands.options import (
     implied_policy,
     kurtosis_of,
     policy_of,
+    refuse_stream,
 )
 from kappaquant.commands.terminal import console, errors, progress
 from kappaquant.errors import PlanError
@@ -77,6 +78,7 @@ def export(
     from kappaquant.files.documents import json_text
 
     transformers_logging.set_verbosity_error()  # hints at faster kernels, for the check
+    refuse_stream(source, stream)
     opened = open_weights(source, revision, stream=stream)
     made = _plan(
         opened, plan_file, policy, policy_options, profile, [(pattern, width) for pattern, width, _ in settings]

@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import Field, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -18,6 +18,9 @@ from kappaquant.formats.signs import check_group_size
 from kappaquant.planning.policies.base import Policy
 from kappaquant.planning.policies.registry import policies, policy_by_name
 from kappaquant.sources.location import cached
+
+if TYPE_CHECKING:
+    from kappaquant.checkpoints.checkpoint import Checkpoint
 
 SourceArg = Annotated[
     str, typer.Argument(help="Folder with config.json and safetensors, or a Hub id: owner/name or owner/name@revision.")
@@ -90,6 +93,29 @@ def destination(positional: Path | None, option: Path | None) -> Path:
     return option or positional  # type: ignore[return-value]
 
 
+def refuse_unused(given: Mapping[str, object], missing: str) -> None:
+    """Raise PlanError for an option that was given, and is of no effect as long as ``missing`` is not.
+
+    Args:
+        given: option -> its value; None, False and an empty list where it was not given.
+    """
+    for name, value in given.items():
+        if value is not None and value is not False and value != []:
+            shown = "" if value is True else f" {value[0] if isinstance(value, list) else value}"
+            raise PlanError(f"{name}{shown}: is of no effect {missing}")
+
+
+def refuse_stream(source: str, stream: bool) -> None:
+    """Raise PlanError for --stream of what lies here as a whole."""
+    refuse_unused({"--stream": stream and Path(source).exists()}, f"on {source}, which is no Hub id; leave it out")
+
+
+def refuse_original(opened: Checkpoint, source: str | None) -> None:
+    """Raise PlanError for --source beside a checkpoint that holds its shapes."""
+    if not opened.container.needs_conversion:
+        refuse_unused({"--source": source}, f"on {opened.path}, which says its shapes itself; leave it out")
+
+
 def with_policy_options(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose ``policy_options`` become one option for each parameter of a registered policy.
 
@@ -143,8 +169,16 @@ def _named(annotation: Any) -> Any:
 
 
 def implied_policy(given: Mapping[str, str], default: str) -> str:
-    """The one policy that has all of these options, such as uniform for bits; ``default`` where they are none, or say nothing."""
-    having = [name for name, policy in policies().items() if given.keys() <= {option.name for option in fields(policy)}]  # type: ignore[arg-type]
+    """The one policy that has all of these options, such as uniform for bits; ``default`` where they are none, or say nothing.
+
+    Raises:
+        PlanError: no policy has all of them.
+    """
+    options = {name: {option.name for option in fields(policy)} for name, policy in policies().items()}  # type: ignore[arg-type]
+    having = [name for name, own in options.items() if given.keys() <= own]
+    if not having:
+        whose = [f"--{name} of {' or '.join(p for p, own in options.items() if name in own)}" for name in given]
+        raise PlanError(f"no policy has all of these options: {', '.join(whose)}; give those of one policy")
     return having[0] if given and len(having) == 1 else default
 
 

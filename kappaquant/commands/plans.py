@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,7 @@ from kappaquant.commands.options import (
     SourceArg,
     destination,
     numbers,
+    refuse_stream,
 )
 from kappaquant.commands.planning import (
     ActiveOpt,
@@ -44,6 +46,8 @@ from kappaquant.files.documents import check_file
 if TYPE_CHECKING:
     from kappaquant.planning.plan import Plan
     from kappaquant.sources.source import Source
+
+logger = logging.getLogger("kappaquant")
 
 
 def scan(
@@ -70,6 +74,7 @@ def scan(
         check_file(output)
     if plot:
         png_figure(plot)
+    refuse_stream(source, stream)
     opened = open_source(source, revision, stream=stream)
     with progress("scan") as report:
         profile = scanner.scan(
@@ -114,6 +119,7 @@ def plan(
     from kappaquant.checkpoints.open import container_by_id
     from kappaquant.commands.tables import plan_table
     from kappaquant.models import sharding
+    from kappaquant.planning.share import mostly_kept
     from kappaquant.planning.sizes import summary
     from kappaquant.sources.open import open_source
 
@@ -130,6 +136,8 @@ def plan(
     sizes = summary(made, opened.tensors, opened.config)
     container = container_by_id("kappaquant")
     files = container.output_bytes(opened.shards, made.format_of)
+    if said := mostly_kept(made, opened.tensors, opened.config):
+        logger.warning("%s: the plan %s", source, said)
     if output:
         made.save(output)
     if explore and evidence:
@@ -196,6 +204,9 @@ def quantize(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Keep tensors with NaN or infinity as they are.")
     ] = False,
+    allow_nothing: Annotated[
+        bool, typer.Option("--allow-nothing", help="Write a checkpoint even if the plan packs nothing.")
+    ] = False,
 ) -> None:
     """Write the quantized checkpoint; run the same command again to resume a run that was cut off."""
     from rich.filesize import decimal
@@ -203,6 +214,7 @@ def quantize(
     from kappaquant.files.processes import warm_up
 
     folder = destination(place, output)
+    refuse_stream(source, stream)
     given: dict[str, object] = {
         "--policy": policy,
         "--profile": profile,
@@ -215,7 +227,9 @@ def quantize(
         "--group-size": group_size,
         "--set": overrides,
     }
-    given |= {f"--{name}": text for name, text in policy_options.items()} | {"--fuse-legal": fuse or None}
+    given |= {f"--{name.replace('_', '-')}": text for name, text in policy_options.items()} | {
+        "--fuse-legal": fuse or None
+    }
     if plan_file and (changed := [name for name, value in given.items() if value is not None]):
         raise PlanError(f"{changed[0]} does not change the plan file {plan_file}; give it to the plan command")
     warm_up(source, jobs)
@@ -228,7 +242,7 @@ def quantize(
     check_calibration(effort, calibration, calibration_tokens)
     calibrated = calibration is not None or effort == "calibrated"
     data_free = "best" if calibrated else effort or "best"
-    options = Options(data_free, container, jobs, device, allow_nonfinite)  # type: ignore[arg-type]
+    options = Options(data_free, container, jobs, device, allow_nonfinite, allow_nothing)  # type: ignore[arg-type]
     opened = open_source(source, revision, stream=stream)
     if plan_file:
         made = Plan.load(plan_file)

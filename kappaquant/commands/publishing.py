@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kappaquant.commands.options import CheckpointArg, JsonOpt, RevisionOpt, in_checkpoint
+from kappaquant.commands.options import CheckpointArg, JsonOpt, RevisionOpt, in_checkpoint, refuse_unused
 from kappaquant.commands.terminal import console, errors, show
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def compare(
     from kappaquant.sources.folder import LocalSource
     from kappaquant.sources.open import open_source
 
+    if against is None:
+        refuse_unused({"--revision": revision}, "without --against a Hub id")
     if plot:
         png_figure(plot)
     evaluations = {str(path): Evaluation.load(_report(path)) for path in checkpoints}

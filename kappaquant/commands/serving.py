@@ -9,6 +9,7 @@ import typer
 
 from kappaquant.commands.options import CheckpointArg, OriginalOpt
 from kappaquant.commands.terminal import console, errors, progress
+from kappaquant.errors import PlanError
 
 
 def convert(
@@ -49,6 +50,8 @@ def serve(
 
     from kappaquant.engines.serve import choose
 
+    if mlx and engine not in (None, "mlx"):
+        raise PlanError(f"--mlx: is short for --engine mlx, and contradicts --engine {engine}; give one of them")
     server = choose(checkpoint, "mlx" if mlx else engine, host=host, port=port, context=context, options=options or ())
     errors().print(f"{server.engine}: {'; '.join(server.why)}", markup=False, highlight=False, soft_wrap=True)
     errors().print(f"will listen at http://{host}:{port}", markup=False, highlight=False)

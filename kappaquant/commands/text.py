@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kappaquant.commands.options import ActivationsOpt, CheckpointArg, DeviceOpt
+from kappaquant.commands.options import ActivationsOpt, CheckpointArg, DeviceOpt, refuse_unused
 from kappaquant.commands.terminal import console, emit
 
 TemperatureOpt = Annotated[float, typer.Option(help="0 takes the most likely token.")]
@@ -33,9 +33,8 @@ def generate(
 ) -> None:
     """Continue a prompt, token by token as they come."""
     from kappaquant.runtime.generate import stream
-    from kappaquant.runtime.sampling import Sampling
 
-    Sampling(temperature, top_p, top_k, min_p, seed)  # bad options are met before a model is loaded
+    _check_drawing(temperature, top_p, top_k, min_p, seed)
     model, tokenizer = load_quantized(checkpoint, device, activations)
     emit(
         stream(
@@ -59,9 +58,8 @@ def chat(
 ) -> None:
     """Talk to the model; an empty line or end of input leaves."""
     from kappaquant.runtime.generate import chat as reply
-    from kappaquant.runtime.sampling import Sampling
 
-    Sampling(temperature, top_p, top_k, min_p, seed)
+    _check_drawing(temperature, top_p, top_k, min_p, seed)
     model, tokenizer = load_quantized(checkpoint, device, activations)
     messages: list[dict[str, str]] = []
     while True:
@@ -77,6 +75,21 @@ def chat(
             min_p=min_p, seed=seed, stop=stop or (),
         )  # fmt: skip
         messages.append({"role": "assistant", "content": emit(pieces)})
+
+
+def _check_drawing(temperature: float, top_p: float, top_k: int, min_p: float, seed: int | None) -> None:
+    """Meet bad options before a model is loaded."""
+    from kappaquant.runtime.sampling import Sampling
+
+    Sampling(temperature, top_p, top_k, min_p, seed)
+    if temperature == 0:
+        given = {
+            "--top-p": None if top_p == 1 else top_p,
+            "--top-k": top_k or None,
+            "--min-p": min_p or None,
+            "--seed": seed,
+        }
+        refuse_unused(given, "at temperature 0, where nothing is drawn; give --temperature too")
 
 
 def load_quantized(checkpoint: str, device: str | None, activations: str) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,12 @@ def read_json(path: Path, error: type[KappaquantError]) -> dict[str, Any]:
 
 
 def json_text(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    """A document as it is written: strict JSON, with what that has no number for as transformers writes it in config.json."""
+    try:
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_tagged(content), indent=1, ensure_ascii=False, allow_nan=False)
+    return text + "\n"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -39,6 +45,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def digest(*parts: Any) -> str:
     """SHA-256 (hexadecimal) over JSON values, in the order given."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _tagged(value: Any) -> Any:
+    """With infinity and NaN as objects, such as {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        return {key: _tagged(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_tagged(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": json.dumps(value)}
+    return value
 
 
 def check_file(path: Path) -> None:

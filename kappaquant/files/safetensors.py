@@ -60,6 +60,8 @@ class Stored:
 
 def read_header(path: Path, error: type[KappaquantError] = SourceError) -> dict[str, Stored]:
     """Tensors of a local safetensors file in the order of their bytes; ``error`` is raised on any defect."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait for whoever writes it
+        raise error(f"{path}: is no file; fetch it again")
     try:
         file = path.open("rb")
     except OSError as problem:

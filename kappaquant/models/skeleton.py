@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kappaquant.errors import UnsupportedError
+from kappaquant.models.configuration import of_content, of_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -68,25 +69,10 @@ def load_config(config: Config) -> PretrainedConfig:
     """The transformers configuration of a folder, or of the content of its config.json.
 
     Raises:
-        UnsupportedError: the installed transformers does not know the architecture, or only by code that the folder brings.
+        UnsupportedError: the installed transformers does not know the architecture, or only by code that the folder brings; or it
+            makes nothing of what is there.
     """
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if not isinstance(config, Mapping):
-        try:
-            return AutoConfig.from_pretrained(config, trust_remote_code=False)
-        except (OSError, ValueError) as problem:  # code of the repository's own included, which is not run
-            raise UnsupportedError(
-                f"{config}: has no configuration that transformers can load by itself ({str(problem).splitlines()[0]}); a newer "
-                "transformers may know it, code that a model brings is not run"
-            ) from None
-    model_type = str(config.get("model_type"))
-    if model_type not in CONFIG_MAPPING:
-        raise UnsupportedError(
-            f"config.json: model_type {model_type!r} is unknown to the installed transformers; a newer one may know it"
-        )
-    return CONFIG_MAPPING[model_type].from_dict(dict(config))
+    return of_content(config) if isinstance(config, Mapping) else of_folder(config)
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:

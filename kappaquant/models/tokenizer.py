@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kappaquant.errors import SourceError
+from kappaquant.errors import SourceError, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,4 +27,22 @@ def read_tokenizer(location: str | Path, revision: str | None = None) -> PreTrai
         raise SourceError(
             f"{location}: has no tokenizer that transformers can load by itself ({said}); fetch its files again, or give a model whose "
             "tokenizer needs no code of its own"
+        ) from None
+
+
+def templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+    """What the chat template makes of messages; ``options`` as for transformers' ``apply_chat_template``.
+
+    Raises:
+        UnsupportedError: the template is broken, or does not take these messages; says what it said.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template([dict(message) for message in messages], **options)
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as problem:  # whatever its code does
+        said = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise UnsupportedError(
+            f"{tokenizer.name_or_path}: its chat template makes nothing of this conversation ({said}); fetch chat_template.jinja again, "
+            "or begin and alternate as the model expects"
         ) from None

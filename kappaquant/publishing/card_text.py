@@ -154,10 +154,12 @@ def reproduction(facts: Facts) -> str:
         f"kappaquant quantize {facts.original} -o {facts.name} --plan plan.json{effort}{pinned}",
     ]
     if found := facts.evaluation:
-        s, tokens = found.settings, found.text.tokens + found.text.sequences  # the first of a sequence is not predicted
+        s, first = found.settings, 1 - len(found.settings.begin or ())  # the first of a sequence is not predicted
+        tokens = found.text.tokens + first * found.text.sequences
         lines.append(
             f"kappaquant evaluate {facts.name} --against {facts.original}{pinned} --text path/to/{found.text.name} "
             f"--tokens {tokens} --window {s.window} --top-k {s.top_k} --dtype {s.dtype} --activations {s.activations}"
+            + (f" --bos {s.bos}" if s.bos else "")
         )
         lines += [f"{lines[-1]} {_task_options(task)}" for task in found.tasks]
     same = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -19,11 +20,14 @@ from kappaquant.files.processes import ItemError, choose_device, choose_jobs, po
 from kappaquant.files.tensors import ranges
 from kappaquant.formats.base import EFFORTS, Effort, Format
 from kappaquant.planning.plan import Plan
+from kappaquant.planning.share import mostly_kept, packed_share
 from kappaquant.quantizing.calibration.text import Calibration
 from kappaquant.quantizing.calibration.written import Model, model_of
 from kappaquant.quantizing.slices import Slice, Sums, encode_slice
 from kappaquant.sources.source import Source
 from kappaquant.version import __version__
+
+logger = logging.getLogger("kappaquant")
 
 _NOT_FINITE = "holds NaN, infinity or values beyond the format's norms"
 
@@ -38,6 +42,7 @@ class Options:
         jobs: worker processes; None takes one per core (up to 8), or none for a small model. On CUDA always one.
         device: where to encode; None takes CUDA if there is one.
         allow_nonfinite: keep tensors with NaN or infinity as they are instead of raising.
+        allow_nothing: write a checkpoint in which nothing is packed instead of raising.
     """
 
     effort: Effort = "best"
@@ -45,6 +50,7 @@ class Options:
     jobs: int | None = None
     device: str | None = None
     allow_nonfinite: bool = False
+    allow_nothing: bool = False
 
     def __post_init__(self) -> None:
         if self.effort not in EFFORTS:
@@ -77,6 +83,8 @@ def quantize(
     """
     options = options or Options()
     check(source, plan, options, calibration is not None)
+    if said := mostly_kept(plan, source.tensors, source.config):
+        logger.warning("%s: the plan %s", source.label, said)
     if calibration and (writer_of_text := calibration.record.get("written_by")):
         model_of(source).check(Model(**writer_of_text), calibration.record.get("file", "calibration"))
     output = Path(output).absolute()
@@ -92,8 +100,13 @@ def quantize(
 
 
 def check(source: Source, plan: Plan, options: Options, calibrated: bool) -> None:
-    """Raise PlanError for a plan that does not fit the source or the container, or a container that is not calibrated."""
+    """Raise PlanError for a plan that does not fit the source or the container, or packs nothing, or a container that is not calibrated."""
     plan.check(source.tensors, source.config)
+    if not options.allow_nothing and not packed_share(plan, source.tensors):
+        raise PlanError(
+            f"{source.label}: the plan {mostly_kept(plan, source.tensors, source.config)}; set bits with --set PATTERN=BITS, or copy "
+            "it with --allow-nothing"
+        )
     container_by_id(options.container).check_plan(plan, source.tensors)
     if calibrated and options.container != "kappaquant":
         raise PlanError(f"--format {options.container} is not calibrated; write the kappaquant format")

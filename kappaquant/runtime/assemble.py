@@ -14,6 +14,7 @@ from torch import nn
 from kappaquant.checkpoints.checkpoint import Checkpoint
 from kappaquant.errors import FormatError, UnsupportedError
 from kappaquant.formats.base import Format
+from kappaquant.models.heads import without_heads
 from kappaquant.models.skeleton import Layout, Place, place
 from kappaquant.runtime.experts import ExpertBlock, ExpertWeights, KeptWeight, QuantExperts
 from kappaquant.runtime.packed import PackedWeight, QuantEmbedding, QuantLinear, SharedInput, hold_packed
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("kappaquant")
 
 At = tuple[int | slice, ...]
+_HINT = "is config.json the one of this checkpoint?"
 
 
 @dataclass(frozen=True)
@@ -49,27 +51,30 @@ def check_accounting(model: PreTrainedModel, checkpoint: Checkpoint) -> Layout:
     """Where each tensor goes, once every parameter of the (meta) model and every tensor is accounted for.
 
     Raises:
-        FormatError: a tensor is missing, is of no use to the model, or has the wrong shape; it is named.
+        FormatError: a tensor is missing, is of no use to the model, or has the wrong shape; it is named. A head of another class is
+            neither (``heads.without_heads``).
     """
     layout = place(model, checkpoint.keys())
     what = type(model).__name__
-    check_layout(layout, checkpoint, what)
+    hint = _HINT
+    if (layout.unexpected or layout.missing) and (own := without_heads(model, layout, checkpoint.keys())):
+        hint = f"load it as what config.json names, {own}"
+    check_layout(layout, checkpoint, what, hint)
     if layout.ignored:
         logger.info("%s has no use for %d tensors, such as %s", what, len(layout.ignored), layout.ignored[0])
     return layout
 
 
-def check_layout(layout: Layout, checkpoint: Checkpoint, what: str) -> None:
+def check_layout(layout: Layout, checkpoint: Checkpoint, what: str, hint: str = _HINT) -> None:
     """Raise FormatError, naming the tensor, unless ``what`` has a place for each tensor and each place a tensor of its shape."""
     if layout.unexpected:
         name = layout.unexpected[0]
         raise FormatError(
-            f"{name}: in {checkpoint.path}, but {what} has no place for it"
-            f"{_more(layout.unexpected)}; is config.json the one of this checkpoint?"
+            f"{name}: in {checkpoint.path}, but {what} has no place for it{_more(layout.unexpected)}; {hint}"
         )
     if layout.missing:
         raise FormatError(
-            f"{layout.missing[0]}: {what} needs it, but {checkpoint.path} does not have it{_more(layout.missing)}"
+            f"{layout.missing[0]}: {what} needs it, but {checkpoint.path} does not have it{_more(layout.missing)}; {hint}"
         )
     for name, found in layout.places.items():
         if found.shape is not None and checkpoint.shape(name) != found.shape:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.runtime.decoding import Decoder, device_of
+from kappaquant.runtime.decoding import decoder_of
 from kappaquant.runtime.original import original_model
+from kappaquant.runtime.prompts import device_of
 from kappaquant.runtime.sampling import Sampler, Sampling
 from kappaquant.sources.open import open_source
 
@@ -65,7 +66,7 @@ def measure(
 
     Args:
         steps: decoded and timed, each row after its prompt.
-        graph: as for ``Decoder``.
+        graph: as for ``decoder_of``.
 
     Raises:
         UnsupportedError: a number is below 1.
@@ -103,7 +104,7 @@ def _case(model: PreTrainedModel, batch: int, context: int, steps: int, graph: b
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    decoder = Decoder(model, batch, context + WARM_UP + steps + 1, graph=graph)
+    decoder = decoder_of(model, batch, context + WARM_UP + steps + 1, graph=graph)
     sampler = Sampler(Sampling(), device)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocabulary, (batch, context), generator=torch.Generator().manual_seed(0)).to(device)

@@ -1,6 +1,7 @@
 """One token at a time from transformers' own model: a static cache and, on CUDA, one graph per step.
 
-The same step runs without a graph on the CPU, and wherever capture is not possible.
+The same step runs without a graph on the CPU, and wherever capture is not possible. Models that keep their state in another way
+than in a cache of transformers' standard kinds are left to their own ``generate``.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.runtime.graphs import Graph
+from kappaquant.runtime.own_generate import OwnGenerate
+from kappaquant.runtime.prompts import check_prompt, check_room, check_step, device_of
 from kappaquant.runtime.static_cache import Mask, Masks, make_cache, why_not_static
 
 if TYPE_CHECKING:
@@ -28,13 +31,46 @@ logger = logging.getLogger("kappaquant")
 CHUNK = 4096  # tokens at once, all rows together: bounds the memory of activations
 ALIGNED = 16  # slots: attention kernels take masks of such rows without a copy
 FEWEST = 256  # slots that a step attends to at least; below, fewer are hardly faster
+_NEEDED = ("input_ids", "attention_mask", "position_ids", "past_key_values")  # what a step gives to a model
+
+
+def why_not(model: Any) -> str | None:
+    """Why ``Decoder`` cannot be trusted with a model, or None; told by what the model takes and claims, not by its name."""
+    if not model.can_generate():
+        return "it has no head that predicts tokens"
+    takes = inspect.signature(model.__class__.forward).parameters
+    # what **kwargs swallows, such as the cache of a model that calls it otherwise, is forgotten without a word
+    if missing := [name for name in _NEEDED if name not in takes]:
+        return f"the model takes no {missing[0]}"
+    if not model._supports_default_dynamic_cache():
+        return "the model has a cache of its own"
+    if not model._can_compile_fullgraph:
+        return "the model is not known to work with a static cache"
+    if len({t.device for t in model.parameters()}) > 1:
+        return "the model lies on several devices"
+    return why_not_static(model.config.get_text_config(decoder=True))
+
+
+def decoder_of(
+    model: PreTrainedModel, batch: int, max_length: int, *, graph: bool | None = None
+) -> Decoder | OwnGenerate:
+    """The fastest decoder that is right for a model; arguments as for ``Decoder``.
+
+    Where a graph was to be had and is not, one warning says why.
+    """
+    reason = why_not(model)
+    if reason is None:
+        return Decoder(model, batch, max_length, graph=graph)
+    if graph or (graph is None and device_of(model).type == "cuda"):
+        _warn(model, f"{reason}, so transformers' generate runs it")
+    return OwnGenerate(model, batch, max_length)
 
 
 class Decoder:
     """Runs prompts of one batch size through a model, then one token per row and step.
 
     Args:
-        model: any causal language model of transformers, on one device.
+        model: a causal language model of transformers for which there is no reason ``why_not``.
         batch: rows, B.
         max_length: tokens of prompt and answer together, at most.
         graph: capture the step; default on CUDA. If it can not be captured, the reason is logged once as a warning.
@@ -45,8 +81,11 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, batch: int, max_length: int, *, graph: bool | None = None) -> None:
-        if batch < 1 or max_length < 2:
-            raise UnsupportedError(f"batch = {batch}, max_length = {max_length}: must be at least 1 and 2")
+        check_room(batch, max_length)
+        if reason := why_not(model):
+            raise UnsupportedError(
+                f"{model.__class__.__name__}: {reason}; decoder_of leaves it to transformers' generate"
+            )
         self.model = model
         self.batch = batch
         self.max_length = -(-max_length // ALIGNED) * ALIGNED
@@ -57,19 +96,10 @@ class Decoder:
         self._graphs: dict[int, Graph] = {}  # by the slots they show
         self._captured: int | None = None  # what the graphs were captured of
         self._want_graph = self.device.type == "cuda" if graph is None else graph
+        # what the prompt's other logits would cost, where the model can leave them out
         takes = inspect.signature(model.__class__.forward).parameters
-        self._takes = {"position_ids", "logits_to_keep"}.intersection(takes)
-        reason = why_not_static(self.config)
-        if "position_ids" not in takes:
-            reason = "the model takes no position_ids"
-        if len({t.device for t in model.parameters()}) > 1:
-            reason = "the model lies on several devices"
-        self._static = reason is None
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._positions = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
-        self._visible: Tensor | None = None
-        if reason:
-            self._refuse(reason)
-            return
         if self._want_graph and self.device.type != "cuda":
             self._refuse(f"the model is on {self.device}")
         self.cache, self._slots = make_cache(self.config, self.max_length)
@@ -88,7 +118,7 @@ class Decoder:
 
     def fits(self, model: PreTrainedModel) -> bool:
         """Whether the model is still where, and attends as, it did when this decoder was made."""
-        return device_of(model) == self.device and (why_not_static(self.config) is None) == self._static
+        return device_of(model) == self.device and why_not(model) is None
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -98,34 +128,28 @@ class Decoder:
             UnsupportedError: the shape does not fit, or the padding is not on the left.
         """
         input_ids = input_ids.to(self.device)
-        self._check_prompt(input_ids, attention_mask)
+        check_prompt(input_ids, attention_mask, self.batch, self.max_length)
         visible = None
         if attention_mask is not None and not bool((attention_mask != 0).all()):
             visible = (attention_mask != 0).to(self.device)
         tokens = input_ids.shape[1]
         if self._want_graph and self._captured != (now := self._signature()):
             self._graph, self._graphs, self._captured = None, {}, now
-        self._reset()
+        self.length = 0
+        self.cache.reset()
         positions = torch.arange(tokens, device=self.device).expand(self.batch, -1)
         if visible is not None:
             positions = (visible.cumsum(1) - 1).clamp(min=0)
-        if self._static:
-            self._masks.start(visible, tokens)
+        self._masks.start(visible, tokens)
         chunk = max(1, CHUNK // self.batch)
         for start in range(0, tokens, chunk):
             stop = min(start + chunk, tokens)
-            mask: Mask = None
-            if self._static:
-                self._show(stop)
-                mask = self._masks.prompt(start, stop)
-            elif visible is not None:
-                mask = visible[:, :stop].long()
+            self._show(stop)
+            mask = self._masks.prompt(start, stop)
             logits = self._forward(input_ids[:, start:stop], positions[:, start:stop], mask)
         self.length = tokens
-        self._visible = visible
         self._positions.copy_(positions[:, -1:] + 1)
-        if self._static:
-            self._slot.fill_(tokens)
+        self._slot.fill_(tokens)
         return logits
 
     @torch.no_grad()
@@ -135,13 +159,8 @@ class Decoder:
         Raises:
             UnsupportedError: ``max_length`` tokens are in already.
         """
-        if not 0 < self.length < self.max_length:
-            raise UnsupportedError(
-                f"step after {self.length} tokens: prefill comes first, and max_length is {self.max_length}"
-            )
+        check_step(self.length, self.max_length)
         self.length += 1
-        if not self._static:
-            return self._grow(tokens)
         self._tokens.copy_(tokens.view(self.batch, 1))
         # attention walks all slots it is shown, so it is shown few while the text is short: one graph for each power of two
         slots = min(max(FEWEST, 1 << (self.length - 1).bit_length()), self.max_length)
@@ -158,31 +177,13 @@ class Decoder:
         self._positions.add_(1)
         return logits
 
-    def _grow(self, tokens: Tensor) -> Tensor:
-        """A step with transformers' own growing cache and masks."""
-        mask = None
-        if self._visible is not None:
-            self._visible = torch.nn.functional.pad(self._visible, (0, 1), value=True)
-            mask = self._visible.long()
-        logits = self._forward(tokens.view(self.batch, 1), self._positions, mask)
-        self._positions.add_(1)
-        return logits
-
     def _forward(self, input_ids: Tensor, positions: Tensor, mask: Mask) -> Tensor:
-        some = {"position_ids": positions, "logits_to_keep": 1}
-        some = {name: value for name, value in some.items() if name in self._takes}
-        out = self.model(input_ids=input_ids, attention_mask=mask, past_key_values=self.cache, use_cache=True, **some)
+        out = self.model(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True,
+            **self._last_only,
+        )  # fmt: skip
         logits: Tensor = out.logits[:, -1].to(self.device)
         return logits
-
-    def _reset(self) -> None:
-        self.length = 0
-        if self._static:
-            self.cache.reset()
-        else:
-            from transformers import DynamicCache
-
-            self.cache = DynamicCache(config=self.config)
 
     def _show(self, slots: int) -> None:
         for layer in self._slots:
@@ -210,7 +211,7 @@ class Decoder:
 
     def _refuse(self, reason: str) -> None:
         if self._want_graph:
-            logger.warning("%s: decoding runs without a CUDA graph: %s", self.config.model_type, reason)
+            _warn(self.model, reason)
         self._want_graph, self._graphs = False, {}
 
     def _signature(self) -> int:
@@ -230,27 +231,10 @@ class Decoder:
             dtype: torch.dtype = self.model.get_input_embeddings()(token).dtype
         return dtype
 
-    def _check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-        if input_ids.dim() != 2 or input_ids.shape[0] != self.batch or not 0 < input_ids.shape[1] < self.max_length:
-            raise UnsupportedError(
-                f"prompt of shape {list(input_ids.shape)}: must be [{self.batch}, T], T from 1 to {self.max_length - 1}"
-            )
-        if attention_mask is None:
-            return
-        if attention_mask.shape != input_ids.shape:
-            raise UnsupportedError(
-                f"attention_mask of shape {list(attention_mask.shape)}: must be the prompt's {list(input_ids.shape)}"
-            )
-        seen = attention_mask != 0
-        if not bool(seen[:, -1].all()) or bool((seen[:, :-1] & ~seen[:, 1:]).any()):
-            raise UnsupportedError("attention_mask: padding must be on the left, and no row all padding")
 
-
-def device_of(model: PreTrainedModel) -> torch.device:
-    """Where tokens go in."""
-    embedding: Any = model.get_input_embeddings()
-    device: torch.device = embedding.weight.device
-    return device
+def _warn(model: PreTrainedModel, reason: str) -> None:
+    model_type = model.config.get_text_config(decoder=True).model_type
+    logger.warning("%s: decoding runs without a CUDA graph: %s", model_type, reason)
 
 
 _KEPT: weakref.WeakKeyDictionary[PreTrainedModel, Decoder] = weakref.WeakKeyDictionary()
@@ -258,8 +242,14 @@ ROOM = 1024  # slots of the smallest decoder that is kept
 
 
 @contextmanager
-def borrowed(model: PreTrainedModel, batch: int, max_length: int) -> Iterator[Decoder]:
+def borrowed(model: PreTrainedModel, batch: int, max_length: int) -> Iterator[Decoder | OwnGenerate]:
     """A decoder that is large enough: the one kept since the model's last use, unless that is in use right now."""
+    if why_not(model):
+        own = decoder_of(model, batch, max_length)
+        assert isinstance(own, OwnGenerate)
+        with closing(own):
+            yield own
+        return
     decoder = _KEPT.pop(model, None)
     if decoder is None or decoder.batch != batch or decoder.max_length < max_length or not decoder.fits(model):
         decoder = None  # its memory is free before the next takes as much

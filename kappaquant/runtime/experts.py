@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kappaquant.kernels import dispatch
+from kappaquant.runtime.gradients import ExpertsProduct, wanted
 from kappaquant.runtime.packed import PackedWeight, SharedInput
 
 
@@ -176,6 +177,10 @@ class QuantExperts(nn.Module):
         whole = self.in_one_kernel()
         if whole:
             gate_up, down = whole
+            if wanted(hidden_states, top_k_weights):
+                return ExpertsProduct.apply(
+                    hidden_states, top_k_index, top_k_weights, gate_up, down, self.shared.activations
+                )
             return dispatch.experts(
                 hidden_states, top_k_index, top_k_weights, gate_up.tensors, down.tensors,
                 dispatch.SEPARATOR.join((gate_up.spec, down.spec)), [*gate_up.shape, *down.shape], self.shared.activations,

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
+from kappaquant.models.tokenizer import templated
 from kappaquant.runtime.decoding import Decoder, borrowed
+from kappaquant.runtime.own_generate import OwnGenerate
 from kappaquant.runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
@@ -74,14 +76,12 @@ def chat(
             f"{tokenizer.name_or_path}: its tokenizer has no chat template, so it is a base model; "
             "continue a prompt with generate instead, or add chat_template.jinja"
         )
-    inputs: Any = tokenizer.apply_chat_template(
-        [dict(message) for message in messages], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
+    inputs = templated(tokenizer, messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     return _run(model, tokenizer, inputs, max_new_tokens, sampling, stop)
 
 
 def tokens(
-    decoder: Decoder,
+    decoder: Decoder | OwnGenerate,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     sampler: Sampler,
@@ -179,7 +179,8 @@ def _run(
     stop: Sequence[str],
 ) -> Iterator[str]:
     input_ids: Tensor = inputs["input_ids"]
-    ends = model.generation_config.eos_token_id if model.generation_config else None
+    config = getattr(model, "generation_config", None)
+    ends = config.eos_token_id if config else None
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     text = Text(tokenizer, stop)
     with borrowed(model, 1, input_ids.shape[1] + max_new_tokens) as decoder:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kappaquant.errors import UnsupportedError
+from kappaquant.models.plain import plain_model
 from kappaquant.models.skeleton import load_config, model_class
 from kappaquant.sources.source import Source
 
@@ -26,13 +27,14 @@ def original_model(source: Source, dtype: torch.dtype | str = "auto") -> PreTrai
 
     Raises:
         UnsupportedError: the source is streamed, or the installed transformers does not know its architecture.
+        SourceError: a tensor is missing or of no use to the model's class.
     """
     if source.folder is None:
         raise UnsupportedError(f"{source.label}: a streamed model is never there as a whole; leave out --stream")
+    if source.stored_as is None:
+        return plain_model(source.folder, dtype, "cpu")
     config = load_config(source.folder)
     cls: Any = model_class(config)
-    if source.stored_as is None:
-        return cls.from_pretrained(source.folder, config=config, dtype=dtype).eval()
     from transformers import GenerationConfig
 
     del config.quantization_config  # or transformers would look for codes and scales

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kappaquant.errors import UnsupportedError
 from kappaquant.files.tensors import TORCH_DTYPES
 from kappaquant.formats.base import Format
 from kappaquant.kernels import dispatch
 from kappaquant.kernels.base import ACTIVATIONS, Arranged, Kernel, Use
+from kappaquant.runtime.gradients import GroupedProduct, LinearProduct, wanted
 
 
 class SharedInput:
@@ -125,6 +127,17 @@ class PackedWeight(nn.Module):
             self.uses = uses
             self._settle()
 
+    def stored(self) -> dict[str, Tensor]:
+        """Its parts as on disk, whatever order its kernel holds them in."""
+        return self.kernel.restore(self.arranged)
+
+    @property
+    def data(self) -> Tensor:
+        """What would be changed in place, to merge an adapter for one. Raises UnsupportedError."""
+        raise UnsupportedError(
+            "a packed weight cannot be changed: keep the adapter beside it, or merge it into the model that kappaquant dequantize writes"
+        )
+
     def _parts(self) -> dict[str, Tensor]:
         """As the format describes them: only of a weight that is not arranged."""
         return self.arranged.parts
@@ -139,7 +152,7 @@ class PackedWeight(nn.Module):
         """Ask again which kernel serves it, where it is now; nothing happens before it is whole."""
         if not self.whole:
             return
-        parts = self.kernel.restore(self.arranged)
+        parts = self.stored()
         kernel, self.serves = dispatch.choose(self.fmt, parts, self.uses)
         if kernel is not self.kernel:
             self.kernel = kernel
@@ -148,6 +161,8 @@ class PackedWeight(nn.Module):
     def linear(self, x: Tensor, shared: SharedInput, bias: Tensor | None = None) -> Tensor:
         """[..., in] -> [..., out] in x's dtype, for a weight [out, in]."""
         prepared = shared.prepared(x, self)
+        if wanted(x, *(() if bias is None else (bias,))):
+            return LinearProduct.apply(x, bias, self, prepared, shared.activations)
         rows = [self.shape[0]]
         return dispatch.linear(x, prepared, self.tensors, self.spec, rows, bias, shared.activations)
 
@@ -156,6 +171,8 @@ class PackedWeight(nn.Module):
 
         ``index`` is int64 [tokens, k]; the result is 0 for what lies outside [0, E).
         """
+        if wanted(x):
+            return GroupedProduct.apply(x, index, self)
         return dispatch.grouped_linear(x, index, self.tensors, self.spec, list(self.shape))
 
     @property
@@ -187,14 +204,19 @@ class PackedWeight(nn.Module):
         return self
 
 
-class QuantLinear(nn.Module):
-    """``nn.Linear`` with a packed weight [out, in]; its bias, if any, stays a plain parameter."""
+class QuantLinear(nn.Linear):
+    """``nn.Linear`` with a packed weight [out, in]; its bias, if any, stays a plain parameter.
+
+    It is one to libraries that look for such layers, as PEFT does for adapters, which are trained beside it.
+    """
+
+    weight: PackedWeight  # type: ignore[assignment]
 
     def __init__(self, weight: PackedWeight, bias: nn.Parameter | None, shared: SharedInput) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
         self.out_features, self.in_features = weight.shape
         self.weight = weight
-        self.bias = bias
+        self.bias = bias  # type: ignore[assignment]  # None is what nn.Linear has without one, too
         self.shared = shared
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kappaquant.errors import UnsupportedError
+from kappaquant.models.tokenizer import templated
 from kappaquant.quantizing.calibration.text import check_tokens
 from kappaquant.quantizing.calibration.written import TOKENS, Rules, seeds
-from kappaquant.runtime.decoding import borrowed, device_of
+from kappaquant.runtime.decoding import borrowed
 from kappaquant.runtime.generate import UNFINISHED, tokens
+from kappaquant.runtime.prompts import device_of
 from kappaquant.runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
@@ -102,7 +104,7 @@ def _prompt_of(
 
     def prompt(seed: Mapping[str, Any]) -> _Prompt | None:
         if "messages" in seed and tokenizer.chat_template:
-            text = str(tokenizer.apply_chat_template(seed["messages"], tokenize=False, add_generation_prompt=True))
+            text = str(templated(tokenizer, seed["messages"], tokenize=False, add_generation_prompt=True))
             text = text.removeprefix(bos or "")  # else it would be there twice when the file is read
         else:
             text = seed["text"] if "text" in seed else seed["messages"][-1]["content"]

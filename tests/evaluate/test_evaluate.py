@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, save_tiny, tiny_model
+from tiny_models import VOCABULARY, character_tokenizer, save_tiny, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -202,6 +202,39 @@ def test_paired_comparison() -> None:
     assert evaluate.paired(first, second) == evaluate.Paired(1, 3, 1, 0, evaluate.sign_test(3, 1))
     with pytest.raises(UnsupportedError, match="5 against 1"):
         evaluate.paired(first, match(True))
+
+
+@pytest.mark.parametrize(
+    ("has", "adds", "bos", "begin"),
+    [
+        ("~", True, "auto", "~"),
+        ("~", True, "always", "~"),
+        ("~", True, "never", ""),
+        ("~", False, "auto", ""),
+        ("~", False, "always", "~"),
+        (None, False, "auto", ""),
+    ],
+)
+def test_every_window_begins_as_it_is_said(has: str | None, adds: bool, bos: Any, begin: str) -> None:
+    """Not the first alone, which is what a tokenizer does for a whole text."""
+    tokenizer = character_tokenizer(has, adds)
+    found = evaluate.windows(tokenizer, ["abcdefg", "hi"], 3, bos)
+    inside = 3 - len(begin)
+    assert ["".join(tokenizer.convert_ids_to_tokens(w)) for w in found] == [
+        begin + text[start : start + inside]
+        for text in ("abcdefg", "hi")
+        for start in range(0, len(text), inside)
+        if len(begin) + len(text[start : start + inside]) > 1
+    ]
+
+
+def test_what_windows_cannot_begin_with() -> None:
+    with pytest.raises(UnsupportedError, match="has no BOS token; take auto or never"):
+        evaluate.windows(character_tokenizer(), ["abc"], 3, "always")
+    with pytest.raises(UnsupportedError, match="must be one of auto, always, never"):
+        evaluate.windows(character_tokenizer(), ["abc"], 3, "first")  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="at least 2 tokens"):
+        evaluate.windows(character_tokenizer("~", True), ["abc"], 1)
 
 
 def test_windows(letters: Any) -> None:

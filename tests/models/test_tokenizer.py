@@ -10,7 +10,7 @@ from tiny_models import character_tokenizer
 
 from kappaquant.errors import SourceError, UnsupportedError
 from kappaquant.models.skeleton import load_config
-from kappaquant.models.tokenizer import read_tokenizer
+from kappaquant.models.tokenizer import read_tokenizer, templated
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nraise SystemExit\n"
 
@@ -51,3 +51,23 @@ def test_code_of_a_repository_is_not_run_and_nobody_is_asked(folder: Path, monke
         with pytest.raises(UnsupportedError, match="transformers"):
             load_config(location)
     assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in %}", "Expected an expression"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[7].content.x }}", "has no element 7"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages + 1 }}", "list"),
+    ],
+)
+def test_a_chat_template_that_breaks(template: str, said: str) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(
+        UnsupportedError, match=f"its chat template makes nothing of this conversation .*{said}"
+    ) as caught:
+        templated(tokenizer, [{"role": "user", "content": "hi"}], tokenize=False)
+    assert "\n" not in str(caught.value)

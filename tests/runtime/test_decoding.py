@@ -15,8 +15,9 @@ from torch import Tensor
 from benchmarks.random_model import packed
 from kappaquant.errors import UnsupportedError
 from kappaquant.runtime import decoding
-from kappaquant.runtime.decoding import Decoder
+from kappaquant.runtime.decoding import Decoder, decoder_of
 from kappaquant.runtime.generate import tokens
+from kappaquant.runtime.own_generate import OwnGenerate
 from kappaquant.runtime.sampling import Sampler, Sampling
 
 PROMPT, STEPS, PADDING = 13, 20, (0, 3, 7)
@@ -47,7 +48,7 @@ def reference(model: Any, ids: Tensor, mask: Tensor, following: Tensor) -> Tenso
     return torch.stack(found)
 
 
-def decoded(decoder: Decoder, ids: Tensor, mask: Tensor | None, following: Tensor) -> Tensor:
+def decoded(decoder: Decoder | OwnGenerate, ids: Tensor, mask: Tensor | None, following: Tensor) -> Tensor:
     """The same from a decoder."""
     found = [decoder.prefill(ids, mask).clone()]
     return torch.stack([*found, *(decoder.step(row).clone() for row in following)], 1)
@@ -82,31 +83,34 @@ def test_prompts_without_padding(architecture: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "qwen3_5"])
-def test_transformers_own_cache_where_ours_does_not_fit(architecture: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_transformers_generate_where_ours_does_not_fit(architecture: str, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(architecture)
     ids, mask = prompts(3)
     expected = reference(model, ids, mask, answers(3))
     text_config = model.config.get_text_config()
     text_config._attn_implementation_internal = "flex_attention"
     with caplog.at_level(logging.WARNING, "kappaquant"):
-        decoder = Decoder(model, 3, 64, graph=True)
+        decoder = decoder_of(model, 3, 64, graph=True)
     assert len(caplog.records) == 1
     assert "'flex_attention'" in caplog.text
+    assert "generate runs it" in caplog.text
     text_config._attn_implementation_internal = "sdpa"
     torch.testing.assert_close(decoded(decoder, ids, mask, answers(3)), expected, atol=1e-4, rtol=1e-4)
     assert not decoder.graphed
     assert decoder.kernels_per_step is None
 
 
-@pytest.mark.parametrize("kind", ["Bloom", "GPT2"])
-def test_models_of_other_kinds(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "decoder"), [("Bloom", OwnGenerate), ("GPT2", Decoder)])
+def test_models_of_other_kinds(kind: str, decoder: type) -> None:
     """Bloom has no position_ids and makes its own masks, of growing width."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(vocab_size=96, hidden_size=64, n_layer=2, n_head=4, n_embd=64)
     model = getattr(transformers, f"{kind}{'LMHeadModel' if kind == 'GPT2' else 'ForCausalLM'}")(config).eval()
     ids, mask = prompts(3)
     expected = reference(model, ids, mask, answers(3))
-    torch.testing.assert_close(decoded(Decoder(model, 3, 64), ids, mask, answers(3)), expected, atol=1e-4, rtol=1e-4)
+    made = decoder_of(model, 3, 64)
+    assert type(made) is decoder
+    torch.testing.assert_close(decoded(made, ids, mask, answers(3)), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_graph_on_the_cpu_is_refused_in_words(caplog: pytest.LogCaptureFixture) -> None:

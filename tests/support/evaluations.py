@@ -41,7 +41,7 @@ def evaluation(
         checkpoint=CheckpointFacts("measured", "kappaquant", nbytes, 5.613, manifest),
         source=SourceFacts("original", None, 11_460_000, "c" * 64, "d" * 64, "e" * 64),
         text=TextFacts("held-out.txt", "f" * 64, 12, 1234),
-        settings=Settings(512, "float32", "cpu", 256, False, 2000, 0),
+        settings=Settings(512, "float32", "cpu", 256, False, 2000, 0, bos="auto", begin=()),
         divergence=divergence,
         noise_floor=replace(divergence, mean=0.0000213, interval_95=(0.00002, 0.000023)),
         perplexity=PerplexityReport(Measured(1.78321, (1.75, 1.82)), Measured(1.78211, (1.74, 1.81))),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 Experts = Literal["split", "fused"]
 
@@ -127,10 +127,16 @@ def save_tiny(
     return folder
 
 
-def character_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A token for each of VOCABULARY - 1 characters, and one for all others."""
+def character_tokenizer(bos: str | None = None, adds: bool = False) -> transformers.PreTrainedTokenizerFast:
+    """A token for each of VOCABULARY - 1 characters, and one for all others.
+
+    Args:
+        bos: which of the characters is the BOS token, if any; adds: its post-processor puts it before every text.
+    """
     characters = [chr(32 + i) for i in range(VOCABULARY - 1)]
     core = Tokenizer(models.BPE({c: i for i, c in enumerate([*characters, "<unk>"])}, [], unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     core.decoder = decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    if adds:
+        core.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token=bos)

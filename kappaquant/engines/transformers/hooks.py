@@ -96,7 +96,7 @@ class KappaquantQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters are; transformers refuses to train a model without them
 
 
 def _with_weights(config: Any) -> Any:

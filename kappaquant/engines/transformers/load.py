@@ -14,6 +14,7 @@ from kappaquant.checkpoints.checkpoint import Checkpoint
 from kappaquant.checkpoints.kappaquant_v1 import QUANT_METHOD
 from kappaquant.checkpoints.open import open_checkpoint
 from kappaquant.errors import FormatError
+from kappaquant.files.documents import read_json
 from kappaquant.kernels.base import ACTIVATIONS, check_activations
 from kappaquant.models.skeleton import load_config, model_class
 from kappaquant.models.tokenizer import read_tokenizer
@@ -66,6 +67,8 @@ def load(
     cls = model_class(config)
     declared = config.dtype if isinstance(config.dtype, torch.dtype) else None
     wanted = dtype or declared or _common_dtype(checkpoint)
+    tokenizer = _tokenizer(checkpoint.path)  # what is broken is met before weights are loaded
+    _check_generation_config(checkpoint.path)
     if checkpoint.container.needs_conversion:
         model = _load_unlabelled(cls, config, checkpoint, wanted)
     else:
@@ -74,7 +77,7 @@ def load(
     model = model.to(device or "cpu")
     if model.device.type == "cuda":
         fuse(model)
-    return model, _tokenizer(checkpoint.path)
+    return model, tokenizer
 
 
 def _load_unlabelled(cls: type[PreTrainedModel], config: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -94,6 +97,17 @@ def _common_dtype(checkpoint: Checkpoint) -> torch.dtype:
     kept = Counter(checkpoint.dtype(name) for name in checkpoint.keys() if checkpoint.format_of(name) is None)
     found = [_TORCH_DTYPES[name] for name, _ in kept.most_common() if name in _TORCH_DTYPES]
     return found[0] if found else torch.bfloat16
+
+
+def _check_generation_config(folder: Path) -> None:
+    """Raise FormatError for a file that transformers would pass over, or take for what it is not: text might then never end."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return
+    ends = read_json(path, FormatError).get("eos_token_id")
+    each = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if wrong := [end for end in each if type(end) is not int]:
+        raise FormatError(f"{path}: eos_token_id is {wrong[0]!r}; must be a token's number, or a list of such")
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

@@ -25,7 +25,7 @@ from kappaquant.evaluate.measures.scores import score
 _SHARED = {
     "source": ("config_sha256", "headers_sha256", "samples_sha256"),
     "text": ("sha256", "sequences", "tokens"),
-    "settings": ("window", "dtype", "top_k", "exact", "activations"),
+    "settings": ("window", "dtype", "top_k", "exact", "activations", "begin"),
 }
 _SHARED_BY_TASKS = (
     "prompts_sha256",

@@ -84,6 +84,8 @@ class Settings:
             no lower bound.
         resamples, seed: of the bootstrap.
         activations: of the checkpoint's packed weights on NVIDIA GPUs, "int8" or "bf16"; elsewhere without effect.
+        bos: what was asked for, "auto", "always" or "never"; begin: the tokens that every sequence began with, therefore. None in
+            reports of versions that left both to the tokenizer, whose first sequence alone began with BOS.
     """
 
     window: int
@@ -94,6 +96,8 @@ class Settings:
     resamples: int
     seed: int
     activations: str = "int8"
+    bos: str | None = None
+    begin: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

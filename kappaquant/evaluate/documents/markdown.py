@@ -9,6 +9,7 @@ from kappaquant.evaluate.documents.evaluation import (
     Evaluation,
     Interval,
     Measured,
+    Settings,
     TaskReport,
     Throughput,
 )
@@ -20,7 +21,8 @@ def markdown(evaluation: Evaluation) -> str:
     stored = f" (stored as {e.source.stored_as})" if e.source.stored_as else ""
     head = (
         f"{e.checkpoint.path} against {e.source.path}: {e.checkpoint.bytes:,} bytes ({e.checkpoint.bits_per_weight:.3f} bits "
-        f"per weight) against {e.source.bytes:,}{stored}; {e.text.tokens:,} tokens of {e.text.name} in {e.text.sequences:,} sequences"
+        f"per weight) against {e.source.bytes:,}{stored}; {e.text.tokens:,} tokens of {e.text.name} in {e.text.sequences:,} sequences, "
+        f"{begun(e.settings)}"
     )
     return f"{head}\n\n{tables(e)}\n"
 
@@ -51,6 +53,16 @@ def tables(evaluation: Evaluation) -> str:
     if e.throughput:
         sections.append(throughput_table(e.throughput))
     return "\n\n".join(sections)
+
+
+def begun(settings: Settings) -> str:
+    """What every sequence began with, in words."""
+    match settings.begin:
+        case None:
+            return "the first begun as the tokenizer does"
+        case ():
+            return "each begun with its own first token"
+    return f"each begun with {' '.join(settings.begin)}"
 
 
 def task_table(tasks: Sequence[TaskReport]) -> str:

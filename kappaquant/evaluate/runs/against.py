@@ -25,7 +25,7 @@ from kappaquant.evaluate.documents.evaluation import (
     SourceFacts,
     TextFacts,
 )
-from kappaquant.evaluate.measures.batches import by_length
+from kappaquant.evaluate.measures.batches import BOS, Bos, by_length
 from kappaquant.evaluate.measures.bootstrap import Bootstrap
 from kappaquant.evaluate.measures.logits import Tensors, diverge, keep_top
 from kappaquant.evaluate.runs.asked import CHECKPOINT, ORIGINAL, Asked
@@ -48,7 +48,8 @@ class Options:
     """How to measure.
 
     Attributes:
-        window: tokens of a sequence; tokens: of the text at most, None for all.
+        window: tokens of a sequence, what it begins with included; tokens: of the text at most, None for all.
+        bos: what every sequence begins with: "auto", "always" or "never", as for ``windows``.
         top_k: probabilities of the original kept for each token.
         dtype: "float32", or "auto" for that of each config.json.
         device: of both models.
@@ -71,8 +72,11 @@ class Options:
     by_layer: bool = False
     resamples: int = 2000
     seed: int = 0
+    bos: Bos = "auto"
 
     def __post_init__(self) -> None:
+        if self.bos not in BOS:
+            raise UnsupportedError(f"bos {self.bos!r}: must be one of {', '.join(BOS)}")
         for name, least in (("window", 2), ("tokens", 2), ("top_k", 1), ("resamples", 100)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -108,11 +112,11 @@ def evaluate_against(
     options = options or Options()
     if options.by_layer and not isinstance(pair.checkpoint, Checkpoint):
         raise UnsupportedError(f"{pair.path}: is not quantized; --by-layer needs a quantized checkpoint")
-    sequences = read_sequences(pair, text, options.window, options.tokens)
+    sequences, begin = read_sequences(pair, text, options.window, options.tokens, options.bos)
     vocabulary = int(load_config(pair.source.folder).get_text_config().vocab_size)
     settings = Settings(
         options.window, options.dtype, options.device, min(options.top_k, vocabulary), options.top_k >= vocabulary,
-        options.resamples, options.seed, options.activations,
+        options.resamples, options.seed, options.activations, options.bos, begin,
     )  # fmt: skip
     source = source_facts(pair.source)
     words = TextFacts(text.name, file_digest(text), len(sequences), sum(len(s) - 1 for s in sequences))
@@ -174,6 +178,8 @@ class _Folders:
             "top_k": settings.top_k,
             "dtype": settings.dtype,
         }
+        if settings.begin:  # a folder of before has windows without it, and does not say so
+            about["every window begins with"] = " ".join(settings.begin)
         notes = {"source": source.path, "text": text.name, "device": device_name(settings.device)}
 
         def keep(*parts: str, **more: str) -> Kept:

@@ -17,6 +17,7 @@ from kappaquant.evaluate.runs.kept import Kept
 from kappaquant.evaluate.runs.pair import file_digest
 from kappaquant.evaluate.runs.questions import TaskSpec, read_task
 from kappaquant.files.documents import write_whole
+from kappaquant.models.tokenizer import templated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -262,8 +263,8 @@ def _template(spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
         return {}
 
     def apply(history: list[dict[str, str]], add_generation_prompt: bool = True) -> Any:
-        return tokenizer.apply_chat_template(
-            history, tokenize=False, add_generation_prompt=add_generation_prompt,
+        return templated(
+            tokenizer, history, tokenize=False, add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from kappaquant.checkpoints.checkpoint import Checkpoint
 from kappaquant.engines.transformers.load import load
 from kappaquant.errors import SourceError, UnsupportedError
-from kappaquant.evaluate.measures.batches import windows
+from kappaquant.evaluate.measures.batches import Bos, opening, windows
 from kappaquant.evaluate.measures.divergence import scored
 from kappaquant.evaluate.measures.logits import Tensors
 from kappaquant.evaluate.runs.kept import Kept
@@ -67,12 +67,17 @@ class Passes:
         return [[i, (i + 1) % n] for i in range(0, n, 2)]
 
 
-def read_sequences(pair: Pair, text: Path, window: int, tokens: int | None) -> list[list[int]]:
-    """Token ids of a text in windows of at most ``window``, the first ``tokens`` of them.
+def read_sequences(
+    pair: Pair, text: Path, window: int, tokens: int | None, bos: Bos = "auto"
+) -> tuple[list[list[int]], tuple[str, ...]]:
+    """Token ids of a text in windows of at most ``window``, its first ``tokens``; and the tokens that each window begins with.
+
+    Those are none of the text's; see ``batches.opening``.
 
     Raises:
         SourceError: the file cannot be read, or is no UTF-8.
-        UnsupportedError: it has fewer than 2 tokens, or the window is longer than the model's positions.
+        UnsupportedError: it has fewer than 2 tokens, the window is longer than the model's positions, or the tokenizer has no BOS
+            token to begin always with.
     """
     longest = getattr(load_config(pair.source.folder).get_text_config(), "max_position_embeddings", None)
     if longest is not None and window > longest:
@@ -83,15 +88,18 @@ def read_sequences(pair: Pair, text: Path, window: int, tokens: int | None) -> l
         raise SourceError(f"{text}: cannot be read ({problem.strerror}); --text takes a plain text file") from None
     except UnicodeDecodeError as problem:
         raise SourceError(f"{text}: is not UTF-8 at byte {problem.start}; --text takes a plain text file") from None
-    pieces = windows(read_tokenizer(pair.tokenizer), [content], window)
+    tokenizer = read_tokenizer(pair.tokenizer)
+    begin = opening(tokenizer, bos)
     sequences: list[list[int]] = []
-    for piece in pieces:
-        left = len(piece) if tokens is None else tokens - sum(map(len, sequences))
-        if left > 1:
-            sequences.append(piece[:left])
+    left = tokens
+    for piece in windows(tokenizer, [content], window, bos):
+        kept = piece if left is None else piece[: len(begin) + left]
+        if len(kept) > max(1, len(begin)):
+            sequences.append(kept)
+        left = None if left is None else left - (len(kept) - len(begin))
     if not sequences:
         raise UnsupportedError(f"{text}: has fewer than 2 tokens; one is needed to predict the next")
-    return sequences
+    return sequences, tuple(tokenizer.convert_ids_to_tokens(begin))
 
 
 def load_original(pair: Pair, dtype: str, device: str) -> PreTrainedModel:

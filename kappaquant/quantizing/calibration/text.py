@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kappaquant.errors import PlanError
+from kappaquant.models.tokenizer import templated
 from kappaquant.quantizing.calibration.written import Header, read_header
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], Hea
             case {"text": str(text)}:
                 texts.append(text)
             case {"messages": [*messages]}:
-                made = tokenizer.apply_chat_template(messages, tokenize=False)
+                made = templated(tokenizer, messages, tokenize=False)
                 texts.append(str(made))
             case _:
                 raise PlanError(f'{path}:{number}: must be a JSON object with a "text" or "messages"')

@@ -66,6 +66,8 @@ def test_what_plans_predicted_is_held_against_what_was_measured(tmp_path: Path) 
         ("text", "tokens", 99),
         ("settings", "window", 128),
         ("settings", "dtype", "auto"),
+        ("settings", "begin", ("<s>",)),
+        ("settings", "begin", None),
     ],
 )
 def test_unlike_evaluations_are_refused_by_name(part: str, field: str, value: object) -> None:

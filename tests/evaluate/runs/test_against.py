@@ -15,6 +15,8 @@ from tiny_pair import EXACT, TEXT, measure, quantized
 import kappaquant
 from kappaquant import evaluate
 from kappaquant.errors import FormatError, UnsupportedError
+from kappaquant.evaluate.documents.compare import compare
+from kappaquant.evaluate.documents.markdown import markdown
 from kappaquant.evaluate.runs import against
 from kappaquant.evaluate.runs.pair import open_pair
 from kappaquant.evaluate.runs.passes import load_original
@@ -107,6 +109,41 @@ def test_predictions_of_something_else_are_refused(
     _change_one_byte(tuned / "model.safetensors")
     with pytest.raises(FormatError, match="samples of the source's weights"):
         measure(checkpoint, tuned, logits)
+
+
+@pytest.fixture
+def trained_with_bos(source: Path, tmp_path: Path) -> Path:
+    """The original with a tokenizer that puts a token before every text."""
+    folder = shutil.copytree(source, tmp_path / "begun")
+    character_tokenizer("~", adds=True).save_pretrained(folder)
+    return folder
+
+
+def test_every_window_begins_as_the_tokenizer_begins_a_text(trained_with_bos: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(EXACT, noise_floor=False, tokens=100)
+    found = measure(trained_with_bos, trained_with_bos, tmp_path / "auto", options)
+    assert (found.settings.bos, found.settings.begin) == ("auto", ("~",))
+    assert (found.text.sequences, found.text.tokens) == (3, 100)  # each window has room for 39 of the text's
+    assert "each begun with ~" in markdown(found)
+    never = measure(trained_with_bos, trained_with_bos, tmp_path / "never", dataclasses.replace(options, bos="never"))
+    assert (never.settings.begin, never.text.tokens) == ((), 97)
+    assert "each begun with its own first token" in markdown(never)
+    assert never.perplexity.source != found.perplexity.source
+    always = measure(trained_with_bos, trained_with_bos, tmp_path / "auto", dataclasses.replace(options, bos="always"))
+    assert always.perplexity == found.perplexity, "the same sequences are measured once"
+    assert compare({"auto": found, "always": always}).rows
+    with pytest.raises(UnsupportedError, match=r"^never: text\.tokens is"):
+        compare({"auto": found, "never": never})
+
+
+def test_a_run_is_not_resumed_with_other_beginnings(trained_with_bos: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(EXACT, noise_floor=False, tokens=100)
+    measure(trained_with_bos, trained_with_bos, tmp_path / "logits", options)
+    with pytest.raises(FormatError, match="give another folder with --logits"):
+        measure(trained_with_bos, trained_with_bos, tmp_path / "logits", dataclasses.replace(options, bos="never"))
+    measure(trained_with_bos, trained_with_bos, tmp_path / "other", dataclasses.replace(options, bos="never"))
+    with pytest.raises(FormatError, match="with tokens 97"):
+        measure(trained_with_bos, trained_with_bos, tmp_path / "other", options)
 
 
 def _change_one_byte(path: Path) -> None:
