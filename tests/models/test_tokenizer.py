@@ -66,6 +66,8 @@ def test_code_of_a_repository_is_not_run_and_nobody_is_asked(folder: Path, monke
 def test_a_chat_template_that_breaks(template: str, said: str) -> None:
     tokenizer = character_tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(UnsupportedError, match=f"its chat template makes nothing of this conversation .*{said}") as caught:
+    with pytest.raises(
+        UnsupportedError, match=f"its chat template makes nothing of this conversation .*{said}"
+    ) as caught:
         templated(tokenizer, [{"role": "user", "content": "hi"}], tokenize=False)
     assert "\n" not in str(caught.value)
