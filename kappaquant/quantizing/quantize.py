@@ -102,12 +102,12 @@ def quantize(
 def check(source: Source, plan: Plan, options: Options, calibrated: bool) -> None:
     """Raise PlanError for a plan that does not fit the source or the container, or packs nothing, or a container that is not calibrated."""
     plan.check(source.tensors, source.config)
+    container_by_id(options.container).check_plan(plan, source.tensors)
     if not options.allow_nothing and not packed_share(plan, source.tensors):
         raise PlanError(
             f"{source.label}: the plan {mostly_kept(plan, source.tensors, source.config)}; set bits with --set PATTERN=BITS, or copy "
             "it with --allow-nothing"
         )
-    container_by_id(options.container).check_plan(plan, source.tensors)
     if calibrated and options.container != "kappaquant":
         raise PlanError(f"--format {options.container} is not calibrated; write the kappaquant format")
 
