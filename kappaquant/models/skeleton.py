@@ -39,12 +39,16 @@ class Place:
         shape: the shape it must have; None where transformers applies a conversion this package does not follow.
         expert: index along the target's first axis, for one expert's matrix of a fused parameter.
         row: first row of the target it fills.
+        transposed: transformers swaps its last two axes on loading.
+        interleaved: its rows take turns, those of the target's first half and of its second.
     """
 
     target: str
     shape: tuple[int, ...] | None
     expert: int | None = None
     row: int = 0
+    transposed: bool = False
+    interleaved: bool = False
 
 
 @dataclass
@@ -135,8 +139,14 @@ def parameter_shapes(config: Config, names: Iterable[str] | None = None) -> dict
     return {name: shape for name in names if name in places and (shape := places[name].shape) is not None}
 
 
-def place(model: PreTrainedModel, names: Iterable[str]) -> Layout:
-    """Follow transformers' conversion rules from checkpoint names to the parameters of ``model`` (unmodified, meta)."""
+def place(
+    model: PreTrainedModel, names: Iterable[str], stored: Mapping[str, tuple[int, ...]] | None = None
+) -> Layout:
+    """Follow transformers' conversion rules from checkpoint names to the parameters of ``model`` (unmodified, meta).
+
+    Args:
+        stored: the tensors' shapes in the checkpoint, for rules that look at them; without, those are not followed.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -162,7 +172,7 @@ def place(model: PreTrainedModel, names: Iterable[str]) -> Layout:
         shape = tuple(parameters[target].shape)
         found = Place(target, shape)
         if pattern is not None:
-            found = _converted(name, target, shape, pattern, by_pattern[pattern])
+            found = _converted(name, target, shape, pattern, by_pattern[pattern], (stored or {}).get(name))
         if found.shape is not None and found in taken:
             layout.unexpected.append(name)
             continue
@@ -213,15 +223,27 @@ def place_mtp(config: Config, names: Iterable[str]) -> Layout:
     return layout
 
 
-def _converted(name: str, target: str, shape: tuple[int, ...], pattern: str | None, rule: Any) -> Place:
-    """The place of a tensor that a conversion rule merges into a fused expert parameter."""
+def _converted(
+    name: str, target: str, shape: tuple[int, ...], pattern: str, rule: Any, stored: tuple[int, ...] | None
+) -> Place:
+    """The place of a tensor that a conversion rule merges into a fused expert parameter, transposes or reorders."""
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in rule.operations]
-    merges = steps[:1] == [("MergeModulelist", 0)] and steps[1:] in ([], [("Concatenate", 1)])
-    if not merges or len(shape) != 3:
+    alone = len(rule.source_patterns) == len(rule.target_patterns) == 1
+    if len(shape) != 3:
         return Place(target, None)
-    rows = shape[1] // len(rule.source_patterns)
-    expert = int([part for part in name.split(".") if part.isdigit()][-1])
-    return Place(target, (rows, shape[2]), expert, rows * rule.source_patterns.index(pattern))
+    if steps[:1] == [("MergeModulelist", 0)] and steps[1:] in ([], [("Concatenate", 1)]):
+        rows = shape[1] // len(rule.source_patterns)
+        expert = int([part for part in name.split(".") if part.isdigit()][-1])
+        return Place(target, (rows, shape[2]), expert, rows * rule.source_patterns.index(pattern))
+    if alone and steps == [("Transpose", None)] and {rule.operations[0].dim0, rule.operations[0].dim1} == {1, 2}:
+        swapped = (shape[0], shape[2], shape[1])
+        if not rule.operations[0].check_dims:
+            return Place(target, swapped, transposed=True)
+        if stored is not None:  # only what does not fit as it is gets transposed
+            return Place(target, shape) if stored == shape else Place(target, swapped, transposed=True)
+    if alone and steps == [("Interleave", 1)] and not rule.operations[0].inverse:
+        return Place(target, shape, interleaved=True)
+    return Place(target, None)
 
 
 def _missing(model: PreTrainedModel, parameters: Mapping[str, torch.Tensor], places: Iterable[Place]) -> list[str]:

@@ -13,6 +13,7 @@ from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.codebook import AUTO, BITS, GroupSize, check_group_choice, fitting
 from kappaquant.formats.entry import KEPT_BITS
 from kappaquant.formats.registry import formats
+from kappaquant.formats.transposed import Transposed, fitting_weight
 from kappaquant.models.architectures.base import union
 from kappaquant.models.inventory import Inventory
 from kappaquant.models.roles import Role, name_patterns
@@ -90,7 +91,9 @@ def make_plan(
     forced = _overridden(inventory, overrides, group_size)
     fixed |= forced
     shards = {SINGLE_NAME: tensors} if shards is None else shards
-    budget = Budget(fixed, size, active, group_size, shards, frozenset(forced), fuse or target is not None)
+    budget = Budget(
+        fixed, size, active, group_size, shards, frozenset(forced), fuse or target is not None, inventory.transposed
+    )
     decision = chosen.choose(inventory, evidence, budget)
     if not isinstance(decision, Decision):
         decision = Decision(decision)
@@ -141,7 +144,9 @@ def why_kept(
         return kind.keep
     if target and kind.role in (inventory.architecture or union()).unpacked_in_vllm:
         return f"{kind.role}: {target}'s {inventory.config.get('model_type')} model holds it in a layer that cannot be packed"
-    width = inventory.tensors[name].shape[-1]
+    if target and kind.by_structure:
+        return f"recognized by transformers' class alone: {target}'s {inventory.config.get('model_type')} model may hold it otherwise"
+    width = kind.inputs(inventory.tensors[name].shape)
     group = fitting(min(BITS), width, group_size).group_size  # which axes are too short does not depend on the bits
     return f"input axis {width} is below the group size {group}: padding would waste bytes" if width < group else ""
 
@@ -188,15 +193,19 @@ def _overridden(
             f"narrow the pattern, or keep the tensor with a later override of 16"
         )
     return {
-        name: Choice(_format_id(setting, inventory.tensors[name], group_size), f"set by {pattern!r}")
+        name: Choice(_format_id(setting, inventory, name, group_size), f"set by {pattern!r}")
         for name, (pattern, setting) in last.items()
     }
 
 
-def _format_id(setting: Setting, info: TensorInfo, group_size: GroupSize) -> str:
+def _format_id(setting: Setting, inventory: Inventory, name: str, group_size: GroupSize) -> str:
+    transposed = inventory.kinds[name].transposed
     if isinstance(setting, str):
-        return setting
-    return KEPT if setting == KEPT_BITS else fitting(setting, info.shape[-1], group_size).id
+        fmt = format_of(Choice(setting, ""), name)
+        return Transposed(fmt).id if fmt and transposed and not fmt.transposed else setting
+    if setting == KEPT_BITS:
+        return KEPT
+    return fitting_weight(setting, inventory.tensors[name].shape, group_size, transposed).id
 
 
 def _level(choices: dict[str, Choice], inventory: Inventory) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,7 @@ from kappaquant.checkpoints.side_files import EVALUATION_NAME, MANIFEST_NAME, MA
 from kappaquant.checkpoints.writer import Progress, Writer
 from kappaquant.errors import NonFiniteError, PlanError
 from kappaquant.files.processes import ItemError, choose_device, choose_jobs, pool
+from kappaquant.files.safetensors import TensorInfo
 from kappaquant.files.tensors import ranges
 from kappaquant.formats.base import EFFORTS, Effort, Format
 from kappaquant.planning.plan import Plan
@@ -142,6 +144,11 @@ class _Run:
         fmt = self.plan.format_of(name)
         return fmt and self.container.variant(fmt)
 
+    def _ranges(self, info: TensorInfo) -> Iterator[tuple[int, int]]:
+        """Where a tensor is cut: between rows, or whole matrices where its format is transposed."""
+        fmt = self._format(info.name)
+        return ranges(info.shape, 2 if fmt and fmt.transposed else 1)
+
     def _keep(self, name: str) -> None:
         """Leave one more tensor as it is; the reason must not tell which of its parts was met first."""
         self.plan = self.plan.kept(name, _NOT_FINITE)
@@ -168,7 +175,7 @@ class _Run:
                     start, stop, path, where[name], target, self.container, stored, fmt, self.options.effort, self.device,
                     self.options.allow_nonfinite,
                 )
-                for start, stop in ranges(info.shape)
+                for start, stop in self._ranges(info)
             ]  # fmt: skip
         return slices
 
@@ -214,7 +221,7 @@ class _Run:
     def _encode(self, shard: str, workers: ProcessPoolExecutor | None) -> bool:
         """Encode what is missing of a shard; False if a tensor had to be kept and the shard must be laid out again."""
         tensors = self.source.shards[shard]
-        if all((name, start) in self.writer.found for name, info in tensors.items() for start, _ in ranges(info.shape)):
+        if all((name, start) in self.writer.found for name, info in tensors.items() for start, _ in self._ranges(info)):
             self.writer.advance(sum(info.nbytes for info in tensors.values()))
             return True
         before = self.writer.done
@@ -235,7 +242,7 @@ class _Run:
         formats = {name: self._format(name) for name in tensors}
         measured = {}
         for name, info in tensors.items():
-            sums = sum((self.writer.found[name, start] for start, _ in ranges(info.shape)), Sums())
+            sums = sum((self.writer.found[name, start] for start, _ in self._ranges(info)), Sums())
             measured[name] = sums.measured(formats[name] is not None)
         contents = Contents(
             source.name, source.revision, source.config, tensors, formats, self.plan,
