@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ class Place:
         row: first row of the target it fills.
         transposed: transformers swaps its last two axes on loading.
         interleaved: its rows take turns, those of the target's first half and of its second.
+        beside: other parameters that it fills too, where transformers cuts it in pieces.
     """
 
     target: str
@@ -49,6 +50,7 @@ class Place:
     row: int = 0
     transposed: bool = False
     interleaved: bool = False
+    beside: tuple[str, ...] = ()
 
 
 @dataclass
@@ -74,7 +76,7 @@ def load_config(config: Config) -> PretrainedConfig:
     Raises:
         UnsupportedError: the installed transformers does not know the architecture, or only by code that the folder brings.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not isinstance(config, Mapping):
@@ -90,7 +92,8 @@ def load_config(config: Config) -> PretrainedConfig:
         raise UnsupportedError(
             f"config.json: model_type {model_type!r} is unknown to the installed transformers; a newer one may know it"
         )
-    return CONFIG_MAPPING[model_type].from_dict(dict(config))
+    # as transformers reads files: it writes an infinity as an object of its own
+    return CONFIG_MAPPING[model_type].from_dict(PretrainedConfig._decode_special_floats(dict(config)))
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -145,7 +148,8 @@ def place(
     """Follow transformers' conversion rules from checkpoint names to the parameters of ``model`` (unmodified, meta).
 
     Args:
-        stored: the tensors' shapes in the checkpoint, for rules that look at them; without, those are not followed.
+        stored: the tensors' shapes in the checkpoint. Without, rules that transpose or reorder rows are not followed: their
+            places have no shape, and who reads rows as they are stored need not mind them.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -172,7 +176,10 @@ def place(
         shape = tuple(parameters[target].shape)
         found = Place(target, shape)
         if pattern is not None:
-            found = _converted(name, target, shape, pattern, by_pattern[pattern], (stored or {}).get(name))
+            rule = by_pattern[pattern]
+            found = _converted(name, target, shape, pattern, rule, (stored or {}).get(name))
+            first, *others = rule.target_patterns
+            found = replace(found, beside=tuple(target.replace(first, other) for other in others))
         if found.shape is not None and found in taken:
             layout.unexpected.append(name)
             continue
@@ -228,20 +235,21 @@ def _converted(
 ) -> Place:
     """The place of a tensor that a conversion rule merges into a fused expert parameter, transposes or reorders."""
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in rule.operations]
-    alone = len(rule.source_patterns) == len(rule.target_patterns) == 1
+    alone = len(rule.source_patterns) == len(rule.target_patterns) == len(steps) == 1
     if len(shape) != 3:
         return Place(target, None)
     if steps[:1] == [("MergeModulelist", 0)] and steps[1:] in ([], [("Concatenate", 1)]):
         rows = shape[1] // len(rule.source_patterns)
         expert = int([part for part in name.split(".") if part.isdigit()][-1])
         return Place(target, (rows, shape[2]), expert, rows * rule.source_patterns.index(pattern))
-    if alone and steps == [("Transpose", None)] and {rule.operations[0].dim0, rule.operations[0].dim1} == {1, 2}:
-        swapped = (shape[0], shape[2], shape[1])
-        if not rule.operations[0].check_dims:
-            return Place(target, swapped, transposed=True)
-        if stored is not None:  # only what does not fit as it is gets transposed
-            return Place(target, shape) if stored == shape else Place(target, swapped, transposed=True)
-    if alone and steps == [("Interleave", 1)] and not rule.operations[0].inverse:
+    if not alone or stored is None:
+        return Place(target, None)
+    (step,) = rule.operations
+    if steps == [("Transpose", None)] and {step.dim0, step.dim1} == {1, 2}:
+        if step.check_dims and stored == shape:  # only what does not fit as it is gets transposed
+            return Place(target, shape)
+        return Place(target, (shape[0], shape[2], shape[1]), transposed=True)
+    if steps == [("Interleave", 1)] and not step.inverse:
         return Place(target, shape, interleaved=True)
     return Place(target, None)
 
@@ -251,6 +259,7 @@ def _missing(model: PreTrainedModel, parameters: Mapping[str, torch.Tensor], pla
     for found in places:
         size = parameters[found.target].numel() if found.shape is None else math.prod(found.shape)
         filled[found.target] = filled.get(found.target, 0) + size
+        filled |= {other: parameters[other].numel() for other in found.beside if other in parameters}
     twins = dict(model.all_tied_weights_keys)
     twins |= {source: target for target, source in twins.items()}
     optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]

@@ -103,11 +103,7 @@ class _Modules:
         paths = {id(module): path for path, module in self._by_path.items()}
         self._head = model.get_output_embeddings()
         self._decoder = self._path_of_decoder(paths)
-        self._read_directly = {
-            f"{path}.{below}".lstrip(".")
-            for path, module in self._by_path.items()
-            for below in _read_by(type(module))
-        }
+        self._read, self._changed = read_past(model)
         strict = model._keep_in_fp32_modules_strict or ()
         self._in_float32 = [re.compile(rf"(?:^|\.){re.escape(part)}(?:\.|$)") for part in {*strict, *(model._keep_in_fp32_modules or ())}]
         self._experts = {
@@ -149,7 +145,9 @@ class _Modules:
         keep = self._steers(path, module)
         if keep:
             return Found(Role.RECURRENT, packable=True, transposed=isinstance(module, Conv1D), keep=keep)
-        if path in self._read_directly:
+        if _is_among(path, self._changed):
+            return Found(Role.LINEAR, refuse="the model's code changes this weight in place")
+        if _is_among(path, self._read):
             keep = "its weight is read by another module, past the layer's own product"
         return Found(Role.LINEAR, packable=True, transposed=isinstance(module, Conv1D), keep=keep)
 
@@ -221,34 +219,63 @@ def is_transposed(experts: Any, hidden: int) -> bool:
     return False
 
 
-def called_plainly(model: nn.Module, path: str) -> bool:
-    """Whether nothing reads the weight of the linear layer at ``path`` but the layer's own forward."""
-    module = model.get_submodule(path)
-    if type(module).forward is not (Conv1D.forward if isinstance(module, Conv1D) else nn.Linear.forward):
-        return False
+def called_plainly(module: nn.Module, path: str, read: frozenset[str]) -> bool:
+    """Whether nothing reads the weight of a linear layer but its own, usual forward; ``read`` as ``read_past`` gives it."""
+    usual = Conv1D.forward if isinstance(module, Conv1D) else nn.Linear.forward
+    return type(module).forward is usual and not _is_among(path, read)
+
+
+def read_past(model: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
+    """Ends of the paths of modules whose ``weight`` other modules of a model read, and of those whose they change."""
+    classes = {type(module): None for module in model.modules()}
+    read: set[str] = set()
+    changed: set[str] = set()
+    for cls in classes:
+        found = _reads(cls)
+        read |= found.own | found.ends
+        changed |= found.changed
+    return frozenset(read), frozenset(changed)
+
+
+def _is_among(path: str, ends: frozenset[str]) -> bool:
     parts = path.split(".")
-    above = ((parts[:cut], parts[cut:]) for cut in range(len(parts)))
-    return not any(
-        ".".join(below) in _read_by(type(model.get_submodule(".".join(holder)))) for holder, below in above
-    )
+    return any(".".join(parts[cut:]) in ends for cut in range(len(parts)))
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """Whose ``weight`` the code of a class reads: paths from the module itself, and ends of paths of modules that it meets.
+
+    Attributes:
+        changed: those among ``ends`` that it writes to.
+    """
+
+    own: frozenset[str]
+    ends: frozenset[str]
+    changed: frozenset[str]
 
 
 @cache
-def _read_by(cls: type[nn.Module]) -> frozenset[str]:
-    """Paths of the submodules whose ``weight`` the code of a class reads: those of ``self.a.b.weight`` in its methods."""
-    found = set()
+def _reads(cls: type[nn.Module]) -> _Reads:
+    """What the methods of a class do with ``self.a.b.weight`` and ``other.a.b.weight``, but for asking its dtype and the like."""
+    own, ends, changed = set(), set(), set()
     for each in cls.__mro__:
         if each is nn.Module or each.__module__.startswith(("torch.", "transformers.modeling_utils")):
             continue
         for method in _methods(each):
-            allowed = {
-                id(node.value) for node in ast.walk(method) if isinstance(node, ast.Attribute) and node.attr in _NOT_READING
-            }
+            above = {id(child): node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
             for node in ast.walk(method):
-                if isinstance(node, ast.Attribute) and node.attr == "weight" and id(node) not in allowed:
-                    if path := _below_self(node.value):
-                        found.add(path)
-    return frozenset(found)
+                if not isinstance(node, ast.Attribute) or node.attr != "weight":
+                    continue
+                holder = above.get(id(node))
+                then = holder.attr if isinstance(holder, ast.Attribute) else ""
+                root, path = _chain(node.value)
+                if then in _NOT_READING or not path:
+                    continue
+                (own if root == "self" else ends).add(path)
+                if then == "data" or (then.endswith("_") and not then.startswith("_")) or isinstance(node.ctx, ast.Store):
+                    changed.add(path)
+    return _Reads(frozenset(own), frozenset(ends), frozenset(changed))
 
 
 def _methods(cls: type) -> Iterator[ast.FunctionDef]:
@@ -262,13 +289,13 @@ def _methods(cls: type) -> Iterator[ast.FunctionDef]:
             yield node
 
 
-def _below_self(node: ast.expr) -> str:
-    """ "a.b" of ``self.a.b``; empty for what is no such chain."""
+def _chain(node: ast.expr) -> tuple[str, str]:
+    """("self", "a.b") of ``self.a.b``; an empty path for what is no such chain."""
     names: list[str] = []
     while isinstance(node, ast.Attribute):
         names.insert(0, node.attr)
         node = node.value
-    return ".".join(names) if isinstance(node, ast.Name) and node.id == "self" else ""
+    return (node.id, ".".join(names)) if isinstance(node, ast.Name) else ("", "")
 
 
 def _expert_numbers(config: Mapping[str, Any]) -> Iterator[int]:
