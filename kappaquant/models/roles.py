@@ -33,6 +33,7 @@ __all__ = [
     "known_architecture",
     "layer_of",
     "name_patterns",
+    "pattern_of",
     "role_of",
     "tied_embeddings",
 ]
@@ -188,11 +189,16 @@ def fused_among(kinds: Mapping[str, TensorKind], config: Mapping[str, Any]) -> l
     return [tuple(names) for names in groups.values() if len(names) > 1]
 
 
+def pattern_of(name: str) -> str:
+    """A name with its numbers replaced by ``*``."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
 def name_patterns(names: Iterable[str]) -> list[str]:
     """Names with their numbers replaced by ``*``, each once with its count: a short list for a message."""
     counts: dict[str, int] = {}
     for name in names:
-        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+        pattern = pattern_of(name)
         counts[pattern] = counts.get(pattern, 0) + 1
     return [pattern if count == 1 else f"{pattern} ({count})" for pattern, count in counts.items()]
 

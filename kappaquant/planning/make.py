@@ -16,7 +16,7 @@ from kappaquant.formats.registry import formats
 from kappaquant.formats.transposed import Transposed, fitting_weight
 from kappaquant.models.architectures.base import union
 from kappaquant.models.inventory import Inventory
-from kappaquant.models.roles import Role, name_patterns
+from kappaquant.models.roles import Role, name_patterns, pattern_of
 from kappaquant.planning.plan import KEPT, Choice, Plan, check_bits_or_kept, format_of
 from kappaquant.planning.policies.base import Budget, Decision, Evidence, Policy, active_bytes
 from kappaquant.planning.policies.registry import policy_by_name
@@ -28,6 +28,7 @@ logger = logging.getLogger("kappaquant")
 
 ENGINES = ("vllm",)
 """Engines whose fused layers a plan can be checked against."""
+_WORTH_SAYING = 0.001  # share of bytes from which a warning names what is kept
 Setting = int | str
 """What an override gives a tensor: bits (2..8, or 16 to keep it), or a format id."""
 
@@ -242,11 +243,33 @@ def _warnings(inventory: Inventory, choices: Mapping[str, Choice]) -> tuple[str,
     config = inventory.config
     if not inventory.known:
         what = config.get("model_type") or config.get("architectures")
-        return (f"unknown architecture {what!r}: only plain projections were quantized; kept: {_patterns(kept)}",)
+        told = any(kind.by_structure for kind in inventory.kinds.values())
+        how = (
+            f"no table has the architecture {what!r}: transformers' class told what each tensor is"
+            if told
+            else f"unknown architecture {what!r}: only plain projections were quantized"
+        )
+        return (f"{how}; {_shares(inventory, kept)}",)
     strange = [name for name in kept if inventory.kinds[name].role is Role.UNKNOWN]
     if strange:
         return (f"not recognized in a {config.get('model_type')} model, and kept: {_patterns(strange)}",)
     return ()
+
+
+def _shares(inventory: Inventory, kept: Iterable[str]) -> str:
+    """What is packed of all bytes beside embeddings, head and what no text reads, and what takes the most of the rest."""
+    beside = (Role.EMBEDDING, Role.LM_HEAD, Role.VISION, Role.TOWER, Role.MTP)
+    sizes = {n: info.nbytes for n, info in inventory.tensors.items() if inventory.kinds[n].role not in beside}
+    total = sum(sizes.values()) or 1
+    left: dict[str, int] = {}
+    for name in kept:
+        if name in sizes:
+            left[pattern_of(name)] = left.get(pattern_of(name), 0) + sizes[name]
+    ordered = sorted(left.items(), key=lambda item: -item[1])
+    shown = [f"{pattern} {size / total:.1%}" for pattern, size in ordered if size / total >= _WORTH_SAYING]
+    rest = f" and {len(ordered) - len(shown)} kinds of small ones" if len(ordered) > len(shown) else ""
+    packed = f"{1 - sum(left.values()) / total:.1%} of the bytes are packed, embeddings, head and towers aside"
+    return f"{packed}; kept: {', '.join(shown) or 'none large'}{rest}"
 
 
 def _patterns(names: Iterable[str]) -> str:

@@ -97,6 +97,11 @@ def check(source: Source, plan: Plan, options: Options, calibrated: bool) -> Non
     """Raise PlanError for a plan that does not fit the source or the container, or a container that is not calibrated."""
     plan.check(source.tensors, source.config)
     container_by_id(options.container).check_plan(plan, source.tensors)
+    crosswise = [name for name in plan.choices if (fmt := plan.format_of(name)) and fmt.transposed]
+    if calibrated and crosswise:
+        raise PlanError(
+            f"{crosswise[0]}: is stored [..., in, out], and such weights are not calibrated; quantize without calibration"
+        )
     if calibrated and options.container != "kappaquant":
         raise PlanError(f"--format {options.container} is not calibrated; write the kappaquant format")
 
