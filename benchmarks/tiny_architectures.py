@@ -17,7 +17,7 @@ _SMALL: Mapping[str, int] = {
     "num_key_value_heads": 2, "head_dim": 64, "n_embd": HIDDEN, "n_inner": 512, "ffn_dim": 512, "word_embed_proj_dim": HIDDEN,
     "max_position_embeddings": 256, "sliding_window": 64, "attention_window_size": 64,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "n_shared_experts": 1,
-    "moe_num_shared_experts": 1, "num_experts_per_tok": 2, "top_k_experts": 2, "moe_k": 2, "moe_topk": 2, "zero_expert_num": 2,
+    "moe_num_shared_experts": 1, "num_experts_per_tok": 2, "num_experts_per_token": 2, "top_k_experts": 2, "moe_k": 2, "moe_topk": 2, "zero_expert_num": 2,
     "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 128, "expert_ffn_hidden_size": 128,
     "ffn_hidden_size": 384, "shared_expert_intermediate_size": 128, "moe_shared_expert_intermediate_size": 128,
     "intermediate_size_mlp": 384, "moe_latent_size": 128,
@@ -44,20 +44,40 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoe_swa": {"attention_multiplier": 0.125},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 64, "attention_multiplier": 0.125},
     "granitemoeshared": {"attention_multiplier": 0.125},
-    "hunyuan_v1_moe": {"head_dim": 64},
-    "jamba": {"layers_block_type": ["mamba", "attention"], "attn_layer_period": 2, "attn_layer_offset": 1},
+    "hunyuan_v1_moe": {"head_dim": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": _TWO_KINDS,
     "laguna": {"num_attention_heads_per_layer": [4, 4]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {"head_dim": 32, "qk_head_dim": 96},
     "minimax": _TWO_KINDS,
-    "mistral4": {"head_dim": 96, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8192}},
+    "mistral4": {"head_dim": 32, "qk_nope_head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8192}},
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "num_hidden_layers": 4},
     "qwen3_5_moe_text": _TWO_KINDS,
     "qwen3_next": _TWO_KINDS,
-    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"]},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"], "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 64, "indexer_budget": 64, "indexer_compress_ratio": 4},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
 }  # fmt: skip
+
+# what a default lacks, or has so small that nothing of it is a large matrix
+SIZE: dict[str, dict[str, Any]] = {
+    "bloom": {"hidden_size": 4096, "n_head": 32, "n_layer": 30},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1},
+    "gemma4_text": {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
+    "hunyuan_v1_moe": {"head_dim": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "qwen4_exp_text": {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 128, "indexer_budget": 2048, "indexer_compress_ratio": 4},
+}
+
+
+def sized(model_type: str) -> Any:
+    """transformers' configuration of the size that the architecture has by default."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    cls: Any = CONFIG_MAPPING[model_type]
+    own = SIZE.get(model_type, {})
+    return cls.from_dict(cls().to_dict() | own) if own else cls()
 
 
 def tiny(model_type: str) -> Any:

@@ -96,7 +96,7 @@ class Entry:
         inputs = self.info.shape[-2]
         first, last = start // inputs, -(-stop // inputs)
         parts = self.read_parts(first * width, last * width)
-        matrices = {suffix: part.view(last - first, width, -1) for suffix, part in parts.items()}
+        matrices = {suffix: part.view(last - first, width, part.shape[-1]) for suffix, part in parts.items()}
         rows = self.fmt.decode(matrices, inputs).reshape(-1, width)
         return rows[start - first * inputs : stop - first * inputs]
 

@@ -58,7 +58,7 @@ class TensorKind:
         refuse: why it can never be quantized; empty when an override may.
         keep: why policies leave it at 16 bits; empty when they choose its bits. Never empty where ``refuse`` is not.
         transposed: it is stored [..., in, out], and only transposed formats suit it.
-        by_structure: transformers' class says so, and no table of names does.
+        by_structure: only transformers' class says so: by its name alone it would be kept.
     """
 
     role: Role
@@ -133,9 +133,8 @@ def kind_of(name: str, info: TensorInfo, config: Mapping[str, Any], found: Found
     known = find(config)
     architecture = known or union()
     role, part, layer, expert, packable = _match(name, architecture)
-    transposed = by_structure = False
+    transposed = False
     if found is not None and role not in (Role.VISION, Role.MTP):
-        by_structure = not packable or found.transposed
         if part is Role.UNKNOWN or found.aside or found.role in _TOLD:
             role = part = found.role
         expert = found.expert if expert is None else expert
@@ -152,6 +151,7 @@ def kind_of(name: str, info: TensorInfo, config: Mapping[str, Any], found: Found
         keep = refuse or found.keep
     elif not keep or role is Role.UNKNOWN:
         keep = refuse or (keep if known else _doubt(name, info, role, layer))
+    by_structure = found is not None and bool(kind_of(name, info, config).keep)
     return TensorKind(role, part, layer, expert, refuse, keep or refuse, transposed, by_structure)
 
 

@@ -107,7 +107,7 @@ class _Modules:
         strict = model._keep_in_fp32_modules_strict or ()
         self._in_float32 = [re.compile(rf"(?:^|\.){re.escape(part)}(?:\.|$)") for part in {*strict, *(model._keep_in_fp32_modules or ())}]
         self._experts = {
-            path: count for path, module in self._by_path.items() if (count := self._expert_count(path, module))
+            path: counts for path, module in self._by_path.items() if (counts := self._expert_counts(path, module))
         }
 
     def found(self, at: Place, stored: tuple[int, ...]) -> Found:
@@ -177,16 +177,12 @@ class _Modules:
         decoder = paths.get(id(self._model.get_decoder()))
         return f"{decoder}." if decoder else None
 
-    def _expert_count(self, path: str, module: nn.Module) -> int:
-        """How many experts a module holds in one parameter each; 0 where it is none of that kind."""
-        stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3 and min(p.shape[1:]) > 1]
-        if not stacked:
-            return 0
+    def _expert_counts(self, path: str, module: nn.Module) -> frozenset[int]:
+        """How many experts a module's parameters hold each; nothing where it is none of that kind."""
+        counts = {p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3 and min(p.shape[1:]) > 1}
         named = any("expert" in part.lower() for part in (*path.split("."), type(module).__name__))
-        counts = {p.shape[0] for p in stacked}
-        if named or counts <= set(_expert_numbers(self._model.config.get_text_config().to_dict())):
-            return counts.pop() if len(counts) == 1 else 0
-        return 0
+        numbers = set(_expert_numbers(self._model.config.get_text_config().to_dict()))
+        return frozenset(counts if named or counts <= numbers else ())
 
     def _routes(self, path: str, module: nn.Module) -> bool:
         """Whether a matrix is that of a router: called so, or beside experts with one output for each."""
@@ -195,7 +191,7 @@ class _Modules:
         weight = getattr(module, "weight", None)
         rows = weight.shape[0] if weight is not None and weight.dim() == 2 else 0
         above = path.rpartition(".")[0]
-        return any(count == rows and experts.rpartition(".")[0] == above for experts, count in self._experts.items())
+        return any(rows in counts and experts.rpartition(".")[0] == above for experts, counts in self._experts.items())
 
     def _steers(self, path: str, module: nn.Module) -> str:
         """Why a projection into a recurrence is left alone; empty for large ones and elsewhere."""
@@ -208,15 +204,44 @@ class _Modules:
 
 
 def is_transposed(experts: Any, hidden: int) -> bool:
-    """Whether a module of experts holds matrices [E, in, out]: as transformers declares it, else by their shapes."""
+    """Whether a module of experts holds matrices [E, in, out]: as transformers declares it, else by its code, else by their shapes."""
     declared = getattr(experts, "is_transposed", None)
     if declared is not None:
         return bool(declared)
-    for name, parameter in experts.named_parameters(recurse=False):
-        if parameter.dim() == 3 and (parameter.shape[1] == hidden) != (parameter.shape[2] == hidden):
-            reads_hidden = "down" not in name and "output" not in name
-            return (parameter.shape[1] == hidden) == reads_hidden
+    stacked = {name: p for name, p in experts.named_parameters(recurse=False) if p.dim() == 3}
+    for name in stacked:
+        if (used := _multiplied_from_right(type(experts), name)) is not None:
+            return used
+    for name, parameter in stacked.items():
+        if (parameter.shape[1] == hidden) != (parameter.shape[2] == hidden):
+            return (parameter.shape[1] == hidden) == ("down" not in name)
     return False
+
+
+@cache
+def _multiplied_from_right(cls: type[nn.Module], parameter: str) -> bool | None:
+    """Whether the code of a class computes x @ w with ``self.parameter``, and not linear(x, w) or w @ x; None where it shows neither."""
+
+    def has(node: ast.AST | None) -> bool:
+        """Whether the matrix is in an expression as it is, and not its transposition."""
+        inside = list(ast.walk(node)) if node else []
+        turned = any(isinstance(n, ast.Attribute) and n.attr in ("T", "mT", "transpose", "permute") for n in inside)
+        return not turned and any(isinstance(n, ast.Attribute) and n.attr == parameter for n in inside)
+
+    for node in (node for method in _methods(cls) for node in ast.walk(method)):
+        left: ast.AST | None = None
+        right: ast.AST | None = None
+        product = ""
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
+            left, right, product = node.left, node.right, "matmul"
+        elif isinstance(node, ast.Call) and len(node.args) >= 2:
+            left, right = node.args[:2]
+            product = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if product == "linear" and has(right):
+            return False
+        if product in ("matmul", "bmm") and (has(left) or has(right)):
+            return has(right)
+    return None
 
 
 def called_plainly(module: nn.Module, path: str, read: frozenset[str]) -> bool:

@@ -13,7 +13,7 @@ from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.codebook import AUTO, BITS, GroupSize, check_group_choice, fitting
 from kappaquant.formats.entry import KEPT_BITS
 from kappaquant.formats.registry import formats
-from kappaquant.formats.transposed import Transposed, fitting_weight
+from kappaquant.formats.transposed import MARK, Transposed, fitting_weight
 from kappaquant.models.architectures.base import union
 from kappaquant.models.inventory import Inventory
 from kappaquant.models.roles import Role, name_patterns, pattern_of
@@ -128,7 +128,7 @@ def parse_override(text: str) -> tuple[str, Setting]:
     pattern, _, setting = text.rpartition("=")
     setting = setting.strip()
     known = [fmt.id for fmt in formats()]
-    if not pattern or not (setting.isdecimal() or setting in known):
+    if not pattern or not (setting.isdecimal() or setting.removesuffix(MARK) in known):
         raise PlanError(
             f"override {text!r}: write PATTERN=BITS, such as '*.o_proj.weight=4'; BITS is 2 to 8, or 16, or a format id: "
             f"{', '.join(known)}"
