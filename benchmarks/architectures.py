@@ -118,7 +118,9 @@ def _random(model: Any) -> Any:
 
 
 def _text(model: Any, ids: Tensor) -> Tensor:
-    found: Tensor = model.generate(ids[:1], max_new_tokens=_NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+    found: Tensor = model.generate(
+        ids[:1], max_new_tokens=_NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     return found
 
 
@@ -126,7 +128,11 @@ def _runs_as(model: Any) -> list[str]:
     """What the loaded model's packed weights are multiplied by."""
     kinds = {QuantLinear: "linear", QuantExperts: "experts", DeclaredExperts: "declared experts"}
     found = {name for module in model.modules() for cls, name in kinds.items() if isinstance(module, cls)}
-    held = {module for path, module in model.named_modules() if path.endswith("_packed") and isinstance(module, PackedWeight)}
+    held = {
+        module
+        for path, module in model.named_modules()
+        if path.endswith("_packed") and isinstance(module, PackedWeight)
+    }
     return sorted(found) + (["decoded"] if held else [])
 
 

@@ -67,7 +67,13 @@ SIZE: dict[str, dict[str, Any]] = {
     "gemma4_text": {"enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
     "hunyuan_v1_moe": {"head_dim": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
-    "qwen4_exp_text": {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048, "indexer_compress_ratio": 4},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 16,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 256,
+        "indexer_budget": 2048,
+        "indexer_compress_ratio": 4,
+    },
 }
 
 
@@ -107,7 +113,7 @@ def class_of(model_type: str) -> Any:
 
 
 def _shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
-    small = {}
+    small: dict[str, Any] = {}
     for key, value in config.items():
         if key == "per_layer_config":
             continue

@@ -104,7 +104,12 @@ _FAMILIES: list[tuple[str, tuple[Role, ...], bool, str]] = [
     ("embeddings", (Role.EMBEDDING,), True, "embedding: a token reads one row of it, so packing saves no time"),
     ("lm_head", (Role.LM_HEAD,), True, "lm_head: its error goes straight into the logits"),
     ("other linear layers", (Role.LINEAR,), True, ""),
-    ("projections of recurrences", (Role.RECURRENT,), True, "steers a recurrence: its error compounds over the sequence"),
+    (
+        "projections of recurrences",
+        (Role.RECURRENT,),
+        True,
+        "steers a recurrence: its error compounds over the sequence",
+    ),
     ("other towers", (Role.TOWER,), True, "encoder of other things than text: idle while text is decoded"),
     ("vision", (Role.VISION,), True, "vision tower: idle while text is decoded, and its κ reaches the hundreds"),
     ("mtp", (Role.MTP,), True, "multi-token-prediction head: only speculative decoding reads it"),

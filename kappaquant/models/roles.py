@@ -58,7 +58,7 @@ class TensorKind:
         refuse: why it can never be quantized; empty when an override may.
         keep: why policies leave it at 16 bits; empty when they choose its bits. Never empty where ``refuse`` is not.
         transposed: it is stored [..., in, out], and only transposed formats suit it.
-        by_structure: only transformers' class says so: by its name alone it would be kept.
+        by_structure: only transformers' class says so: by its name alone it would be kept, or packed along the wrong axis.
     """
 
     role: Role
@@ -115,7 +115,9 @@ def kinds_of(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> di
     """
     found: Mapping[str, Found] = {}
     if find(config) is None and config.get("model_type"):
-        from kappaquant.models.structure import structure  # builds a class of transformers, which known architectures need not pay for
+        from kappaquant.models.structure import (
+            structure,  # builds a class of transformers, which known architectures need not pay for
+        )
 
         found = structure(tensors, config) or {}
     return {name: kind_of(name, info, config, found.get(name)) for name, info in tensors.items()}
@@ -151,7 +153,7 @@ def kind_of(name: str, info: TensorInfo, config: Mapping[str, Any], found: Found
         keep = refuse or found.keep
     elif not keep or role is Role.UNKNOWN:
         keep = refuse or (keep if known else _doubt(name, info, role, layer))
-    by_structure = found is not None and bool(kind_of(name, info, config).keep)
+    by_structure = found is not None and (transposed or bool(kind_of(name, info, config).keep))
     return TensorKind(role, part, layer, expert, refuse, keep or refuse, transposed, by_structure)
 
 

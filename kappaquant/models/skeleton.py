@@ -142,9 +142,7 @@ def parameter_shapes(config: Config, names: Iterable[str] | None = None) -> dict
     return {name: shape for name in names if name in places and (shape := places[name].shape) is not None}
 
 
-def place(
-    model: PreTrainedModel, names: Iterable[str], stored: Mapping[str, tuple[int, ...]] | None = None
-) -> Layout:
+def place(model: PreTrainedModel, names: Iterable[str], stored: Mapping[str, tuple[int, ...]] | None = None) -> Layout:
     """Follow transformers' conversion rules from checkpoint names to the parameters of ``model`` (unmodified, meta).
 
     Args:

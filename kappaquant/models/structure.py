@@ -7,15 +7,12 @@ only where modules do not tell: for routers and for what belongs to a recurrence
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 import logging
 import re
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -23,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.files.safetensors import TensorInfo
+from kappaquant.models.forward_code import is_among, multiplied_from_right, read_past
 from kappaquant.models.role_defaults import Role
 from kappaquant.models.skeleton import Place, meta_model, place
 
@@ -36,8 +34,6 @@ _SMALLEST = 128
 _RECURRENCES = ("A_log", "dt_bias", "time_decay")
 _LARGE_SHARE = 8
 """A projection of a recurrence that is so many times smaller than its largest one steers it."""
-_NOT_READING = ("dtype", "device", "shape", "ndim")
-_SETTING_UP = re.compile(r"__init__|_?init_weights|reset_parameters|extra_repr|_?tie_weights|[gs]et_\w+")
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,10 @@ class _Modules:
         self._decoder = self._path_of_decoder(paths)
         self._read, self._changed = read_past(model)
         strict = model._keep_in_fp32_modules_strict or ()
-        self._in_float32 = [re.compile(rf"(?:^|\.){re.escape(part)}(?:\.|$)") for part in {*strict, *(model._keep_in_fp32_modules or ())}]
+        self._in_float32 = [
+            re.compile(rf"(?:^|\.){re.escape(part)}(?:\.|$)")
+            for part in {*strict, *(model._keep_in_fp32_modules or ())}
+        ]
         self._experts = {
             path: counts for path, module in self._by_path.items() if (counts := self._expert_counts(path, module))
         }
@@ -145,9 +144,9 @@ class _Modules:
         keep = self._steers(path, module)
         if keep:
             return Found(Role.RECURRENT, packable=True, transposed=isinstance(module, Conv1D), keep=keep)
-        if _is_among(path, self._changed):
+        if is_among(path, self._changed):
             return Found(Role.LINEAR, refuse="the model's code changes this weight in place")
-        if _is_among(path, self._read):
+        if is_among(path, self._read):
             keep = "its weight is read by another module, past the layer's own product"
         return Found(Role.LINEAR, packable=True, transposed=isinstance(module, Conv1D), keep=keep)
 
@@ -209,118 +208,14 @@ def is_transposed(experts: Any, hidden: int) -> bool:
     if declared is not None:
         return bool(declared)
     stacked = {name: p for name, p in experts.named_parameters(recurse=False) if p.dim() == 3}
+    cls: Any = type(experts)
     for name in stacked:
-        if (used := _multiplied_from_right(type(experts), name)) is not None:
+        if (used := multiplied_from_right(cls, name)) is not None:
             return used
     for name, parameter in stacked.items():
         if (parameter.shape[1] == hidden) != (parameter.shape[2] == hidden):
             return (parameter.shape[1] == hidden) == ("down" not in name)
     return False
-
-
-@cache
-def _multiplied_from_right(cls: type[nn.Module], parameter: str) -> bool | None:
-    """Whether the code of a class computes x @ w with ``self.parameter``, and not linear(x, w) or w @ x; None where it shows neither."""
-
-    def has(node: ast.AST | None) -> bool:
-        """Whether the matrix is in an expression as it is, and not its transposition."""
-        inside = list(ast.walk(node)) if node else []
-        turned = any(isinstance(n, ast.Attribute) and n.attr in ("T", "mT", "transpose", "permute") for n in inside)
-        return not turned and any(isinstance(n, ast.Attribute) and n.attr == parameter for n in inside)
-
-    for node in (node for method in _methods(cls) for node in ast.walk(method)):
-        left: ast.AST | None = None
-        right: ast.AST | None = None
-        product = ""
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
-            left, right, product = node.left, node.right, "matmul"
-        elif isinstance(node, ast.Call) and len(node.args) >= 2:
-            left, right = node.args[:2]
-            product = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        if product == "linear" and has(right):
-            return False
-        if product in ("matmul", "bmm") and (has(left) or has(right)):
-            return has(right)
-    return None
-
-
-def called_plainly(module: nn.Module, path: str, read: frozenset[str]) -> bool:
-    """Whether nothing reads the weight of a linear layer but its own, usual forward; ``read`` as ``read_past`` gives it."""
-    usual = Conv1D.forward if isinstance(module, Conv1D) else nn.Linear.forward
-    return type(module).forward is usual and not _is_among(path, read)
-
-
-def read_past(model: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
-    """Ends of the paths of modules whose ``weight`` other modules of a model read, and of those whose they change."""
-    classes = {type(module): None for module in model.modules()}
-    read: set[str] = set()
-    changed: set[str] = set()
-    for cls in classes:
-        found = _reads(cls)
-        read |= found.own | found.ends
-        changed |= found.changed
-    return frozenset(read), frozenset(changed)
-
-
-def _is_among(path: str, ends: frozenset[str]) -> bool:
-    parts = path.split(".")
-    return any(".".join(parts[cut:]) in ends for cut in range(len(parts)))
-
-
-@dataclass(frozen=True)
-class _Reads:
-    """Whose ``weight`` the code of a class reads: paths from the module itself, and ends of paths of modules that it meets.
-
-    Attributes:
-        changed: those among ``ends`` that it writes to.
-    """
-
-    own: frozenset[str]
-    ends: frozenset[str]
-    changed: frozenset[str]
-
-
-@cache
-def _reads(cls: type[nn.Module]) -> _Reads:
-    """What the methods of a class do with ``self.a.b.weight`` and ``other.a.b.weight``, but for asking its dtype and the like."""
-    own, ends, changed = set(), set(), set()
-    for each in cls.__mro__:
-        if each is nn.Module or each.__module__.startswith(("torch.", "transformers.modeling_utils")):
-            continue
-        for method in _methods(each):
-            above = {id(child): node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
-            for node in ast.walk(method):
-                if not isinstance(node, ast.Attribute) or node.attr != "weight":
-                    continue
-                holder = above.get(id(node))
-                then = holder.attr if isinstance(holder, ast.Attribute) else ""
-                root, path = _chain(node.value)
-                if then in _NOT_READING or not path:
-                    continue
-                (own if root == "self" else ends).add(path)
-                if then == "data" or (then.endswith("_") and not then.startswith("_")) or isinstance(node.ctx, ast.Store):
-                    changed.add(path)
-    return _Reads(frozenset(own), frozenset(ends), frozenset(changed))
-
-
-def _methods(cls: type) -> Iterator[ast.FunctionDef]:
-    """The methods that a class defines and computes with; none where its source is not to be had."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError, SyntaxError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and not _SETTING_UP.fullmatch(node.name):
-            yield node
-
-
-def _chain(node: ast.expr) -> tuple[str, str]:
-    """("self", "a.b") of ``self.a.b``; an empty path for what is no such chain."""
-    names: list[str] = []
-    while isinstance(node, ast.Attribute):
-        names.insert(0, node.attr)
-        node = node.value
-    return (node.id, ".".join(names)) if isinstance(node, ast.Name) else ("", "")
 
 
 def _expert_numbers(config: Mapping[str, Any]) -> Iterator[int]:

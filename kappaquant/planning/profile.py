@@ -182,7 +182,13 @@ def scan(
             path, stored = source.locate(shard)
             tasks = [
                 _Task(
-                    path, stored[name], start, stop, group_size, widths if len(info.shape) >= 2 else (), device,
+                    path,
+                    stored[name],
+                    start,
+                    stop,
+                    group_size,
+                    widths if len(info.shape) >= 2 else (),
+                    device,
                     kinds[name].transposed,
                 )
                 for name, info in tensors.items()

@@ -16,8 +16,9 @@ from kappaquant.checkpoints.checkpoint import Checkpoint
 from kappaquant.errors import FormatError, UnsupportedError
 from kappaquant.formats.base import Format
 from kappaquant.formats.transposed import swapped
+from kappaquant.models.forward_code import called_plainly, read_past
 from kappaquant.models.skeleton import Layout, Place, place
-from kappaquant.models.structure import called_plainly, is_transposed, read_past
+from kappaquant.models.structure import is_transposed
 from kappaquant.runtime.declared_experts import DeclaredExperts, declared, first_of, hold_experts
 from kappaquant.runtime.experts import ExpertBlock, ExpertWeights, KeptWeight, QuantExperts
 from kappaquant.runtime.packed import PackedWeight, QuantEmbedding, QuantLinear, SharedInput, hold_packed
@@ -126,7 +127,9 @@ class Assembler:
             if isinstance(module, QuantExperts | DeclaredExperts):
                 continue
             if getattr(module, parameter).dim() == 3:
-                elsewhere |= {rf"^{re.escape(each)}(\.|$)" for each in self._replace_experts(path, parameter, by_target)}
+                elsewhere |= {
+                    rf"^{re.escape(each)}(\.|$)" for each in self._replace_experts(path, parameter, by_target)
+                }
             else:
                 (name,) = places
                 self._replace_matrix(path, parameter, self._packed(name, checkpoint_shape(places[name])), name)
@@ -201,7 +204,9 @@ class Assembler:
             target = f"{path}.{each}"
             made[each] = self._expert_weights(by_target[target], getattr(module, each), transposed)
         if plain:
-            self.model.set_submodule(path, QuantExperts(made["gate_up_proj"], made["down_proj"], module.act_fn, self.shared))
+            self.model.set_submodule(
+                path, QuantExperts(made["gate_up_proj"], made["down_proj"], module.act_fn, self.shared)
+            )
             return [path]
         if declared(module):
             hold_experts(module, made)
@@ -240,7 +245,11 @@ class Assembler:
             for slot, (_, segment) in enumerate(members):
                 for name, first in segment.sources:
                     found = places[name]
-                    at: At = _rows_of(found, rows) if whole else (slot, slice(first - row, first - row + checkpoint_shape(found)[-2]))
+                    at: At = (
+                        _rows_of(found, rows)
+                        if whole
+                        else (slot, slice(first - row, first - row + checkpoint_shape(found)[-2]))
+                    )
                     self.fillings.append(Filling(name, weight, at, transposed != found.transposed))
             blocks.append(ExpertBlock(weight, experts, row, shape[0]))
         self.replaced.extend(blocks)
@@ -288,7 +297,9 @@ def _rows_of(found: Place, rows: int) -> At:
     """Where the rows of a tensor of all experts go: all in place, or, where they take turns, the even ones before the odd ones."""
     if not found.interleaved:
         return ()
-    order = torch.arange(rows, device="cpu").view(2, -1).T.flatten()  # transformers assembles models under the meta device
+    order = (
+        torch.arange(rows, device="cpu").view(2, -1).T.flatten()
+    )  # transformers assembles models under the meta device
     return (slice(None), order)
 
 

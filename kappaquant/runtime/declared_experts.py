@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kappaquant.runtime.experts import ExpertWeights
@@ -22,7 +21,9 @@ class DeclaredExperts(nn.Module):
 
     has_gate: bool
     has_bias: bool
+    down_proj: ExpertWeights
     act_fn: Any
+    post_expert_norm: Any
     _apply_gate: Any
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -42,7 +43,8 @@ class DeclaredExperts(nn.Module):
 
     def waits_for_host(self) -> bool:
         """Whether something in them does, so that no CUDA graph can hold them."""
-        return getattr(self, first_of(self)).waits_for_host or self.down_proj.waits_for_host
+        first: ExpertWeights = getattr(self, first_of(self))
+        return first.waits_for_host or self.down_proj.waits_for_host
 
     def _product(self, name: str, x: Tensor, index: Tensor) -> Tensor:
         out: Tensor = getattr(self, name)(x, index)
@@ -52,7 +54,9 @@ class DeclaredExperts(nn.Module):
 def declared(experts: nn.Module) -> bool:
     """Whether transformers says of a module of experts all that its products need."""
     marked = all(hasattr(experts, mark) for mark in _MARKS)
-    return marked and all(getattr(getattr(experts, name, None), "ndim", 0) == 3 for name in (first_of(experts), "down_proj"))
+    return marked and all(
+        getattr(getattr(experts, name, None), "ndim", 0) == 3 for name in (first_of(experts), "down_proj")
+    )
 
 
 def first_of(experts: Any) -> str:

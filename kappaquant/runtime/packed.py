@@ -107,7 +107,7 @@ class PackedWeight(nn.Module):
         """The buffer that a stored part fills, if the format has one of this suffix."""
         return self._buffers.get(suffix[1:])
 
-    def fill(self, at: tuple[int | slice, ...], parts: Mapping[str, Tensor]) -> None:
+    def fill(self, at: tuple[int | slice | Tensor, ...], parts: Mapping[str, Tensor]) -> None:
         """Copy stored parts into the slice ``at`` of the leading axes."""
         for suffix, part in parts.items():
             self.get_buffer(suffix[1:])[at] = part.to(self.device)
@@ -269,6 +269,6 @@ def hold_packed(
         return stack if len(stack.shape) > 2 else stack.dense()
 
     if len(weight.shape) > 2:
-        module._is_hf_initialized = True  # transformers need not look for random values, in place, for it
+        module._is_hf_initialized = True  # type: ignore[assignment]  # transformers need not look for random values, in place, for it
     cls = type(module)
     module.__class__ = type(cls.__name__, (cls,), {name: property(read), "__module__": cls.__module__})

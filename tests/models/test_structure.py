@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from benchmarks.tiny_architectures import class_of, tiny
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.models import structure as module
+from kappaquant.models.forward_code import called_plainly, multiplied_from_right, read_past
 from kappaquant.models.roles import Role, TensorKind, kind_of, kinds_of
 from kappaquant.models.skeleton import meta_model
-from kappaquant.models.structure import called_plainly, read_past
 
 
 def headers(config: dict) -> dict[str, TensorInfo]:
@@ -54,7 +53,9 @@ def decided(found: dict[str, TensorKind], part: str) -> set[bool]:
         ("recurrent_gemma", ["linear_x.weight"], ["input_gate_weight"]),
     ],
 )  # fmt: skip
-def test_linear_layers_and_experts_are_packed_and_nothing_else(model_type: str, packed: list[str], kept: list[str]) -> None:
+def test_linear_layers_and_experts_are_packed_and_nothing_else(
+    model_type: str, packed: list[str], kept: list[str]
+) -> None:
     found = kinds(model_type)
     assert all(decided(found, part) == {True} for part in packed)
     assert all(decided(found, part) == {False} for part in kept)
@@ -81,9 +82,9 @@ def test_roles_of_experts_and_towers() -> None:
     found = kinds("gpt_oss")
     assert {kind.role for name, kind in found.items() if name.endswith("gate_up_proj")} == {Role.ROUTED_GATE_UP}
     assert {kind.role for name, kind in kinds("jetmoe").items() if "mlp.output_linear" in name} == {Role.ROUTED_DOWN}
-    assert {kind.role for name, kind in kinds("nemotron_h").items() if name.endswith("up_proj") and "experts" in name} == {
-        Role.ROUTED_UP
-    }
+    assert {
+        kind.role for name, kind in kinds("nemotron_h").items() if name.endswith("up_proj") and "experts" in name
+    } == {Role.ROUTED_UP}
     several = kinds("qwen3_vl_moe")
     assert {kind.role for name, kind in several.items() if ".visual." in name} == {Role.VISION}
     assert {kind.role for name, kind in kinds("mamba").items() if name.endswith("dt_proj.weight")} == {Role.RECURRENT}
@@ -92,8 +93,10 @@ def test_roles_of_experts_and_towers() -> None:
 def test_experts_one_by_one_have_roles_and_numbers() -> None:
     config = content("lfm2_moe")
     name = "model.layers.1.feed_forward.experts.3.w{}.weight"
-    tensors = {name.format(n): TensorInfo(name.format(n), "BF16", (128, 256) if n != 2 else (256, 128)) for n in (1, 2, 3)}
-    found = [kind for kind in kinds_of(tensors, config).values()]
+    tensors = {
+        name.format(n): TensorInfo(name.format(n), "BF16", (128, 256) if n != 2 else (256, 128)) for n in (1, 2, 3)
+    }
+    found = list(kinds_of(tensors, config).values())
     assert [(kind.role, kind.expert) for kind in found] == [
         (Role.ROUTED_GATE, 3), (Role.ROUTED_DOWN, 3), (Role.ROUTED_UP, 3),
     ]  # fmt: skip
@@ -101,7 +104,9 @@ def test_experts_one_by_one_have_roles_and_numbers() -> None:
 
 def test_what_the_code_of_a_model_changes_or_keeps_in_float32_is_refused() -> None:
     rwkv = kinds("rwkv")
-    assert all("changes this weight in place" in k.refuse for n, k in rwkv.items() if n.endswith("attention.output.weight"))
+    assert all(
+        "changes this weight in place" in k.refuse for n, k in rwkv.items() if n.endswith("attention.output.weight")
+    )
     deepseek = kinds("deepseek_v4")
     assert any("keeps this tensor in float32" in kind.refuse for kind in deepseek.values())
 
@@ -110,7 +115,9 @@ def test_only_structure_tells() -> None:
     """What names alone would have packed, engines that go by names can be expected to hold so."""
     found = kinds("deepseek_v3")
     assert not any(kind.by_structure for name, kind in found.items() if name.endswith("o_proj.weight"))
-    assert all(kind.by_structure for name, kind in found.items() if name.endswith(("with_mqa.weight", "experts.down_proj")))
+    assert all(
+        kind.by_structure for name, kind in found.items() if name.endswith(("with_mqa.weight", "experts.down_proj"))
+    )
 
 
 def test_a_configuration_that_transformers_does_not_build_falls_back_to_names(caplog: pytest.LogCaptureFixture) -> None:
@@ -158,4 +165,14 @@ def test_whose_weight_is_read_past_its_layer() -> None:
     plain = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and called_plainly(m, path, read)]
     assert plain == ["0.plain", "0.typed"]
     assert changed == {"inner.far"}
-    assert transformers.pytorch_utils.Conv1D  # whose usual forward is its own
+
+
+class _Products(nn.Module):
+    def forward(self, x: torch.Tensor, e: int) -> torch.Tensor:
+        y = nn.functional.linear(x, self.rows[e].to(x.dtype)) + torch.bmm(self.first, x)
+        return (y @ self.columns[e]).tanh() @ self.turned.mT
+
+
+def test_from_which_side_code_multiplies() -> None:
+    found = {name: multiplied_from_right(_Products, name) for name in ("rows", "first", "columns", "turned", "absent")}
+    assert found == {"rows": False, "first": False, "columns": True, "turned": None, "absent": None}

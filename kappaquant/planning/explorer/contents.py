@@ -204,7 +204,8 @@ class Contents:
             return dict.fromkeys(names)
         kinds, group_size = self._inventory.kinds, self.plan.group_size
         return {
-            name: fitting_weight(bits, self.tensors[name].shape, group_size, kinds[name].transposed).id for name in names
+            name: fitting_weight(bits, self.tensors[name].shape, group_size, kinds[name].transposed).id
+            for name in names
         }
 
     def _has_error(self, name: str, fmt: str | None) -> bool:
