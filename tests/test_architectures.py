@@ -104,6 +104,24 @@ def test_an_override_packs_what_other_code_reads(tmp_path: Path) -> None:
         assert (model(input_ids=ids).logits - plain(input_ids=ids).logits).abs().max() <= BOUND
 
 
+def test_some_experts_kept_and_widths_mixed(tmp_path: Path) -> None:
+    """What is kept beside packed matrices is turned round too; a bias stays where it is."""
+    torch.manual_seed(0)
+    model = class_of("gpt_oss")(tiny("gpt_oss"))
+    torch.nn.init.normal_(model.model.layers[0].mlp.experts.down_proj_bias, std=0.3)
+    model.save_pretrained(tmp_path / "source")
+    source = kappaquant.open_source(tmp_path / "source")
+    overrides = [("*0.mlp.experts.gate_up_proj", 16), ("*1.mlp.experts.down_proj", 2), ("*.o_proj.weight", 16)]
+    plan = kappaquant.make_plan(source.tensors, source.config, "uniform", bits=4, overrides=overrides)
+    kappaquant.quantize(source, tmp_path / "packed", plan, kappaquant.Options(effort="fast", jobs=1))
+    dequantize(kappaquant.open_checkpoint(tmp_path / "packed"), tmp_path / "plain", "F32")
+    packed, _ = kappaquant.load(tmp_path / "packed", dtype=torch.float32)
+    plain = type(packed).from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    ids = torch.arange(2, 30)[None]
+    with torch.no_grad():
+        assert (packed(input_ids=ids).logits - plain(input_ids=ids).logits).abs().max() <= BOUND
+
+
 def test_calibration_refuses_what_lies_the_other_way_round(tmp_path: Path) -> None:
     from kappaquant.quantizing.calibration.text import Calibration
 

@@ -6,10 +6,11 @@ does with the tensor, and by the patterns of all architectures.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kappaquant.files.safetensors import TensorInfo
@@ -113,14 +114,19 @@ def kinds_of(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> di
 
     Where no table has the architecture, transformers' class is built without memory (a few seconds, once for the same tensors).
     """
-    found: Mapping[str, Found] = {}
-    if find(config) is None and config.get("model_type"):
-        from kappaquant.models.structure import (
-            structure,  # builds a class of transformers, which known architectures need not pay for
-        )
+    if find(config) is not None or not config.get("model_type"):
+        return {name: kind_of(name, info, config) for name, info in tensors.items()}
+    return dict(_told(json.dumps(config, sort_keys=True), tuple(tensors.items())))
 
-        found = structure(tensors, config) or {}
-    return {name: kind_of(name, info, config, found.get(name)) for name, info in tensors.items()}
+
+@lru_cache(maxsize=4)
+def _told(config: str, tensors: tuple[tuple[str, TensorInfo], ...]) -> Mapping[str, TensorKind]:
+    """Kinds of an architecture's tensors that no table has."""
+    from kappaquant.models.structure import structure  # imports transformers, which known architectures need not pay for
+
+    content = json.loads(config)
+    found = structure(dict(tensors), content)
+    return {name: kind_of(name, info, content, found.get(name)) for name, info in tensors}
 
 
 def kind_of(name: str, info: TensorInfo, config: Mapping[str, Any], found: Found | None = None) -> TensorKind:

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ logger = logging.getLogger("kappaquant")
 _SMALLEST = 128
 """A matrix with a shorter axis is left alone: such are rows for each head or group, tiny and delicate."""
 _RECURRENCES = ("A_log", "dt_bias", "time_decay")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LARGE_SHARE = 8
 """A projection of a recurrence that is so many times smaller than its largest one steers it."""
 
@@ -59,20 +60,29 @@ class Found:
     aside: bool = False
 
 
-def structure(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Mapping[str, Found] | None:
-    """What becomes of each tensor that the class has a place for; None where transformers cannot build the class."""
+def structure(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Mapping[str, Found]:
+    """What becomes of each tensor that the class has a place for; nothing where transformers cannot build the class.
+
+    A layer's experts that are stored one by one are alike, so only one of them is followed: there may be 90,000.
+    """
     text = json.dumps({key: value for key, value in config.items() if key != "quantization_config"}, sort_keys=True)
-    return _structure(text, tuple((name, info.shape) for name, info in tensors.items()))
-
-
-@lru_cache(maxsize=4)
-def _structure(config: str, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Mapping[str, Found] | None:
-    model = _model(config)
+    model = _model(text)
     if model is None:
-        return None
-    stored = dict(shapes)
+        return {}
+    alike = {name: (_EXPERT.sub(".experts.*.", name), info.shape) for name, info in tensors.items()}
+    followed: dict[Any, str] = {}
+    for name, key in alike.items():
+        followed.setdefault(key, name)
+    stored = {name: tensors[name].shape for name in followed.values()}
     modules = _Modules(model)
-    return {name: modules.found(at, stored[name]) for name, at in place(model, stored, stored).places.items()}
+    found = {name: modules.found(at, stored[name]) for name, at in place(model, stored, stored).places.items()}
+    told = {name: found[followed[key]] for name, key in alike.items() if followed[key] in found}
+    return {name: each if each.expert is None else _numbered(each, name) for name, each in told.items()}
+
+
+def _numbered(found: Found, name: str) -> Found:
+    expert = _EXPERT.search(name)
+    return replace(found, expert=int(expert[1])) if expert else found
 
 
 @lru_cache(maxsize=2)
@@ -105,6 +115,7 @@ class _Modules:
             re.compile(rf"(?:^|\.){re.escape(part)}(?:\.|$)")
             for part in {*strict, *(model._keep_in_fp32_modules or ())}
         ]
+        self._numbers_of_experts = set(_expert_numbers(model.config.get_text_config().to_dict()))
         self._experts = {
             path: counts for path, module in self._by_path.items() if (counts := self._expert_counts(path, module))
         }
@@ -180,8 +191,7 @@ class _Modules:
         """How many experts a module's parameters hold each; nothing where it is none of that kind."""
         counts = {p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3 and min(p.shape[1:]) > 1}
         named = any("expert" in part.lower() for part in (*path.split("."), type(module).__name__))
-        numbers = set(_expert_numbers(self._model.config.get_text_config().to_dict()))
-        return frozenset(counts if named or counts <= numbers else ())
+        return frozenset(counts if named or counts <= self._numbers_of_experts else ())
 
     def _routes(self, path: str, module: nn.Module) -> bool:
         """Whether a matrix is that of a router: called so, or beside experts with one output for each."""
