@@ -122,7 +122,9 @@ def kinds_of(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> di
 @lru_cache(maxsize=4)
 def _told(config: str, tensors: tuple[tuple[str, TensorInfo], ...]) -> Mapping[str, TensorKind]:
     """Kinds of an architecture's tensors that no table has."""
-    from kappaquant.models.structure import structure  # imports transformers, which known architectures need not pay for
+    from kappaquant.models.structure import (
+        structure,  # imports transformers, which known architectures need not pay for
+    )
 
     content = json.loads(config)
     found = structure(dict(tensors), content)
