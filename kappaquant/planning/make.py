@@ -243,20 +243,19 @@ def _warnings(inventory: Inventory, choices: Mapping[str, Choice]) -> tuple[str,
     config = inventory.config
     if not inventory.known:
         what = config.get("model_type") or config.get("architectures")
-        told = any(kind.by_structure for kind in inventory.kinds.values())
-        how = (
-            f"no table has the architecture {what!r}: transformers' class told what each tensor is"
-            if told
-            else f"unknown architecture {what!r}: only plain projections were quantized"
-        )
-        return (f"{how}; {_shares(inventory, kept)}",)
+        packed, left = _shares(inventory, kept)
+        if any(kind.by_structure for kind in inventory.kinds.values()):
+            how = f"no table has the architecture {what!r}: transformers' class told what each tensor is"
+            return (f"{how}; {packed}; kept: {left}",)
+        how = f"unknown architecture {what!r}: only plain projections were quantized"
+        return (f"{how}; {packed}; kept: {_patterns(kept)}",)
     strange = [name for name in kept if inventory.kinds[name].role is Role.UNKNOWN]
     if strange:
         return (f"not recognized in a {config.get('model_type')} model, and kept: {_patterns(strange)}",)
     return ()
 
 
-def _shares(inventory: Inventory, kept: Iterable[str]) -> str:
+def _shares(inventory: Inventory, kept: Iterable[str]) -> tuple[str, str]:
     """What is packed of all bytes beside embeddings, head and what no text reads, and what takes the most of the rest."""
     beside = (Role.EMBEDDING, Role.LM_HEAD, Role.VISION, Role.TOWER, Role.MTP)
     sizes = {n: info.nbytes for n, info in inventory.tensors.items() if inventory.kinds[n].role not in beside}
@@ -269,7 +268,7 @@ def _shares(inventory: Inventory, kept: Iterable[str]) -> str:
     shown = [f"{pattern} {size / total:.1%}" for pattern, size in ordered if size / total >= _WORTH_SAYING]
     rest = f" and {len(ordered) - len(shown)} kinds of small ones" if len(ordered) > len(shown) else ""
     packed = f"{1 - sum(left.values()) / total:.1%} of the bytes are packed, embeddings, head and towers aside"
-    return f"{packed}; kept: {', '.join(shown) or 'none large'}{rest}"
+    return packed, f"{', '.join(shown) or 'none large'}{rest}"
 
 
 def _patterns(names: Iterable[str]) -> str:

@@ -162,7 +162,7 @@ class Assembler:
     def _replace_matrix(self, path: str, parameter: str, weight: PackedWeight, name: str) -> None:
         module = self.model.get_submodule(path)
         plain = getattr(module, parameter)
-        fmt = self.checkpoint.format_of(name) if name in self.checkpoint.entries else None
+        fmt = self.checkpoint.format_of(name) if name in self.layout.places else None
         transposed = fmt is not None and fmt.transposed
         new: nn.Module
         if isinstance(module, Conv1D if transposed else nn.Linear) and called_plainly(module, path, self._read):
