@@ -43,6 +43,7 @@ benchmark: $(READY)
 	$(BIN)/python -m benchmarks.quantize_cost
 	$(BIN)/python -m scripts.demo --results
 	$(BIN)/python -m benchmarks.reference_calibrated
+	$(BIN)/python -m benchmarks.architectures
 	$(BIN)/python -m benchmarks.readme
 
 # Two checkpoints of the reference model measured, compared, one with a model card; offline.

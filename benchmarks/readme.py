@@ -15,6 +15,7 @@ from benchmarks.environment import RESULTS, ROOT
 
 README = ROOT / "README.md"
 COMPARISON = ROOT / "docs" / "comparison.md"
+ARCHITECTURES = ROOT / "docs" / "architectures.md"
 
 
 def result(name: str) -> dict[str, Any]:
@@ -228,12 +229,36 @@ def reference_calibrated() -> str:
     )
 
 
+def architectures() -> str:
+    """What becomes of each architecture, one row each."""
+    measured = result("architectures")
+    rows = []
+    for row in measured["rows"]:
+        calibrated = row["calibrated"]
+        rows.append(
+            [
+                f"`{row['model_type']}`", f"{row['share']:.1%}", f"{row['logits']:.1e}", "yes" if row["same_text"] else "no",
+                ", ".join(row["runs_as"]), "no" if calibrated else "yes", f"{row['share_for_vllm']:.0%}", "yes" if row["mlx"] else "no",
+            ]
+        )  # fmt: skip
+    head = ["architecture", "packed", "logits", "same text", "runs as", "calibrated", "packed for vLLM", "MLX"]
+    about = measured["environment"]
+    return (
+        f"{_table(head, rows)}\n\ntransformers {about['transformers']}, torch {about['torch']}, kappaquant {about['kappaquant']} "
+        "([architectures.json](../benchmarks/results/architectures.json))."
+    )
+
+
 Blocks = Mapping[str, Callable[[], str]]
 BLOCKS: Blocks = {
     "demo": demo, "real_model": real_model, "real_pairs": real_pairs, "sizes": sizes, "cost": cost, "codec": codec, "gpu_kernels": gpu_kernels,
     "gpu_decode": gpu_decode, "reference_table": reference_table, "ablation": ablation,
 }  # fmt: skip
-PAGES = {README: BLOCKS, COMPARISON: {"reference_calibrated": reference_calibrated}}
+PAGES = {
+    README: BLOCKS,
+    COMPARISON: {"reference_calibrated": reference_calibrated},
+    ARCHITECTURES: {"architectures": architectures},
+}
 
 
 def render(text: str, blocks: Blocks = BLOCKS) -> str:

@@ -69,7 +69,7 @@ class Checkpoint:
     def parts(self, name: str) -> dict[str, Tensor]:
         """Suffix -> tensor of a quantized parameter, as its format describes them, whatever the container's packing."""
         entry = self.entry(name)
-        read = entry.read_parts(0, entry.rows)
+        read = entry.read_parts(0, entry.part_rows)
         assert entry.fmt is not None
         return {suffix: read[suffix].view(shape) for suffix, (_, shape) in entry.fmt.parts(entry.info.shape).items()}
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kappaquant.checkpoints.checkpoint import Checkpoint
-from kappaquant.models.roles import family_of
+from kappaquant.models.roles import kinds_of
 from kappaquant.planning.sizes import Total
 
 
 def families(checkpoint: Checkpoint) -> dict[str, list[str]]:
     """Family -> its parameters; the family of most bytes first."""
     found: dict[str, list[str]] = {}
-    for name in checkpoint.keys():
-        found.setdefault(family_of(name, checkpoint.entry(name).info, checkpoint.config), []).append(name)
+    for name, kind in kinds_of(checkpoint.tensors, checkpoint.config).items():
+        found.setdefault(kind.family, []).append(name)
     return dict(sorted(found.items(), key=lambda item: -total(checkpoint, item[1]).output_bytes))
 
 

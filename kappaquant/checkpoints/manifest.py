@@ -32,7 +32,7 @@ def quantization_config(contents: Contents) -> dict[str, Any]:
                 f"{name}: is {fmt}, another tensor {used[fmt.id]}; a checkpoint holds one variant of a format"
             )
     config: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "rotation": ROTATION}
-    groups = {group for fmt in used.values() if (group := getattr(fmt, "group_size", None))}
+    groups = {group for fmt in used.values() if (group := getattr(fmt.rowwise, "group_size", None))}
     if len(groups) < 2:
         config["group_size"] = groups.pop() if groups else contents.plan.usual_group_size
     codebooks, others = {}, {}

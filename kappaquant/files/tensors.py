@@ -39,9 +39,9 @@ def read_elements(path: Path, stored: Stored, start: int, stop: int) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8).view(dtype)
 
 
-def ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Cuts of a tensor, in elements, at whole rows of the last axis. An empty tensor has none."""
-    row = shape[-1] if shape else 1
+def ranges(shape: tuple[int, ...], axes: int = 1) -> Iterator[tuple[int, int]]:
+    """Cuts of a tensor, in elements, at whole rows of the last axis, or of so many last axes. An empty tensor has none."""
+    row = math.prod(shape[-axes:])
     total = math.prod(shape)
     step = max(1, SLICE_ELEMENTS // max(row, 1)) * row
     return ((start, min(start + step, total)) for start in range(0, total, step or 1))

@@ -54,12 +54,19 @@ class Format(ABC):
         bits: of one code, 1 to 15; by these tables group weights (16 stands for a weight that is kept).
         step: the input axis can be cut at its multiples.
         rotation: names what ``rotate`` does, so that weights of several formats can share a rotated input; empty if nothing.
+        transposed: it is for weights that are stored [..., in, out], and its parts are those of ``rowwise`` of their transposition.
     """
 
     id: str
     bits: int
     step: int = 1
     rotation: str = ""
+    transposed: bool = False
+
+    @property
+    def rowwise(self) -> Format:
+        """The format of the weight as [..., out, in]: what products know."""
+        return self
 
     @property
     def key(self) -> str:

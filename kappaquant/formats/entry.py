@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from kappaquant.errors import FormatError
 from kappaquant.files.safetensors import Stored, TensorInfo
 from kappaquant.formats.base import Format
+from kappaquant.formats.transposed import swapped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +52,12 @@ class Entry:
         return math.prod(self.info.shape[:-1])
 
     @property
+    def part_rows(self) -> int:
+        """Rows of its parts, all axes but the last, flattened: those of the transposed matrices where the format is transposed."""
+        shape = self.info.shape
+        return math.prod(swapped(shape)[:-1]) if self.fmt and self.fmt.transposed else self.rows
+
+    @property
     def nbytes(self) -> int:
         """On disk."""
         return sum(stored.info.nbytes for _, stored in self.parts.values())
@@ -65,23 +72,33 @@ class Entry:
         return read_elements(path, stored, start, stop)
 
     def read_parts(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Rows [start, stop) of every part of a packed parameter seen as [rows, in], as its format describes them."""
+        """Rows [start, stop), of ``part_rows``, of every part of a packed parameter, as its format describes them."""
         from kappaquant.files.tensors import read_elements
 
         if self.fmt is None:
             raise FormatError(f"{self.info.name}: is kept as {self.info.dtype}; it has no parts")
         found = {}
         for suffix, (path, stored) in self.parts.items():
-            width = stored.info.numel // max(1, self.rows)
+            width = stored.info.numel // max(1, self.part_rows)
             found[suffix] = read_elements(path, stored, start * width, stop * width).view(stop - start, width)
         return found
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the parameter seen as [rows, in]: float32 [stop - start, in], decoded if it is packed."""
+        """Rows [start, stop) of the parameter seen as [rows, last axis]: float32, decoded if it is packed.
+
+        Of a transposed format every matrix that such a row is in is decoded.
+        """
         width = self.info.shape[-1]
         if self.fmt is None:
             return self.elements(start * width, stop * width).view(stop - start, width).float()
-        return self.fmt.decode(self.read_parts(start, stop), width)
+        if not self.fmt.transposed:
+            return self.fmt.decode(self.read_parts(start, stop), width)
+        inputs = self.info.shape[-2]
+        first, last = start // inputs, -(-stop // inputs)
+        parts = self.read_parts(first * width, last * width)
+        matrices = {suffix: part.view(last - first, width, part.shape[-1]) for suffix, part in parts.items()}
+        rows = self.fmt.decode(matrices, inputs).reshape(-1, width)
+        return rows[start - first * inputs : stop - first * inputs]
 
     def read(self) -> Tensor:
         """The whole parameter in its shape: as it is stored if kept, else decoded to float32."""

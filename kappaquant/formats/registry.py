@@ -9,6 +9,7 @@ from kappaquant.errors import FormatError, RegistrationError
 from kappaquant.files.safetensors import DTYPE_BYTES
 from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import FORMATS
+from kappaquant.formats.transposed import MARK, Transposed
 
 _FORMATS: dict[str, Format] = {**FORMATS}
 _OTHER_WORDS = ("kept", *DTYPE_BYTES)  # stand in plans and checkpoints where an id could
@@ -49,6 +50,12 @@ def suffixes() -> Iterator[str]:
 
 def format_by_id(format_id: str, tensor: str) -> Format:
     """The format of an id read from a plan or checkpoint; ``tensor`` is named when there is none. Raises FormatError."""
-    if format_id not in _FORMATS:
-        raise FormatError(f"{tensor}: unknown format id {format_id!r}; this version reads {', '.join(_FORMATS)}")
-    return _FORMATS[format_id]
+    if format_id in _FORMATS:
+        return _FORMATS[format_id]
+    rowwise = _FORMATS.get(format_id.removesuffix(MARK))
+    if rowwise is None:
+        raise FormatError(
+            f"{tensor}: unknown format id {format_id!r}; this version reads {', '.join(_FORMATS)}, and with {MARK!r} behind it each "
+            "of them for a transposed weight"
+        )
+    return Transposed(rowwise)

@@ -9,7 +9,7 @@ from typing import Any
 
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.models.architectures.base import Architecture, find
-from kappaquant.models.roles import TensorKind, fused_among, kind_of
+from kappaquant.models.roles import TensorKind, fused_among, kinds_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,12 @@ class Inventory:
     @cached_property
     def kinds(self) -> dict[str, TensorKind]:
         """What each tensor is and what may be done with it, in the order of ``tensors``."""
-        return {name: kind_of(name, info, self.config) for name, info in self.tensors.items()}
+        return kinds_of(self.tensors, self.config)
+
+    @cached_property
+    def transposed(self) -> frozenset[str]:
+        """Names of the tensors that are stored [..., in, out]."""
+        return frozenset(name for name, kind in self.kinds.items() if kind.transposed)
 
     @cached_property
     def fused(self) -> list[tuple[str, ...]]:
@@ -41,5 +46,5 @@ class Inventory:
 
     @property
     def known(self) -> bool:
-        """Whether the architecture is; where it is not, only plain projections inside numbered layers are let go."""
+        """Whether a table has the architecture; where none has, transformers' class tells, or else names, cautiously."""
         return self.architecture is not None

@@ -7,7 +7,10 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """The job of a tensor in the model. Everything under the vision tower is VISION, under the MTP head MTP."""
+    """The job of a tensor in the model. Everything under the vision tower is VISION, under the MTP head MTP.
+
+    LINEAR, RECURRENT and TOWER are for architectures without a table, where modules tell more than names.
+    """
 
     ROUTER = "router"
     ROUTED_GATE = "routed_expert.gate"
@@ -42,7 +45,10 @@ class Role(StrEnum):
     BIAS = "bias"
     EMBEDDING = "embedding"
     LM_HEAD = "lm_head"
+    LINEAR = "linear"
+    RECURRENT = "recurrence"
     VISION = "vision"
+    TOWER = "tower"
     MTP = "mtp"
     UNKNOWN = "unknown"
 
@@ -97,6 +103,14 @@ _FAMILIES: list[tuple[str, tuple[Role, ...], bool, str]] = [
     ("biases", (Role.BIAS,), False, "bias: one-dimensional"),
     ("embeddings", (Role.EMBEDDING,), True, "embedding: a token reads one row of it, so packing saves no time"),
     ("lm_head", (Role.LM_HEAD,), True, "lm_head: its error goes straight into the logits"),
+    ("other linear layers", (Role.LINEAR,), True, ""),
+    (
+        "projections of recurrences",
+        (Role.RECURRENT,),
+        True,
+        "steers a recurrence: its error compounds over the sequence",
+    ),
+    ("other towers", (Role.TOWER,), True, "encoder of other things than text: idle while text is decoded"),
     ("vision", (Role.VISION,), True, "vision tower: idle while text is decoded, and its κ reaches the hundreds"),
     ("mtp", (Role.MTP,), True, "multi-token-prediction head: only speculative decoding reads it"),
     ("unknown", (Role.UNKNOWN,), True, "not recognized"),

@@ -1,17 +1,25 @@
-"""What a tensor is: its role, by its architecture's patterns over the structural part of its name, and what may be done."""
+"""What a tensor is: its role, and what may be done.
+
+By its architecture's patterns over the structural part of its name; where no table has the architecture, by what transformers' class
+does with the tensor, and by the patterns of all architectures.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.base import QUANTIZABLE_DTYPES
 from kappaquant.models.architectures.base import Architecture, find, registered, union
 from kappaquant.models.role_defaults import ROLES, Role, RoleFacts
+
+if TYPE_CHECKING:
+    from kappaquant.models.structure import Found
 
 __all__ = [
     "ROLES",
@@ -22,15 +30,20 @@ __all__ = [
     "fused_among",
     "fused_groups",
     "kind_of",
+    "kinds_of",
     "known_architecture",
     "layer_of",
     "name_patterns",
+    "pattern_of",
     "role_of",
     "tied_embeddings",
 ]
 
 _TEXT = re.compile(r"(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)?")
 _LAYER = re.compile(r"layers\.(\d+)\.")
+_TOLD = (Role.ROUTER, Role.EMBEDDING, Role.LM_HEAD)
+"""Roles that modules tell better than names."""
+_STACKABLE = (Role.ROUTED_GATE, Role.ROUTED_UP, Role.ROUTED_GATE_UP, Role.ROUTED_DOWN)
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 
 
@@ -45,6 +58,8 @@ class TensorKind:
         expert: index of the routed expert, for experts stored one by one.
         refuse: why it can never be quantized; empty when an override may.
         keep: why policies leave it at 16 bits; empty when they choose its bits. Never empty where ``refuse`` is not.
+        transposed: it is stored [..., in, out], and only transposed formats suit it.
+        by_structure: only transformers' class says so: by its name alone it would be kept, or packed along the wrong axis.
     """
 
     role: Role
@@ -53,6 +68,12 @@ class TensorKind:
     expert: int | None
     refuse: str
     keep: str
+    transposed: bool = False
+    by_structure: bool = False
+
+    def inputs(self, shape: tuple[int, ...]) -> int:
+        """Length of the input axis of a matrix, or of stacked ones, of this kind."""
+        return shape[-2 if self.transposed else -1]
 
     @property
     def family(self) -> str:
@@ -88,28 +109,60 @@ def tied_embeddings(config: Mapping[str, Any]) -> bool:
     return any(each.tied_embeddings and model_type.startswith(each.model_type) for each in registered().values())
 
 
-def kind_of(name: str, info: TensorInfo, config: Mapping[str, Any]) -> TensorKind:
+def kinds_of(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorKind]:
+    """What each tensor of a checkpoint is and what may be done with it, in the order of ``tensors``.
+
+    Where no table has the architecture, transformers' class is built without memory (a few seconds, once for the same tensors).
+    """
+    if find(config) is not None or not config.get("model_type"):
+        return {name: kind_of(name, info, config) for name, info in tensors.items()}
+    return dict(_told(json.dumps(config, sort_keys=True), tuple(tensors.items())))
+
+
+@lru_cache(maxsize=4)
+def _told(config: str, tensors: tuple[tuple[str, TensorInfo], ...]) -> Mapping[str, TensorKind]:
+    """Kinds of an architecture's tensors that no table has."""
+    from kappaquant.models.structure import (
+        structure,  # imports transformers, which known architectures need not pay for
+    )
+
+    content = json.loads(config)
+    found = structure(dict(tensors), content)
+    return {name: kind_of(name, info, content, found.get(name)) for name, info in tensors}
+
+
+def kind_of(name: str, info: TensorInfo, config: Mapping[str, Any], found: Found | None = None) -> TensorKind:
     """What the tensor is and what may be done with it; what is not recognized is ``Role.UNKNOWN`` and kept.
 
     Args:
         name: parameter name in the checkpoint.
         info: its header entry.
         config: the checkpoint's config.json, possibly multimodal.
+        found: what transformers' class makes of it, for an architecture that no table has; without, its name alone counts there.
     """
     known = find(config)
     architecture = known or union()
     role, part, layer, expert, packable = _match(name, architecture)
-    if not known and part in architecture.stacked and len(info.shape) == 3:
+    transposed = False
+    if found is not None and role not in (Role.VISION, Role.MTP):
+        if part is Role.UNKNOWN or found.aside or found.role in _TOLD:
+            role = part = found.role
+        expert = found.expert if expert is None else expert
+        packable, transposed = found.packable and ROLES[part].packable, found.transposed
+    elif not known and part in architecture.stacked and len(info.shape) == 3:
         # GPT-OSS stores experts [E, in, out] under these very names: groups would run along the wrong axis
         role = part = Role.UNKNOWN
-    stacked = part in architecture.stacked and expert is None
-    refuse = _refusal(info, role, part, stacked, packable)
+    stacked = part in _STACKABLE and expert is None and (found is not None or part in architecture.stacked)
+    refuse = (found.refuse if found else "") or _refusal(info, role, part, stacked, packable)
     if not refuse and part is Role.LM_HEAD and tied_embeddings(config):
         refuse = "lm_head is tied to the embedding matrix, which the model also indexes row by row"
     keep = architecture.keep.get(role, ROLES[role].keep)
-    if not keep or role is Role.UNKNOWN:
+    if found is not None and not keep:
+        keep = refuse or found.keep
+    elif not keep or role is Role.UNKNOWN:
         keep = refuse or (keep if known else _doubt(name, info, role, layer))
-    return TensorKind(role, part, layer, expert, refuse, keep)
+    by_structure = found is not None and (transposed or bool(kind_of(name, info, config).keep))
+    return TensorKind(role, part, layer, expert, refuse, keep or refuse, transposed, by_structure)
 
 
 def role_of(name: str, info: TensorInfo, config: Mapping[str, Any]) -> Role:
@@ -133,7 +186,7 @@ def fused_groups(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -
 
     q/k/v, gate/up, GatedDeltaNet's qkv/z and a/b; of experts stored one by one, a layer's gates and ups, and its downs.
     """
-    return fused_among({name: kind_of(name, info, config) for name, info in tensors.items()}, config)
+    return fused_among(kinds_of(tensors, config), config)
 
 
 def fused_among(kinds: Mapping[str, TensorKind], config: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -146,11 +199,16 @@ def fused_among(kinds: Mapping[str, TensorKind], config: Mapping[str, Any]) -> l
     return [tuple(names) for names in groups.values() if len(names) > 1]
 
 
+def pattern_of(name: str) -> str:
+    """A name with its numbers replaced by ``*``."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
 def name_patterns(names: Iterable[str]) -> list[str]:
     """Names with their numbers replaced by ``*``, each once with its count: a short list for a message."""
     counts: dict[str, int] = {}
     for name in names:
-        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+        pattern = pattern_of(name)
         counts[pattern] = counts.get(pattern, 0) + 1
     return [pattern if count == 1 else f"{pattern} ({count})" for pattern, count in counts.items()]
 

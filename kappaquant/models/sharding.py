@@ -13,7 +13,7 @@ from typing import Any
 
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.base import Format
-from kappaquant.models.roles import Role, TensorKind, kind_of
+from kappaquant.models.roles import Role, TensorKind, kinds_of
 
 ROUTED = (Role.ROUTED_GATE, Role.ROUTED_UP, Role.ROUTED_GATE_UP, Role.ROUTED_DOWN)
 MOST_CARDS = 64
@@ -52,14 +52,15 @@ def problems(
         (config.get("vision_config") or {}, "vision_config."),
     ):
         yield from (f"{where}{problem}" for problem in _uneven(part, cards, expert_parallel))
-    for name, info in tensors.items():
+    for name, kind in kinds_of(tensors, config).items():
         fmt = format_of(name)
-        if fmt is None or not _cut(name, info, config, expert_parallel):
+        if fmt is None or not _cut(name, kind, expert_parallel):
             continue
-        share, rest = divmod(info.shape[-1], cards)
+        inputs = kind.inputs(tensors[name].shape)
+        share, rest = divmod(inputs, cards)
         if rest or (share % fmt.step and cards > 1):
             yield (
-                f"{name}: {info.shape[-1]} inputs over {cards} cards are {info.shape[-1] / cards:g} each, no whole number of "
+                f"{name}: {inputs} inputs over {cards} cards are {inputs / cards:g} each, no whole number of "
                 f"groups of {fmt.step}"
             )
 
@@ -96,20 +97,20 @@ def bytes_per_card(
         tile: rows and inputs that a kernel's layout takes at once; a card's share of a packed matrix is padded to whole ones.
     """
     total = Fraction(0)
-    for name, info in tensors.items():
-        kind = kind_of(name, info, config)
-        fmt = format_of(name)
+    for name, kind in kinds_of(tensors, config).items():
+        info, fmt = tensors[name], format_of(name)
         if kind.role is Role.MTP:
             continue
         share = _share(info, kind, config, cards, expert_parallel)
         size = fmt.nbytes(info.shape) if fmt else info.nbytes
-        total += size * share * (_padding(info, share, tile, _cut(name, info, config, expert_parallel)) if fmt else 1)
+        total += size * share * (_padding(info, kind, share, tile, _cut(name, kind, expert_parallel)) if fmt else 1)
     return math.ceil(total)
 
 
-def _padding(info: TensorInfo, share: Fraction, tile: tuple[int, int], by_input: bool) -> Fraction:
+def _padding(info: TensorInfo, kind: TensorKind, share: Fraction, tile: tuple[int, int], by_input: bool) -> Fraction:
     """How many times its packed bytes a share takes, its rows and inputs padded to whole tiles."""
-    rows, inputs = Fraction(info.shape[-2]), Fraction(info.shape[-1])
+    inputs = Fraction(kind.inputs(info.shape))
+    rows = info.shape[-2] * info.shape[-1] / inputs
     if by_input:
         inputs *= share
     elif len(info.shape) == 2:
@@ -143,8 +144,7 @@ def _uneven(part: Mapping[str, Any], cards: int, expert_parallel: bool) -> Itera
         yield f"num_key_value_heads {heads} neither divides {cards} nor is divisible by it"
 
 
-def _cut(name: str, info: TensorInfo, config: Mapping[str, Any], expert_parallel: bool) -> bool:
-    kind = kind_of(name, info, config)
+def _cut(name: str, kind: TensorKind, expert_parallel: bool) -> bool:
     if kind.role is Role.VISION:
         return name.endswith((".attn.proj.weight", "linear_fc2.weight", ".fc2.weight", ".out_proj.weight"))
     return kind.part in _CUT_INPUTS and not (expert_parallel and kind.part is Role.ROUTED_DOWN)

@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +40,18 @@ class Place:
         shape: the shape it must have; None where transformers applies a conversion this package does not follow.
         expert: index along the target's first axis, for one expert's matrix of a fused parameter.
         row: first row of the target it fills.
+        transposed: transformers swaps its last two axes on loading.
+        interleaved: its rows take turns, those of the target's first half and of its second.
+        beside: other parameters that it fills too, where transformers cuts it in pieces.
     """
 
     target: str
     shape: tuple[int, ...] | None
     expert: int | None = None
     row: int = 0
+    transposed: bool = False
+    interleaved: bool = False
+    beside: tuple[str, ...] = ()
 
 
 @dataclass
@@ -121,8 +127,13 @@ def parameter_shapes(config: Config, names: Iterable[str] | None = None) -> dict
     return {name: shape for name in names if name in places and (shape := places[name].shape) is not None}
 
 
-def place(model: PreTrainedModel, names: Iterable[str]) -> Layout:
-    """Follow transformers' conversion rules from checkpoint names to the parameters of ``model`` (unmodified, meta)."""
+def place(model: PreTrainedModel, names: Iterable[str], stored: Mapping[str, tuple[int, ...]] | None = None) -> Layout:
+    """Follow transformers' conversion rules from checkpoint names to the parameters of ``model`` (unmodified, meta).
+
+    Args:
+        stored: the tensors' shapes in the checkpoint. Without, rules that transpose or reorder rows are not followed: their
+            places have no shape, and who reads rows as they are stored need not mind them.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -148,7 +159,10 @@ def place(model: PreTrainedModel, names: Iterable[str]) -> Layout:
         shape = tuple(parameters[target].shape)
         found = Place(target, shape)
         if pattern is not None:
-            found = _converted(name, target, shape, pattern, by_pattern[pattern])
+            rule = by_pattern[pattern]
+            found = _converted(name, target, shape, pattern, rule, (stored or {}).get(name))
+            first, *others = rule.target_patterns
+            found = replace(found, beside=tuple(target.replace(first, other) for other in others))
         if found.shape is not None and found in taken:
             layout.unexpected.append(name)
             continue
@@ -199,15 +213,28 @@ def place_mtp(config: Config, names: Iterable[str]) -> Layout:
     return layout
 
 
-def _converted(name: str, target: str, shape: tuple[int, ...], pattern: str | None, rule: Any) -> Place:
-    """The place of a tensor that a conversion rule merges into a fused expert parameter."""
+def _converted(
+    name: str, target: str, shape: tuple[int, ...], pattern: str, rule: Any, stored: tuple[int, ...] | None
+) -> Place:
+    """The place of a tensor that a conversion rule merges into a fused expert parameter, transposes or reorders."""
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in rule.operations]
-    merges = steps[:1] == [("MergeModulelist", 0)] and steps[1:] in ([], [("Concatenate", 1)])
-    if not merges or len(shape) != 3:
+    alone = len(rule.source_patterns) == len(rule.target_patterns) == len(steps) == 1
+    if len(shape) != 3:
         return Place(target, None)
-    rows = shape[1] // len(rule.source_patterns)
-    expert = int([part for part in name.split(".") if part.isdigit()][-1])
-    return Place(target, (rows, shape[2]), expert, rows * rule.source_patterns.index(pattern))
+    if steps[:1] == [("MergeModulelist", 0)] and steps[1:] in ([], [("Concatenate", 1)]):
+        rows = shape[1] // len(rule.source_patterns)
+        expert = int([part for part in name.split(".") if part.isdigit()][-1])
+        return Place(target, (rows, shape[2]), expert, rows * rule.source_patterns.index(pattern))
+    if not alone or stored is None:
+        return Place(target, None)
+    (step,) = rule.operations
+    if steps == [("Transpose", None)] and {step.dim0, step.dim1} == {1, 2}:
+        if step.check_dims and stored == shape:  # only what does not fit as it is gets transposed
+            return Place(target, shape)
+        return Place(target, (shape[0], shape[2], shape[1]), transposed=True)
+    if steps == [("Interleave", 1)] and not step.inverse:
+        return Place(target, shape, interleaved=True)
+    return Place(target, None)
 
 
 def _missing(model: PreTrainedModel, parameters: Mapping[str, torch.Tensor], places: Iterable[Place]) -> list[str]:
@@ -215,6 +242,7 @@ def _missing(model: PreTrainedModel, parameters: Mapping[str, torch.Tensor], pla
     for found in places:
         size = parameters[found.target].numel() if found.shape is None else math.prod(found.shape)
         filled[found.target] = filled.get(found.target, 0) + size
+        filled |= {other: parameters[other].numel() for other in found.beside if other in parameters}
     twins = dict(model.all_tied_weights_keys)
     twins |= {source: target for target, source in twins.items()}
     optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]

@@ -13,9 +13,10 @@ from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.codebook import AUTO, BITS, GroupSize, check_group_choice, fitting
 from kappaquant.formats.entry import KEPT_BITS
 from kappaquant.formats.registry import formats
+from kappaquant.formats.transposed import MARK, Transposed, fitting_weight
 from kappaquant.models.architectures.base import union
 from kappaquant.models.inventory import Inventory
-from kappaquant.models.roles import Role, name_patterns
+from kappaquant.models.roles import Role, name_patterns, pattern_of
 from kappaquant.planning.plan import KEPT, Choice, Plan, check_bits_or_kept, format_of
 from kappaquant.planning.policies.base import Budget, Decision, Evidence, Policy, active_bytes
 from kappaquant.planning.policies.registry import policy_by_name
@@ -27,6 +28,7 @@ logger = logging.getLogger("kappaquant")
 
 ENGINES = ("vllm",)
 """Engines whose fused layers a plan can be checked against."""
+_WORTH_SAYING = 0.001  # share of bytes from which a warning names what is kept
 Setting = int | str
 """What an override gives a tensor: bits (2..8, or 16 to keep it), or a format id."""
 
@@ -90,7 +92,9 @@ def make_plan(
     forced = _overridden(inventory, overrides, group_size)
     fixed |= forced
     shards = {SINGLE_NAME: tensors} if shards is None else shards
-    budget = Budget(fixed, size, active, group_size, shards, frozenset(forced), fuse or target is not None)
+    budget = Budget(
+        fixed, size, active, group_size, shards, frozenset(forced), fuse or target is not None, inventory.transposed
+    )
     decision = chosen.choose(inventory, evidence, budget)
     if not isinstance(decision, Decision):
         decision = Decision(decision)
@@ -124,7 +128,7 @@ def parse_override(text: str) -> tuple[str, Setting]:
     pattern, _, setting = text.rpartition("=")
     setting = setting.strip()
     known = [fmt.id for fmt in formats()]
-    if not pattern or not (setting.isdecimal() or setting in known):
+    if not pattern or not (setting.isdecimal() or setting.removesuffix(MARK) in known):
         raise PlanError(
             f"override {text!r}: write PATTERN=BITS, such as '*.o_proj.weight=4'; BITS is 2 to 8, or 16, or a format id: "
             f"{', '.join(known)}"
@@ -141,7 +145,9 @@ def why_kept(
         return kind.keep
     if target and kind.role in (inventory.architecture or union()).unpacked_in_vllm:
         return f"{kind.role}: {target}'s {inventory.config.get('model_type')} model holds it in a layer that cannot be packed"
-    width = inventory.tensors[name].shape[-1]
+    if target and kind.by_structure:
+        return f"recognized by transformers' class alone: {target}'s {inventory.config.get('model_type')} model may hold it otherwise"
+    width = kind.inputs(inventory.tensors[name].shape)
     group = fitting(min(BITS), width, group_size).group_size  # which axes are too short does not depend on the bits
     return f"input axis {width} is below the group size {group}: padding would waste bytes" if width < group else ""
 
@@ -188,15 +194,19 @@ def _overridden(
             f"narrow the pattern, or keep the tensor with a later override of 16"
         )
     return {
-        name: Choice(_format_id(setting, inventory.tensors[name], group_size), f"set by {pattern!r}")
+        name: Choice(_format_id(setting, inventory, name, group_size), f"set by {pattern!r}")
         for name, (pattern, setting) in last.items()
     }
 
 
-def _format_id(setting: Setting, info: TensorInfo, group_size: GroupSize) -> str:
+def _format_id(setting: Setting, inventory: Inventory, name: str, group_size: GroupSize) -> str:
+    transposed = inventory.kinds[name].transposed
     if isinstance(setting, str):
-        return setting
-    return KEPT if setting == KEPT_BITS else fitting(setting, info.shape[-1], group_size).id
+        fmt = format_of(Choice(setting, ""), name)
+        return Transposed(fmt).id if fmt and transposed and not fmt.transposed else setting
+    if setting == KEPT_BITS:
+        return KEPT
+    return fitting_weight(setting, inventory.tensors[name].shape, group_size, transposed).id
 
 
 def _level(choices: dict[str, Choice], inventory: Inventory) -> None:
@@ -233,11 +243,32 @@ def _warnings(inventory: Inventory, choices: Mapping[str, Choice]) -> tuple[str,
     config = inventory.config
     if not inventory.known:
         what = config.get("model_type") or config.get("architectures")
-        return (f"unknown architecture {what!r}: only plain projections were quantized; kept: {_patterns(kept)}",)
+        packed, left = _shares(inventory, kept)
+        if any(kind.by_structure for kind in inventory.kinds.values()):
+            how = f"no table has the architecture {what!r}: transformers' class told what each tensor is"
+            return (f"{how}; {packed}; kept: {left}",)
+        how = f"unknown architecture {what!r}: only plain projections were quantized"
+        return (f"{how}; {packed}; kept: {_patterns(kept)}",)
     strange = [name for name in kept if inventory.kinds[name].role is Role.UNKNOWN]
     if strange:
         return (f"not recognized in a {config.get('model_type')} model, and kept: {_patterns(strange)}",)
     return ()
+
+
+def _shares(inventory: Inventory, kept: Iterable[str]) -> tuple[str, str]:
+    """What is packed of all bytes beside embeddings, head and what no text reads, and what takes the most of the rest."""
+    beside = (Role.EMBEDDING, Role.LM_HEAD, Role.VISION, Role.TOWER, Role.MTP)
+    sizes = {n: info.nbytes for n, info in inventory.tensors.items() if inventory.kinds[n].role not in beside}
+    total = sum(sizes.values()) or 1
+    left: dict[str, int] = {}
+    for name in kept:
+        if name in sizes:
+            left[pattern_of(name)] = left.get(pattern_of(name), 0) + sizes[name]
+    ordered = sorted(left.items(), key=lambda item: -item[1])
+    shown = [f"{pattern} {size / total:.1%}" for pattern, size in ordered if size / total >= _WORTH_SAYING]
+    rest = f" and {len(ordered) - len(shown)} kinds of small ones" if len(ordered) > len(shown) else ""
+    packed = f"{1 - sum(left.values()) / total:.1%} of the bytes are packed, embeddings, head and towers aside"
+    return packed, f"{', '.join(shown) or 'none large'}{rest}"
 
 
 def _patterns(names: Iterable[str]) -> str:

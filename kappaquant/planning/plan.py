@@ -17,7 +17,8 @@ from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import BITS, CodebookFormat, GroupSize, check_group_choice
 from kappaquant.formats.entry import KEPT_BITS
 from kappaquant.formats.registry import format_by_id
-from kappaquant.models.roles import kind_of
+from kappaquant.formats.transposed import Transposed
+from kappaquant.models.roles import kinds_of
 
 PLAN_VERSION = 2
 KEPT = "kept"
@@ -90,10 +91,16 @@ class Plan:
         ):
             if names:
                 raise PlanError(f"{_listed(names)}: {problem.format(_count(names))}; make the plan from this source")
-        for name, info in tensors.items():
+        for name, kind in kinds_of(tensors, config or {}).items():
             fmt = self.format_of(name)
-            if fmt and (refuse := kind_of(name, info, config or {}).refuse):
-                raise PlanError(f"{name}: the plan stores it as {fmt.id}, but it must be kept: {refuse}")
+            if fmt and kind.refuse:
+                raise PlanError(f"{name}: the plan stores it as {fmt.id}, but it must be kept: {kind.refuse}")
+            if fmt and fmt.transposed != kind.transposed:
+                axes, other = ("in, out", Transposed(fmt)) if kind.transposed else ("out, in", fmt.rowwise)
+                raise PlanError(
+                    f"{name}: the plan stores it as {fmt.id}, whose groups would run along its outputs: its shape "
+                    f"{list(tensors[name].shape)} is [..., {axes}]; give it {other.id}"
+                )
 
     def to_json(self) -> str:
         """The plan as JSON, one line per tensor, in natural order (layer 2 before layer 10)."""

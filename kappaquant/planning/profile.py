@@ -22,7 +22,7 @@ from kappaquant.formats.codebook import BITS, check_bits
 from kappaquant.formats.entry import Entry
 from kappaquant.formats.signs import check_group_size
 from kappaquant.kernels import dispatch as ops
-from kappaquant.models.roles import family_of, layer_of
+from kappaquant.models.roles import kinds_of, layer_of
 from kappaquant.planning.moments import Moments
 from kappaquant.sources.source import Source
 
@@ -174,16 +174,25 @@ def scan(
         check_bits(b)
     device = choose_device(device)
     total, done = sum(info.nbytes for info in source.tensors.values()), 0
+    kinds = kinds_of(source.tensors, source.config)
     parts: dict[str, dict[int, _Part]] = {name: {} for name, i in source.tensors.items() if i.dtype in FLOATS}
     jobs = choose_jobs(jobs, total)
     with pool(jobs if device == "cpu" else 1) as workers:
         for shard, tensors in source.shards.items():
             entries = source.read_entries(shard)
             tasks = [
-                _Task(entries[name], start, stop, group_size, widths if len(info.shape) >= 2 else (), device)
+                _Task(
+                    entries[name],
+                    start,
+                    stop,
+                    group_size,
+                    widths if len(info.shape) >= 2 else (),
+                    device,
+                    kinds[name].transposed,
+                )
                 for name, info in tensors.items()
                 if name in parts
-                for start, stop in ranges(info.shape)
+                for start, stop in ranges(info.shape, 2 if kinds[name].transposed else 1)
             ]
             try:
                 for task, part in each(_measure, tasks, workers):
@@ -193,13 +202,12 @@ def scan(
             except ItemError as failure:
                 raise failure.problem from failure
             source.release(shard)
-    config = source.config
     stats = {}
     for name, pieces in parts.items():
         info = source.tensors[name]
         ordered = [pieces[start] for start in sorted(pieces)] or [_Part(Moments(), {}, Magnitudes())]
         part = reduce(operator.add, ordered)
-        stats[name] = _finish(part, info.shape, info.dtype, family_of(name, info, config), layer_of(name))
+        stats[name] = _finish(part, info.shape, info.dtype, kinds[name].family, layer_of(name))
     label = source.label if source.revision else Path(source.label).resolve().name
     return Profile(label, source.revision, group_size, stats)
 
@@ -212,6 +220,7 @@ class _Task:
     group_size: int
     bits: tuple[int, ...]
     device: str
+    transposed: bool
 
     @property
     def nbytes(self) -> int:
@@ -277,6 +286,8 @@ def _measure(task: _Task) -> _Part:
     errors: dict[int, float] = {}
     if task.bits:
         rows = weight.view(-1, info.shape[-1])
+        if task.transposed:
+            rows = weight.view(-1, *info.shape[-2:]).mT.reshape(-1, info.shape[-2])
         try:
             errors = ops.squared_errors(rows, task.group_size, task.bits, info.name)
         except NonFiniteError:  # finite weights whose norms are not: quantize refuses them, a scan reports what it can

@@ -12,7 +12,7 @@ from typing import Any
 from kappaquant.files.safetensors import TensorInfo, build_header, file_size
 from kappaquant.formats.base import Format
 from kappaquant.formats.entry import stored_parts
-from kappaquant.models.roles import Role, TensorKind, kind_of, tied_embeddings
+from kappaquant.models.roles import Role, TensorKind, kinds_of, tied_embeddings
 from kappaquant.planning.plan import Plan
 
 _ROUTED = (Role.ROUTED_GATE, Role.ROUTED_UP, Role.ROUTED_GATE_UP, Role.ROUTED_DOWN)
@@ -93,7 +93,7 @@ class Summary:
 def summary(plan: Plan, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Summary:
     """Exact sizes of what ``plan`` makes of these tensors. Raises PlanError where the plan does not fit them."""
     plan.check(tensors, config)
-    kinds = {name: kind_of(name, info, config) for name, info in tensors.items()}
+    kinds = kinds_of(tensors, config)
     active = active_shares(tensors, config)
     rows = []
     for name, info in tensors.items():
@@ -185,7 +185,7 @@ def _unnamed(dtype: str, shape: tuple[int, ...], fmt: Format | None) -> tuple[in
 
 def active_shares(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, Fraction]:
     """The share of each tensor that decoding one token of text reads, 0 to 1; exact."""
-    kinds = {name: kind_of(name, info, config) for name, info in tensors.items()}
+    kinds = kinds_of(tensors, config)
     experts = _experts_per_layer(tensors, kinds)
     return {
         name: _active(info, kinds[name], experts.get(kinds[name].layer, 0), config) for name, info in tensors.items()
@@ -215,7 +215,7 @@ def _experts_per_layer(tensors: Mapping[str, TensorInfo], kinds: Mapping[str, Te
 
 
 def _active(info: TensorInfo, kind: TensorKind, experts: int, config: Mapping[str, Any]) -> Fraction:
-    if kind.role in (Role.VISION, Role.MTP):
+    if kind.role in (Role.VISION, Role.TOWER, Role.MTP):
         return Fraction(0)
     if kind.role is Role.EMBEDDING and not tied_embeddings(config) and info.numel:
         return Fraction(1, info.shape[0])

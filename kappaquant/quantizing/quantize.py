@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,7 @@ from kappaquant.checkpoints.side_files import EVALUATION_NAME, MANIFEST_NAME, MA
 from kappaquant.checkpoints.writer import Progress, Writer
 from kappaquant.errors import NonFiniteError, PlanError
 from kappaquant.files.processes import ItemError, choose_device, choose_jobs, pool
+from kappaquant.files.safetensors import TensorInfo
 from kappaquant.files.tensors import ranges
 from kappaquant.formats.base import EFFORTS, Effort, Format
 from kappaquant.planning.plan import Plan
@@ -108,6 +110,11 @@ def check(source: Source, plan: Plan, options: Options, calibrated: bool) -> Non
             f"{source.label}: the plan {mostly_kept(plan, source.tensors, source.config)}; set bits with --set PATTERN=BITS, or copy "
             "it with --allow-nothing"
         )
+    crosswise = [name for name in plan.choices if (fmt := plan.format_of(name)) and fmt.transposed]
+    if calibrated and crosswise:
+        raise PlanError(
+            f"{crosswise[0]}: is stored [..., in, out], and such weights are not calibrated; quantize without calibration"
+        )
     if calibrated and options.container != "kappaquant":
         raise PlanError(f"--format {options.container} is not calibrated; write the kappaquant format")
 
@@ -154,6 +161,11 @@ class _Run:
         fmt = self.plan.format_of(name)
         return fmt and self.container.variant(fmt)
 
+    def _ranges(self, info: TensorInfo) -> Iterator[tuple[int, int]]:
+        """Where a tensor is cut: between rows, or whole matrices where its format is transposed."""
+        fmt = self._format(info.name)
+        return ranges(info.shape, 2 if fmt and fmt.transposed else 1)
+
     def _keep(self, name: str) -> None:
         """Leave one more tensor as it is; the reason must not tell which of its parts was met first."""
         self.plan = self.plan.kept(name, _NOT_FINITE)
@@ -180,7 +192,7 @@ class _Run:
                     start, stop, entries[name], target, self.container, stored, fmt, self.options.effort, self.device,
                     self.options.allow_nonfinite,
                 )
-                for start, stop in ranges(info.shape)
+                for start, stop in self._ranges(info)
             ]  # fmt: skip
         return slices
 
@@ -226,7 +238,7 @@ class _Run:
     def _encode(self, shard: str, workers: ProcessPoolExecutor | None) -> bool:
         """Encode what is missing of a shard; False if a tensor had to be kept and the shard must be laid out again."""
         tensors = self.source.shards[shard]
-        if all((name, start) in self.writer.found for name, info in tensors.items() for start, _ in ranges(info.shape)):
+        if all((name, start) in self.writer.found for name, info in tensors.items() for start, _ in self._ranges(info)):
             self.writer.advance(sum(info.nbytes for info in tensors.values()))
             return True
         before = self.writer.done
@@ -247,7 +259,7 @@ class _Run:
         formats = {name: self._format(name) for name in tensors}
         measured = {}
         for name, info in tensors.items():
-            sums = sum((self.writer.found[name, start] for start, _ in ranges(info.shape)), Sums())
+            sums = sum((self.writer.found[name, start] for start, _ in self._ranges(info)), Sums())
             measured[name] = sums.measured(formats[name] is not None)
         contents = Contents(
             source.name, source.revision, source.config, tensors, formats, self.plan,

@@ -25,7 +25,9 @@ from kappaquant.planning.moments import Moments
 
 @dataclass(frozen=True)
 class Slice:
-    """Elements [start, stop) of a source tensor, whole rows of its last axis, and where their encoding goes.
+    """Elements [start, stop) of a source tensor, and where their encoding goes.
+
+    They are whole rows of its last axis, whole matrices where the format is transposed.
 
     Attributes:
         stored: suffix -> place in the output shard.
@@ -102,10 +104,12 @@ def encode_slice(piece: Slice) -> Sums:
         write_at(piece.target_path, stored, piece.start, tensor_bytes(values))
         return sums
     rows = on_device.view(-1, info.shape[-1])
-    encoded = dispatch.encode(rows, piece.fmt, piece.effort, name=piece.tensor)
-    first = piece.start // info.shape[-1]
+    if piece.fmt.transposed:
+        rows = on_device.view(-1, *info.shape[-2:]).mT.reshape(-1, info.shape[-2])
+    encoded = dispatch.encode(rows, piece.fmt.rowwise, piece.effort, name=piece.tensor)
     for suffix, part in piece.container.to_disk(piece.fmt, encoded.parts).items():
-        write_at(piece.target_path, piece.stored[suffix], first * part[0].numel(), tensor_bytes(part))
+        stored = piece.stored[suffix]
+        write_at(piece.target_path, stored, piece.start * stored.info.numel // info.numel, tensor_bytes(part))
     return Sums(sums.moments, encoded.squared_error, encoded.energy)
 
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from kappaquant.checkpoints.checkpoint import Checkpoint
 from kappaquant.errors import FormatError, UnsupportedError
 from kappaquant.formats.base import Format
+from kappaquant.formats.transposed import swapped
+from kappaquant.models.forward_code import called_plainly, read_past
 from kappaquant.models.heads import without_heads
 from kappaquant.models.skeleton import Layout, Place, place
+from kappaquant.models.structure import is_transposed
+from kappaquant.runtime.declared_experts import DeclaredExperts, declared, first_of, hold_experts
 from kappaquant.runtime.experts import ExpertBlock, ExpertWeights, KeptWeight, QuantExperts
 from kappaquant.runtime.packed import PackedWeight, QuantEmbedding, QuantLinear, SharedInput, hold_packed
 
@@ -24,17 +29,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kappaquant")
 
-At = tuple[int | slice, ...]
+At = tuple[int | slice | torch.Tensor, ...]
 _HINT = "is config.json the one of this checkpoint?"
 
 
 @dataclass(frozen=True)
 class Filling:
-    """One checkpoint tensor and the part of a module's storage that it fills."""
+    """One checkpoint tensor and the part of a module's storage, which is row-wise, that it fills."""
 
     name: str
     weight: PackedWeight | KeptWeight
     at: At
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ def check_accounting(model: PreTrainedModel, checkpoint: Checkpoint) -> Layout:
         FormatError: a tensor is missing, is of no use to the model, or has the wrong shape; it is named. A head of another class is
             neither (``heads.without_heads``).
     """
-    layout = place(model, checkpoint.keys())
+    layout = place(model, checkpoint.keys(), {name: checkpoint.shape(name) for name in checkpoint.keys()})
     what = type(model).__name__
     hint = _HINT
     if (layout.unexpected or layout.missing) and (own := without_heads(model, layout, checkpoint.keys())):
@@ -103,6 +109,7 @@ class Assembler:
         self.fillings: list[Filling] = []
         self.replaced: list[PackedWeight | ExpertBlock] = []
         self.shared = SharedInput()
+        self._read, _ = read_past(model)
 
     def replace(self) -> None:
         """Put empty packed modules in place; what transformers loads itself stays as it is."""
@@ -122,11 +129,12 @@ class Assembler:
         for target, places in packed.items():
             path, _, parameter = target.rpartition(".")
             module = self.model.get_submodule(path)
-            if isinstance(module, QuantExperts):
+            if isinstance(module, QuantExperts | DeclaredExperts):
                 continue
             if getattr(module, parameter).dim() == 3:
-                self._replace_experts(path, module, by_target, target)
-                elsewhere.add(rf"^{re.escape(path)}\.")
+                elsewhere |= {
+                    rf"^{re.escape(each)}(\.|$)" for each in self._replace_experts(path, parameter, by_target)
+                }
             else:
                 (name,) = places
                 self._replace_matrix(path, parameter, self._packed(name, checkpoint_shape(places[name])), name)
@@ -142,7 +150,8 @@ class Assembler:
             if isinstance(weight, PackedWeight):
                 weight.fill(filling.at, self.checkpoint.parts(name))
             else:
-                weight.fill(filling.at, self.checkpoint.tensor(name))
+                tensor = self.checkpoint.tensor(name)
+                weight.fill(filling.at, tensor.mT if filling.transposed else tensor)
         for module in self.replaced:
             module.finish()
 
@@ -150,16 +159,18 @@ class Assembler:
         """An empty packed weight that ``name`` alone fills."""
         fmt = self.checkpoint.format_of(name)
         assert fmt is not None
-        weight = PackedWeight(fmt, shape)
+        weight = PackedWeight(fmt.rowwise, swapped(shape) if fmt.transposed else shape)
         self.fillings.append(Filling(name, weight, ()))
         self.replaced.append(weight)
         return weight
 
     def _replace_matrix(self, path: str, parameter: str, weight: PackedWeight, name: str) -> None:
         module = self.model.get_submodule(path)
-        dtype = getattr(module, parameter).dtype
+        plain = getattr(module, parameter)
+        fmt = self.checkpoint.format_of(name) if name in self.layout.places else None
+        transposed = fmt is not None and fmt.transposed
         new: nn.Module
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        if isinstance(module, Conv1D if transposed else nn.Linear) and called_plainly(module, path, self._read):
             new = QuantLinear(weight, module.bias, self.shared)
         elif isinstance(module, nn.Embedding):
             known = type(module).forward is nn.Embedding.forward or hasattr(module, "scalar_embed_scale")
@@ -167,9 +178,9 @@ class Assembler:
                 raise UnsupportedError(
                     f"{name}: no packed form of the embedding {type(module).__name__}; keep it at 16 bits"
                 )
-            new = QuantEmbedding(weight, dtype, float(getattr(module, "scalar_embed_scale", 1.0)))
+            new = QuantEmbedding(weight, plain.dtype, float(getattr(module, "scalar_embed_scale", 1.0)))
         else:
-            hold_packed(module, parameter, weight, dtype)
+            hold_packed(module, parameter, weight, plain.dtype, transposed)
             return
         self.model.set_submodule(path, new)
 
@@ -185,20 +196,47 @@ class Assembler:
                     path, _, parameter = want.rpartition(".")
                     self._replace_matrix(path, parameter, cast(PackedWeight, holder.weight), want)
 
-    def _replace_experts(self, path: str, module: Any, by_target: dict[str, dict[str, Place]], name: str) -> None:
-        reason = _why_not_experts(module)
-        if reason:
-            raise UnsupportedError(f"{name}: no packed form of {type(module).__name__}: {reason}; keep it at 16 bits")
-        gate_up, down = (
-            self._expert_weights(by_target[f"{path}.{parameter}"], tuple(plain.shape), plain.dtype)
-            for parameter, plain in (("gate_up_proj", module.gate_up_proj), ("down_proj", module.down_proj))
-        )
-        self.model.set_submodule(path, QuantExperts(gate_up, down, module.act_fn, self.shared))
+    def _replace_experts(self, path: str, parameter: str, by_target: dict[str, dict[str, Place]]) -> list[str]:
+        """Put packed experts in place; returns the parameters that transformers need not load."""
+        module: Any = self.model.get_submodule(path)
+        names = ["gate_up_proj", "down_proj"]
+        plain = _plain_experts(module)
+        if not plain:
+            names = [first_of(module), "down_proj"] if declared(module) else [parameter]
+        transposed = is_transposed(module, self.model.config.get_text_config().hidden_size)
+        made = {}
+        for each in names:
+            target = f"{path}.{each}"
+            made[each] = self._expert_weights(by_target[target], getattr(module, each), transposed)
+        if plain:
+            self.model.set_submodule(
+                path, QuantExperts(made["gate_up_proj"], made["down_proj"], module.act_fn, self.shared)
+            )
+            return [path]
+        if declared(module):
+            hold_experts(module, made)
+        else:
+            (weights,) = made.values()
+            self._hold_stack(module, parameter, weights, transposed)
+        return [f"{path}.{each}" for each in names]
 
-    def _expert_weights(self, places: dict[str, Place], shape: tuple[int, ...], dtype: torch.dtype) -> ExpertWeights:
+    def _hold_stack(self, module: nn.Module, parameter: str, weights: ExpertWeights, transposed: bool) -> None:
+        """Let a module whose products transformers does not describe decode what it reads."""
+        (block,) = weights.blocks if len(weights.blocks) == 1 else (None,)
+        weight = block.weight if isinstance(block, ExpertBlock) else None
+        if not isinstance(weight, PackedWeight):
+            raise UnsupportedError(
+                f"{parameter} of {type(module).__name__}: its experts have several formats, and transformers does not say how "
+                "they are multiplied; give all of them one format"
+            )
+        hold_packed(module, parameter, weight, getattr(module, parameter).dtype, transposed)
+
+    def _expert_weights(self, places: dict[str, Place], plain: torch.Tensor, transposed: bool) -> ExpertWeights:
+        """Packed and kept blocks of a parameter [E, out, in], or [E, in, out] where the module is ``transposed``."""
+        shape = swapped(tuple(plain.shape)) if transposed else tuple(plain.shape)
         by_expert: dict[int | None, list[tuple[str, Place]]] = defaultdict(list)
         for name, found in places.items():
-            by_expert[found.expert].append((name, found))
+            by_expert[found.expert].append((name, self._rowwise(name, found, transposed)))
         grouped: dict[tuple[int, int, Format | None], list[tuple[int | None, _Segment]]] = defaultdict(list)
         for expert, pieces in by_expert.items():
             for segment in self._segments(pieces):
@@ -208,22 +246,36 @@ class Assembler:
             whole = members[0][0] is None  # one tensor holds all experts
             experts = list(range(shape[0])) if whole else [expert for expert, _ in members if expert is not None]
             stored = (len(experts), rows, shape[2])
-            weight = PackedWeight(fmt, stored, uses=("grouped",)) if fmt else KeptWeight(stored, dtype)
+            weight = PackedWeight(fmt, stored, uses=("grouped",)) if fmt else KeptWeight(stored, plain.dtype)
             for slot, (_, segment) in enumerate(members):
                 for name, first in segment.sources:
-                    count = checkpoint_shape(places[name])[-2]
-                    at: At = () if whole else (slot, slice(first - row, first - row + count))
-                    self.fillings.append(Filling(name, weight, at))
+                    found = places[name]
+                    at: At = (
+                        _rows_of(found, rows)
+                        if whole
+                        else (slot, slice(first - row, first - row + checkpoint_shape(found)[-2]))
+                    )
+                    self.fillings.append(Filling(name, weight, at, transposed != found.transposed))
             blocks.append(ExpertBlock(weight, experts, row, shape[0]))
         self.replaced.extend(blocks)
         return ExpertWeights(blocks, shape[1])
+
+    def _rowwise(self, name: str, found: Place, transposed: bool) -> Place:
+        """The place with the shape [..., out, in]. Raises UnsupportedError for a format whose groups run along the outputs."""
+        fmt = self.checkpoint.format_of(name)
+        stored = transposed != found.transposed
+        if fmt is not None and fmt.transposed != stored:
+            raise UnsupportedError(
+                f"{name}: is packed as {fmt.id}, along its outputs; quantize the original again by a plan of this version"
+            )
+        return replace(found, shape=swapped(checkpoint_shape(found))) if stored else found
 
     def _segments(self, pieces: list[tuple[str, Place]]) -> list[_Segment]:
         """Neighbouring rows of one format become one segment: gate and up are then one product."""
         segments: list[_Segment] = []
         for name, found in sorted(pieces, key=lambda piece: piece[1].row):
-            fmt = self.checkpoint.format_of(name)
-            rows = checkpoint_shape(found)[-2]
+            stored = self.checkpoint.format_of(name)
+            fmt, rows = stored and stored.rowwise, checkpoint_shape(found)[-2]
             last = segments[-1] if segments else None
             if last and (last.fmt, last.row + last.rows) == (fmt, found.row):
                 sources = (*last.sources, (name, found.row))
@@ -246,24 +298,24 @@ def checkpoint_shape(found: Place) -> tuple[int, ...]:
     return found.shape
 
 
-def _why_not_experts(module: nn.Module) -> str | None:
-    """Why ``QuantExperts`` cannot stand in for this module, or None."""
-    for parameter in ("gate_up_proj", "down_proj"):
-        weight = getattr(module, parameter, None)
-        if weight is None or weight.dim() != 3:
-            return f"it has no fused {parameter}"
-    if not callable(getattr(module, "act_fn", None)):
-        return "it has no act_fn"
-    if not getattr(module, "is_concatenated", True) or not getattr(module, "has_gate", True):
-        return "gate and up are not stacked"
-    if getattr(module, "is_transposed", False) or getattr(module, "has_bias", False):
-        return "its matrices are transposed or have biases"
-    if getattr(module, "has_post_expert_norm", False):
-        return "it normalises each expert's output"
+def _rows_of(found: Place, rows: int) -> At:
+    """Where the rows of a tensor of all experts go: all in place, or, where they take turns, the even ones before the odd ones."""
+    if not found.interleaved:
+        return ()
+    order = (
+        torch.arange(rows, device="cpu").view(2, -1).T.flatten()
+    )  # transformers assembles models under the meta device
+    return (slice(None), order)
+
+
+def _plain_experts(module: nn.Module) -> bool:
+    """Whether ``QuantExperts``, for which there are kernels, can stand in for a module: stacked gate and up, and nothing of its own."""
+    fused = all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in ("gate_up_proj", "down_proj"))
+    stacked = getattr(module, "is_concatenated", True) and getattr(module, "has_gate", True)
+    plain = not any(getattr(module, mark, False) for mark in ("is_transposed", "has_bias", "has_post_expert_norm"))
     gate = getattr(type(module), "_apply_gate", None)
-    if gate is not None and gate.__module__ != "transformers.integrations.moe":
-        return "it gates in its own way"
-    return None
+    usual = gate is not None and gate.__module__ == "transformers.integrations.moe"
+    return bool(fused and callable(getattr(module, "act_fn", None)) and stacked and plain and usual)
 
 
 def _more(names: list[str]) -> str:

@@ -24,7 +24,7 @@ class KeptWeight(nn.Module):
         super().__init__()
         self.register_buffer("tensor", torch.empty(tuple(shape), dtype=dtype, device=device), persistent=False)
 
-    def fill(self, at: tuple[int | slice, ...], tensor: Tensor) -> None:
+    def fill(self, at: tuple[int | slice | Tensor, ...], tensor: Tensor) -> None:
         self.tensor[at] = tensor.to(self.tensor.device, self.tensor.dtype)
 
     def finish(self) -> None:

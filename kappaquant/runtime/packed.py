@@ -109,7 +109,7 @@ class PackedWeight(nn.Module):
         """The buffer that a stored part fills, if the format has one of this suffix."""
         return self._buffers.get(suffix[1:])
 
-    def fill(self, at: tuple[int | slice, ...], parts: Mapping[str, Tensor]) -> None:
+    def fill(self, at: tuple[int | slice | Tensor, ...], parts: Mapping[str, Tensor]) -> None:
         """Copy stored parts into the slice ``at`` of the leading axes."""
         for suffix, part in parts.items():
             self.get_buffer(suffix[1:])[at] = part.to(self.device)
@@ -180,8 +180,8 @@ class PackedWeight(nn.Module):
         """Whether its products do, so that no CUDA graph can hold them."""
         return self.serves in self.kernel.waits_for_host
 
-    def rows(self, index: Tensor) -> Tensor:
-        """weight[index] in float32 [*index.shape, in], for a weight [out, in] that serves "rows"."""
+    def rows(self, index: Tensor | int) -> Tensor:
+        """weight[index] in float32: rows [*index.shape, in] of a weight [out, in], matrices of a stack; it must serve "rows"."""
         return dispatch.decode([part[index] for part in self.tensors], self.spec, self.shape[-1])
 
     def dequantize(self) -> Tensor:
@@ -241,19 +241,56 @@ class QuantEmbedding(nn.Module):
         return found if self.scale == 1.0 else found * self.scale
 
 
-def hold_packed(module: nn.Module, name: str, weight: PackedWeight, dtype: torch.dtype) -> None:
+class DecodedStack:
+    """A packed weight [E, out, in] as its module's own code reads it: one matrix is decoded for ``stack[e]``, all for anything else."""
+
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype, transposed: bool) -> None:
+        self._weight, self.dtype, self._transposed = weight, dtype, transposed
+        *lead, rows, inputs = weight.shape
+        self.shape = torch.Size((*lead, inputs, rows) if transposed else weight.shape)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if not isinstance(index, int | Tensor):
+            return self.dense()[index]
+        return self._as_read(self._weight.rows(index))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.dense(), name)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        dense = [each.dense() if isinstance(each, DecodedStack) else each for each in args]
+        named = {key: each.dense() if isinstance(each, DecodedStack) else each for key, each in (kwargs or {}).items()}
+        return function(*dense, **named)
+
+    def dense(self) -> Tensor:
+        """All of it; a temporary."""
+        return self._as_read(self._weight.dequantize())
+
+    def _as_read(self, matrices: Tensor) -> Tensor:
+        return (matrices.mT if self._transposed else matrices).to(self.dtype)
+
+
+def hold_packed(
+    module: nn.Module, name: str, weight: PackedWeight, dtype: torch.dtype, transposed: bool = False
+) -> None:
     """Replace parameter ``name`` of any module by a packed weight that is decoded each time the module reads it.
 
-    For modules that are neither linear layers nor embeddings, such as routers.
+    For modules whose own forward is to be kept: routers, linear layers of another kind, experts that transformers does not describe.
+
+    Args:
+        transposed: the module reads [..., in, out].
     """
     held = f"{name}_packed"
     weight.serve("rows")
     del module._parameters[name]
     module.add_module(held, weight)
 
-    def read(self: nn.Module) -> Tensor:
-        packed: Any = getattr(self, held)
-        return packed.dequantize().to(dtype)
+    def read(self: nn.Module) -> Tensor | DecodedStack:
+        stack = DecodedStack(getattr(self, held), dtype, transposed)
+        return stack if len(stack.shape) > 2 else stack.dense()
 
+    if len(weight.shape) > 2:
+        module._is_hf_initialized = True  # type: ignore[assignment]  # transformers need not look for random values, in place, for it
     cls = type(module)
     module.__class__ = type(cls.__name__, (cls,), {name: property(read), "__module__": cls.__module__})

@@ -6,7 +6,7 @@ from headers import in_memory
 from kappaquant.models import inventory as module
 from kappaquant.models.architectures.base import registered
 from kappaquant.models.inventory import Inventory
-from kappaquant.models.roles import fused_groups, kind_of
+from kappaquant.models.roles import fused_groups, kind_of, kinds_of
 
 
 @pytest.mark.parametrize("arch", ["qwen3_5_moe", "gemma3"])
@@ -23,11 +23,11 @@ def test_it_agrees_with_the_functions(arch):
 def test_each_tensor_is_looked_at_once(monkeypatch):
     asked = []
 
-    def counted(name, info, config):
-        asked.append(name)
-        return kind_of(name, info, config)
+    def counted(tensors, config):
+        asked.extend(tensors)
+        return kinds_of(tensors, config)
 
-    monkeypatch.setattr(module, "kind_of", counted)
+    monkeypatch.setattr(module, "kinds_of", counted)
     tensors, config = in_memory("qwen3")
     inventory = Inventory(tensors, config)
     assert not asked

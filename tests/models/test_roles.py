@@ -149,7 +149,8 @@ def test_role_and_default(name, shape, role):
 
 
 def test_cases_cover_every_role():
-    assert {role for *_, role in CASES} == set(Role) == set(ROLES)
+    by_structure = {Role.LINEAR, Role.RECURRENT, Role.TOWER}  # see test_structure
+    assert {role for *_, role in CASES} | by_structure == set(Role) == set(ROLES)
 
 
 def test_mtp_tensors_keep_their_part():

@@ -137,6 +137,12 @@ class KappaquantConfig(QuantizationConfig):
     def _open(self, folder: Path) -> None:
         """Read the headers, and account for every tensor as loading with transformers does."""
         checkpoint = open_checkpoint(folder)
+        for name in checkpoint.keys():
+            if (fmt := checkpoint.format_of(name)) and fmt.transposed:
+                raise UnsupportedError(
+                    f"{name}: is packed as {fmt.id}, for a weight that is stored [..., in, out], which no layer of vLLM's takes; "
+                    "plan with --target vllm"
+                )
         try:
             model = meta_model(folder)
         except UnsupportedError as problem:

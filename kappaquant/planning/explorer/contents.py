@@ -6,12 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 from kappaquant.errors import PlanError
 from kappaquant.files.safetensors import TensorInfo
-from kappaquant.formats.codebook import BITS, fitting
+from kappaquant.formats.codebook import BITS
 from kappaquant.formats.entry import KEPT_BITS
+from kappaquant.formats.transposed import fitting_weight
 from kappaquant.models.inventory import Inventory
 from kappaquant.models.roles import Role
 from kappaquant.planning.make import why_kept
@@ -71,7 +73,7 @@ class Contents:
         Raises:
             PlanError: evidence of another model, one that lacks a tensor or every format of it.
         """
-        inventory = Inventory(self.tensors, self.config)
+        inventory = self._inventory
         units, fixed = self._free(inventory), self._fixed(inventory)
         names = sorted(self.tensors, key=natural)
         number = {name: position for position, name in enumerate(names)}
@@ -99,6 +101,10 @@ class Contents:
             "start": sum(choice_bytes(self.plan.choice(name), info) for name, info in self.tensors.items()),
             "marks": [asdict(mark) for mark in sorted(marks, key=lambda mark: (mark.nbytes, mark.name))],
         }
+
+    @cached_property
+    def _inventory(self) -> Inventory:
+        return Inventory(self.tensors, self.config)
 
     def _overrides(self) -> list[Any]:
         return list(self.plan.inputs.get("overrides", []))
@@ -196,7 +202,11 @@ class Contents:
         """Format id by tensor at a width, None for one that is kept."""
         if bits == KEPT_BITS:
             return dict.fromkeys(names)
-        return {name: fitting(bits, self.tensors[name].shape[-1], self.plan.group_size).id for name in names}
+        kinds, group_size = self._inventory.kinds, self.plan.group_size
+        return {
+            name: fitting_weight(bits, self.tensors[name].shape, group_size, kinds[name].transposed).id
+            for name in names
+        }
 
     def _has_error(self, name: str, fmt: str | None) -> bool:
         known = self.evidence.tensors.get(name)
@@ -241,7 +251,7 @@ class Contents:
         group_size = self.plan.group_size
         kept = {name: Choice(KEPT, why) for name in self.tensors if (why := why_kept(inventory, name, group_size))}
         by_hand = {name: fixed[name] for name in fixed if self._set_by_hand(name)}
-        budget = Budget({**kept, **by_hand}, group_size=group_size)
+        budget = Budget({**kept, **by_hand}, group_size=group_size, transposed=inventory.transposed)
         marks = []
         for name, policy in _MARKED.items():
             decision = policy.choose(inventory, Evidence(), budget)

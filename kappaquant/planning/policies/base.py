@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 from kappaquant.errors import BudgetError, PlanError
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.base import Format
-from kappaquant.formats.codebook import AUTO, GroupSize, fitting
+from kappaquant.formats.codebook import AUTO, GroupSize
 from kappaquant.formats.entry import KEPT_BITS
+from kappaquant.formats.transposed import fitting_weight
 from kappaquant.models.inventory import Inventory
 from kappaquant.planning.plan import KEPT, Choice, check_bits_or_kept, format_of
 from kappaquant.planning.sensitivity import Sensitivities
@@ -61,6 +62,7 @@ class Budget:
         shards: file name -> its tensors, as the checkpoint's files will hold them.
         overridden: names of the fixed tensors that an override set.
         fuse: tensors that serving engines fuse must have one width.
+        transposed: names of tensors that are stored [..., in, out].
     """
 
     fixed: Mapping[str, Choice] = field(default_factory=dict)
@@ -70,6 +72,7 @@ class Budget:
     shards: Mapping[str, Mapping[str, TensorInfo]] = field(default_factory=dict)
     overridden: frozenset[str] = frozenset()
     fuse: bool = False
+    transposed: frozenset[str] = frozenset()
 
     def free(self, inventory: Inventory) -> list[str]:
         """The tensors that the policy decides."""
@@ -78,7 +81,9 @@ class Budget:
     def choice(self, info: TensorInfo, bits: int, why: str) -> Choice:
         """A codebook format of so many bits, 2 to 8, in groups that suit the tensor, or 16 to keep it."""
         check_bits_or_kept(bits, info.name)
-        return Choice(KEPT if bits == KEPT_BITS else fitting(bits, info.shape[-1], self.group_size).id, why)
+        if bits == KEPT_BITS:
+            return Choice(KEPT, why)
+        return Choice(fitting_weight(bits, info.shape, self.group_size, info.name in self.transposed).id, why)
 
     def nbytes(self, choice: Choice, info: TensorInfo) -> int:
         """Bytes of a file that a tensor takes once it is stored as chosen, at most: its place in the header decides a few."""

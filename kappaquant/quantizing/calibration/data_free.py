@@ -6,6 +6,7 @@ from functools import partial
 
 from kappaquant.errors import NonFiniteError
 from kappaquant.formats.codebook import BITS, GroupSize, fitting
+from kappaquant.formats.transposed import fitting_weight
 from kappaquant.models.inventory import Inventory
 from kappaquant.planning.profile import scan
 from kappaquant.planning.sensitivity import Report, Sensitivities, TensorErrors, decided, units_of
@@ -26,7 +27,7 @@ def of_weights(
     kinds = Inventory(source.tensors, source.config).kinds
     sizes: dict[int, list[str]] = {}
     for name in filter(lambda name: decided(kinds[name]), kinds):
-        width = source.tensors[name].shape[-1]
+        width = kinds[name].inputs(source.tensors[name].shape)
         sizes.setdefault(fitting(min(BITS), width, group_size).group_size, []).append(name)
     tensors, kurtosis = {}, {}
     for number, (size, names) in enumerate(sorted(sizes.items())):
@@ -41,7 +42,8 @@ def of_weights(
                     f"{name}: holds NaN or infinity, or values whose norms float16 does not hold; repair the source"
                 )
             kurtosis[name] = stats.kurtosis
-            errors = {fitting(bits, stats.shape[-1], size).id: error for bits, error in stats.relative_mse.items()}
+            crosswise = kinds[name].transposed
+            errors = {fitting_weight(b, stats.shape, size, crosswise).id: e for b, e in stats.relative_mse.items()}
             tensors[name] = TensorErrors(float(stats.numel), errors)
     model = model_of(source)
     units = tuple(units_of(kinds, [name for name in kinds if name in tensors], None))

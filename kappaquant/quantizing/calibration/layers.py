@@ -90,7 +90,7 @@ class Layers:
 
     def target(self, at: Place) -> Tensor:
         """The parameter, or the part of it, that a place names."""
-        parameter = self.model.get_parameter(at.target).detach()
+        parameter = self.model.get_parameter_or_buffer(at.target).detach()
         if at.expert is None or at.shape is None:
             return parameter
         return parameter[at.expert, at.row : at.row + at.shape[0]]

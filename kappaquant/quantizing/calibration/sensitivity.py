@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from kappaquant.errors import NonFiniteError
+from kappaquant.errors import NonFiniteError, UnsupportedError
 from kappaquant.files.processes import choose_device, choose_jobs, in_order, pool
 from kappaquant.files.tensors import SLICE_ELEMENTS
 from kappaquant.formats.codebook import check_bits, check_group_choice
@@ -116,6 +116,10 @@ class _Pass:
         self._layers = Layers(source, device, torch.float32)
         self._workers, self._ahead = workers, jobs + 1
         self._kinds = Inventory(source.tensors, source.config).kinds
+        if crosswise := next((n for n, kind in self._kinds.items() if kind.transposed and decided(kind)), None):
+            raise UnsupportedError(
+                f"{crosswise}: is stored [..., in, out], and such weights are not calibrated; measure with --data-free"
+            )
         widths = {name: info.shape[-1] for name, info in source.tensors.items() if decided(self._kinds[name])}
         self._formats = {name: trial.format(width) for name, width in widths.items()}
         self._kept_on = self._place_of_states()

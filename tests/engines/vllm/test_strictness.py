@@ -19,6 +19,8 @@ from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm_layers import ATTENTION, QKV, config_of, stored
 
+import kappaquant
+from benchmarks.tiny_architectures import class_of, tiny
 from kappaquant.engines.vllm.config import KappaquantConfig
 from kappaquant.errors import FormatError, UnsupportedError
 
@@ -63,6 +65,17 @@ def test_files_against_the_map_before_any_engine_starts(folder: Path, edit: Edit
     broken = edited(folder, tmp_path / "broken", edit)
     with pytest.raises(FormatError, match=named):
         EngineArgs(model=str(broken), skip_tokenizer_init=True, dtype="float32").create_engine_config()
+
+
+def test_a_transposed_format_before_any_engine_starts(tmp_path: Path) -> None:
+    """GPT-2's matrices lie [in, out]; a plan with --target vllm would have kept them."""
+    class_of("gpt2")(tiny("gpt2")).save_pretrained(tmp_path / "source")
+    source = kappaquant.open_source(tmp_path / "source")
+    plan = kappaquant.make_plan(source.tensors, source.config, "uniform", bits=4)
+    folder = kappaquant.quantize(source, tmp_path / "packed", plan, kappaquant.Options(effort="fast", jobs=1))
+    config = KappaquantConfig.from_config(json.loads((folder / "config.json").read_text())["quantization_config"])
+    with pytest.raises(UnsupportedError, match=r"c_attn\.weight: is packed as tq4g128t.*plan with --target vllm"):
+        config.maybe_update_config(str(folder))
 
 
 def test_a_parameter_that_map_and_files_both_lack(folder: Path, tmp_path: Path) -> None:
