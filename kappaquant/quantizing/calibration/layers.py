@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from kappaquant.errors import NonFiniteError, SourceError, UnsupportedError
+from kappaquant.errors import KappaquantError, NonFiniteError, SourceError, UnsupportedError
 from kappaquant.models.skeleton import Place, meta_model, place
 from kappaquant.sources.source import Source
 
@@ -36,7 +37,7 @@ class Layers:
     def __init__(self, source: Source, device: str, dtype: torch.dtype) -> None:
         self.source, self.device, self.dtype = source, torch.device(device), dtype
         self.model: PreTrainedModel = meta_model(source.config).eval()
-        found = place(self.model, source.tensors)
+        found = place(self.model, source.tensors, {name: info.shape for name, info in source.tensors.items()})
         if found.missing:
             raise SourceError(f"{found.missing[0]}: {source.label} has no tensor for it; fetch the model again")
         self.places = found.places
@@ -50,7 +51,11 @@ class Layers:
             )
         self.prefixes = [f"{_name_of(self.model, layer)}." for layer in layers]
         self._layers = list(layers)
-        self._prepare()
+        for number in range(len(layers)):
+            for name in self.names(number):
+                _check_place(name, self.places[name])
+        with self._known():
+            self._prepare()
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -75,8 +80,14 @@ class Layers:
     def put(self, name: str, weight: Tensor) -> None:
         """A tensor into its place in the model."""
         at = self.places[name]
+        _check_place(name, at)
         target = self.target(at)
-        target.copy_(weight.to(self.device, target.dtype).view(target.shape))
+        if target.shape != weight.shape:
+            raise UnsupportedError(
+                f"{name}: has shape {list(weight.shape)}, {type(self.model).__name__} wants {list(target.shape)}; is config.json the one "
+                "of this model?"
+            )
+        target.copy_(weight.to(self.device, target.dtype))
 
     def _put_own(self, name: str) -> None:
         """A tensor of the source into its place."""
@@ -117,7 +128,8 @@ class Layers:
             layer.forward = partial(listen, number == 0)
         try:
             for rows in windows.split(ROWS):
-                self._decoder(input_ids=rows.to(self.device), use_cache=False)
+                with self._known():
+                    self._decoder(input_ids=rows.to(self.device), use_cache=False)
         finally:
             for layer in self._layers:
                 del layer.forward
@@ -128,8 +140,23 @@ class Layers:
         """Hidden states behind a loaded layer, of each [rows, tokens, width] before it; called as ``embed`` found."""
         for state, of_layers in zip(states, calls, strict=True):
             args, kwargs = of_layers[number]
-            out = self._layers[number](state, *args, **kwargs)
+            with self._known():
+                out = self._layers[number](state, *args, **kwargs)
             yield out[0] if isinstance(out, tuple) else out
+
+    @contextmanager
+    def _known(self) -> Iterator[None]:
+        """What goes wrong inside of a model's own code, for it was written to run whole, says that the architecture is not known here."""
+        try:
+            yield
+        except (KappaquantError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as problem:
+            said = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+            raise UnsupportedError(
+                f"{type(self.model).__name__}: calibration does not know how to go through its layers one by one ({said}); quantize "
+                "without --calibration"
+            ) from problem
 
     def load_head(self) -> nn.Linear:
         """The module that makes logits, with the source's weights: those of the embedding where both are one.
@@ -191,6 +218,14 @@ class Layers:
         for name, at in self.places.items():
             if at.target.startswith(prefix):
                 self._put_own(name)
+
+
+def _check_place(name: str, at: Place) -> None:
+    """Raise UnsupportedError for a tensor that goes into the model otherwise than it lies in the file."""
+    if at.shape is None or at.transposed or at.interleaved or at.beside:
+        raise UnsupportedError(
+            f"{name}: transformers rearranges this tensor on loading, which calibration does not follow; quantize without --calibration"
+        )
 
 
 def _again(module: nn.Module, config: Any, device: torch.device) -> nn.Module:
