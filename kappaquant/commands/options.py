@@ -41,7 +41,10 @@ GroupOpt = Annotated[
 JobsOpt = Annotated[int | None, typer.Option(help="Worker processes; default one per core, up to 8.")]
 DeviceOpt = Annotated[str | None, typer.Option(help="cpu or cuda; default CUDA if there is one.")]
 ActivationsOpt = Annotated[
-    str, typer.Option(help="On NVIDIA GPUs: int8, or bf16 for float16 inputs with scales, which lose less.")
+    str,
+    typer.Option(
+        help="What weights are multiplied by: int8; on NVIDIA GPUs also bf16 (float16 with scales), on CPUs float32, which lose less."
+    ),
 ]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ProfileOpt = Annotated[Path | None, typer.Option(help="Profile written by scan; the kurtosis policy needs it.")]

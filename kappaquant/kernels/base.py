@@ -15,7 +15,8 @@ from kappaquant.formats.base import Format
 
 Use = Literal["linear", "experts", "grouped", "rows"]
 """What a weight is for: products; whole blocks of routed experts; products of single experts; looking up rows."""
-ACTIVATIONS = ("int8", "bf16")  # the default first: see docs/kernels.md for what each loses
+ACTIVATIONS = ("int8", "bf16", "float32")
+"""What kernels multiply by, the default first: see docs/kernels.md and docs/cpu.md for what each loses."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,11 @@ class Kernel(ABC):
         raise UnsupportedError(f"{self.name}: runs no whole blocks of experts")
 
 
-def check_activations(activations: str) -> None:
-    """Raise UnsupportedError unless kernels know such inputs."""
+def check_activations(activations: str, device: torch.device | str | None = None) -> None:
+    """Raise UnsupportedError unless kernels know such inputs, on a device if one is named."""
     if activations not in ACTIVATIONS:
         raise UnsupportedError(f"activations {activations!r}: must be one of {', '.join(ACTIVATIONS)}")
+    if activations == "float32" and device is not None and torch.device(device).type == "cuda":
+        raise UnsupportedError(
+            "activations 'float32': kernels on NVIDIA GPUs multiply by int8 or by bf16; take one of these, or the CPU"
+        )

@@ -21,6 +21,8 @@ from kappaquant.formats import codec
 from kappaquant.formats.base import Effort, Encoded, Format
 from kappaquant.formats.codebook import BITS, CodebookFormat
 from kappaquant.kernels.base import Arranged, Kernel, Use
+from kappaquant.kernels.cpu.library import absence
+from kappaquant.kernels.cpu.native import Native
 from kappaquant.kernels.cuda import encoder
 from kappaquant.kernels.cuda.tiled import Tiled
 from kappaquant.kernels.torch import AnyFormat, Lookups
@@ -28,7 +30,7 @@ from kappaquant.kernels.torch import AnyFormat, Lookups
 logger = logging.getLogger("kappaquant")
 
 # Fastest first: of those that serve a use, the first that does not refuse runs.
-_KERNELS: list[Kernel] = [Tiled(), Lookups(), AnyFormat()]
+_KERNELS: list[Kernel] = [Tiled(), Native(), Lookups(), AnyFormat()]
 _SERVED: dict[str, tuple[Kernel, Format]] = {}
 """What a spec stands for: "<kernel>/<format key>", the same in every process that has chosen it."""
 _LIBRARY = torch.library.Library("kappaquant", "FRAGMENT")
@@ -86,10 +88,12 @@ def choose(fmt: Format, parts: Mapping[str, Tensor], uses: Sequence[Use], kernel
 
 
 def _say_what_is_slow(chosen: Kernel, reasons: Sequence[str], parts: Mapping[str, Tensor]) -> None:
-    on_gpu = next(iter(parts.values())).device.type == "cuda"
+    device = next(iter(parts.values())).device.type
     refused = [reason for reason in reasons if "does not serve" not in reason]
-    if on_gpu and refused and isinstance(chosen, AnyFormat):
+    if device == "cuda" and refused and isinstance(chosen, AnyFormat):
         _say_once(f"{refused[0]}; this weight runs in torch, which is slower")
+    elif device == "cpu" and isinstance(chosen, Lookups) and absence():
+        _say_once(f"{absence()}; until then weights run in torch, which is many times slower")
 
 
 @cache

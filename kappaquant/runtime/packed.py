@@ -23,8 +23,8 @@ class SharedInput:
     Remembers the last input only by a weak reference, and what was made of it only while that input lives unmodified.
 
     Attributes:
-        activations: what GPU kernels multiply by: "int8", or "bf16" for float16 with a scale, which loses less than
-            bf16 does; torch kernels use float32.
+        activations: what kernels multiply by: "int8"; "bf16", which is float16 with a scale on GPUs, and loses less than bf16 does;
+            "float32" on CPUs. Torch kernels always use float32.
     """
 
     def __init__(self, activations: str = ACTIVATIONS[0]) -> None:

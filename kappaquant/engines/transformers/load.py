@@ -47,7 +47,8 @@ def load(
         path: its folder, or a Hub id, ``owner/name`` or ``owner/name@revision``.
         dtype: of the kept tensors and activations; default the one in config.json.
         device: default the CPU.
-        activations: what kernels on NVIDIA GPUs multiply by, "int8" or "bf16" (float16 with scales); see docs/kernels.md.
+        activations: what kernels multiply by: "int8"; on NVIDIA GPUs also "bf16" (float16 with scales), on CPUs "float32", which is
+            also what "bf16" is there; see docs/kernels.md and docs/cpu.md.
 
     Returns:
         The model in evaluation mode, of the class config.json names, and its tokenizer (None if the folder has none).
@@ -56,7 +57,7 @@ def load(
         FormatError: a tensor is missing, extra or misshapen, or the checkpoint is malformed.
         UnsupportedError: the architecture is unknown to transformers, or a packed tensor has no packed module.
     """
-    check_activations(activations)
+    check_activations(activations, device)
     register()
     checkpoint = open_checkpoint(path)
     for notice in checkpoint.notices:

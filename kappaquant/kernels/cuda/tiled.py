@@ -14,7 +14,7 @@ from torch import Tensor
 from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat
 from kappaquant.formats.codec import norms_refusal
-from kappaquant.kernels.base import Arranged, Kernel, Use
+from kappaquant.kernels.base import Arranged, Kernel, Use, check_activations
 from kappaquant.kernels.cuda import decoded, gemm, inputs, sorted_experts, tensor_cores, tiles
 from kappaquant.kernels.cuda import experts as few_experts
 
@@ -58,6 +58,7 @@ class Tiled(Kernel):
     def input_kind(
         self, fmt: Format, tokens: int, rows: int, activations: str, device: torch.device
     ) -> Hashable | None:
+        check_activations(activations, device)
         if decodes_first(tokens, device):
             return None
         assert isinstance(fmt, CodebookFormat)
