@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from kappaquant.errors import UnsupportedError
@@ -91,7 +92,9 @@ def _model(config: str) -> PreTrainedModel | None:
     try:
         return meta_model(content)
     except UnsupportedError as problem:
-        logger.info("%s", problem)
+        # of an unknown model_type nobody expects more, and plans warn of it themselves
+        level = logging.WARNING if content.get("model_type") in CONFIG_MAPPING else logging.INFO
+        logger.log(level, "%s; tensors are judged by their names", problem)
     except Exception as problem:  # whatever a model's own code raises about a configuration
         logger.warning(
             "config.json: transformers builds no %s model of it (%s: %s); tensors are judged by their names",

@@ -39,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("quantize {source} -o {root}/out --stream", "--stream: is of no effect on"),
         ("scan {source} --stream", "--stream: is of no effect on"),
         ("export {source} -o {root}/out --stream", "--stream: is of no effect on"),
-        ("export {checkpoint} -o {root}/out --revision main", "--revision main: is of no effect on"),
+        ("export {checkpoint} -o {root}/out --revision main", "--revision main applies to a Hub id"),
         ("export {checkpoint} -o {root}/out --bits 4", "--bits does not change the bits that the checkpoint has"),
         *(
             (
