@@ -95,7 +95,7 @@ def compared(model_type: str, folder: Path, calibrate: bool = True) -> dict[str,
     options = kappaquant.Options(effort="fast", jobs=1)
     kappaquant.quantize(source, folder / "packed", plan, options)
     dequantize(kappaquant.open_checkpoint(folder / "packed"), folder / "plain", "F32")
-    packed, _ = kappaquant.load(folder / "packed", dtype=torch.float32)
+    packed, _ = kappaquant.load(folder / "packed", dtype=torch.float32, activations="float32")
     plain = cls.from_pretrained(folder / "plain", dtype=torch.float32).eval()
     ids = torch.randint(2, VOCABULARY, (2, _WINDOW), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -77,7 +77,7 @@ def test_hub_files_that_transformers_transposes(tmp_path: Path) -> None:
     kappaquant.quantize(source, tmp_path / "packed", plan, kappaquant.Options(effort="fast", jobs=1))
     checkpoint = kappaquant.open_checkpoint(tmp_path / "packed")
     dequantize(checkpoint, tmp_path / "plain", "F32")
-    model, _ = kappaquant.load(tmp_path / "packed", dtype=torch.float32)
+    model, _ = kappaquant.load(tmp_path / "packed", dtype=torch.float32, activations="float32")
     plain = type(model).from_pretrained(tmp_path / "plain", dtype=torch.float32)
     ids = torch.arange(2, 30)[None]
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_an_override_packs_what_other_code_reads(tmp_path: Path) -> None:
     )
     kappaquant.quantize(source, tmp_path / "packed", plan, kappaquant.Options(effort="fast", jobs=1))
     dequantize(kappaquant.open_checkpoint(tmp_path / "packed"), tmp_path / "plain", "F32")
-    model, _ = kappaquant.load(tmp_path / "packed", dtype=torch.float32)
+    model, _ = kappaquant.load(tmp_path / "packed", dtype=torch.float32, activations="float32")
     plain = type(model).from_pretrained(tmp_path / "plain", dtype=torch.float32)
     mixer = model.backbone.layers[0].mixer
     assert isinstance(mixer.in_proj, QuantLinear)
@@ -115,7 +115,7 @@ def test_some_experts_kept_and_widths_mixed(tmp_path: Path) -> None:
     plan = kappaquant.make_plan(source.tensors, source.config, "uniform", bits=4, overrides=overrides)
     kappaquant.quantize(source, tmp_path / "packed", plan, kappaquant.Options(effort="fast", jobs=1))
     dequantize(kappaquant.open_checkpoint(tmp_path / "packed"), tmp_path / "plain", "F32")
-    packed, _ = kappaquant.load(tmp_path / "packed", dtype=torch.float32)
+    packed, _ = kappaquant.load(tmp_path / "packed", dtype=torch.float32, activations="float32")
     plain = type(packed).from_pretrained(tmp_path / "plain", dtype=torch.float32)
     ids = torch.arange(2, 30)[None]
     with torch.no_grad():
@@ -231,7 +231,7 @@ def test_an_architecture_of_next_month(novel: None, tmp_path: Path) -> None:
     assert "of the bytes are packed" in plan.warnings[0]
     kappaquant.quantize(source, tmp_path / "packed", plan, kappaquant.Options(effort="fast", jobs=1))
     dequantize(kappaquant.open_checkpoint(tmp_path / "packed"), tmp_path / "plain", "F32")
-    model, _ = kappaquant.load(tmp_path / "packed", dtype=torch.float32)
+    model, _ = kappaquant.load(tmp_path / "packed", dtype=torch.float32, activations="float32")
     plain = NovelModel.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     ids = torch.arange(2, 60)[None]
     with torch.no_grad():

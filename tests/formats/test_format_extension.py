@@ -103,7 +103,7 @@ def test_a_model_computes_with_it(quantized: Path, tmp_path: Path) -> None:
     import transformers
 
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
-    model, _ = kappaquant.load(quantized, dtype=torch.float32)
+    model, _ = kappaquant.load(quantized, dtype=torch.float32, activations="float32")
     held = {m.fmt.id: m.kernel.name for m in model.modules() if isinstance(m, PackedWeight)}
     assert held["int8row"] == "any format"
     ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))

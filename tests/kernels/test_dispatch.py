@@ -29,7 +29,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def product(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    return dispatch.linear(x, [], weight.tensors, weight.spec, [weight.shape[0]], None, "int8")
+    return dispatch.linear(x, [], weight.tensors, weight.spec, [weight.shape[0]], None, "float32")
 
 
 @pytest.fixture(params=["torch", "any format"])
@@ -128,7 +128,7 @@ def test_a_graph_writes_a_product_in_one_line() -> None:
     weights = [held(random(2, 64), CodebookFormat(bits, 32))[0] for bits in (3, 5)]
     parts = [(weight.spec, weight.tensors, 2) for weight in weights]
     parts.append((dispatch.KEPT, (random(3, 64),), 3))
-    graph = make_fx(lambda x: dispatch.fused_linear(x, parts, None, "int8"))(random(4, 64)).graph
+    graph = make_fx(lambda x: dispatch.fused_linear(x, parts, None, "float32"))(random(4, 64)).graph
     (product,) = [node for node in graph.nodes if "kappaquant.linear" in str(node.target)]
     assert len(str(product.format_node()).splitlines()) == 1
 
@@ -155,7 +155,7 @@ def test_custom_ops_pass_opcheck() -> None:
     experts, _ = held(random(4, 8, 60), CodebookFormat(3, 32), "grouped")
     x, index = random(3, 60), torch.tensor([[3, 0], [3, 2], [0, -1]])
     ops = torch.ops.kappaquant
-    torch.library.opcheck(ops.linear, (x, [], list(weight.tensors), weight.spec, [8], None, "int8"))
+    torch.library.opcheck(ops.linear, (x, [], list(weight.tensors), weight.spec, [8], None, "float32"))
     shape = list(experts.shape)
     torch.library.opcheck(ops.grouped_linear, (x, index, list(experts.tensors), experts.spec, shape))
     torch.library.opcheck(ops.decode, (list(weight.tensors), weight.spec, 60))

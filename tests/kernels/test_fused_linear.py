@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import preparations
 import pytest
 import torch
 from packed_weights import held
@@ -58,7 +59,7 @@ def multiply(
 def test_rows_of_all_parts_one_below_the_other(shape: tuple[int, ...], biased: bool) -> None:
     x, bias = torch.randn(shape), torch.randn(40) if biased else None
     weight = torch.cat(list(map(plain, parts())))
-    found = multiply(x, parts(), bias, "int8")
+    found = multiply(x, parts(), bias, "float32")
     assert found.shape == (*shape[:-1], 40)
     torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, bias))
 
@@ -67,35 +68,41 @@ def test_rows_of_all_parts_one_below_the_other(shape: tuple[int, ...], biased: b
 def test_the_result_has_the_dtype_of_the_input(dtype: torch.dtype) -> None:
     x = torch.randn(4, WIDTH).to(dtype)
     some = [packed(FORMATS["tq4g128"], 8, 0), kept(4, dtype)]
-    found = multiply(x, some, None, "int8")
+    found = multiply(x, some, None, "float32")
     assert found.dtype == dtype
     weight = torch.cat([plain(some[0]), some[1].tensor.float()])
     torch.testing.assert_close(found.float(), x.float() @ weight.t(), rtol=2e-2, atol=2e-2)
 
 
 def test_one_rotation_for_each_group_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    groups: list[int] = []
-    rotate = CodebookFormat.rotate
-    monkeypatch.setattr(CodebookFormat, "rotate", lambda self, x: groups.append(self.group_size) or rotate(self, x))
-    multiply(torch.randn(2, WIDTH), parts(), None, "int8")
+    groups = preparations.counted(monkeypatch)
+    multiply(torch.randn(2, WIDTH), parts(), None, "float32")
     assert groups == [128, 32]
 
 
 def test_the_op_is_one_that_compilers_accept() -> None:
     some = parts()[:2]
     specs = dispatch.SEPARATOR.join((some[0].spec, dispatch.KEPT))
-    arguments = (torch.randn(3, WIDTH), [], [*some[0].tensors, some[1].tensor], specs, [24, 5], torch.randn(29), "int8")
+    arguments = (
+        torch.randn(3, WIDTH),
+        [],
+        [*some[0].tensors, some[1].tensor],
+        specs,
+        [24, 5],
+        torch.randn(29),
+        "float32",
+    )
     torch.library.opcheck(torch.ops.kappaquant.linear, arguments)
 
 
 def test_compiled_for_any_number_of_tokens() -> None:
     some = torch.nn.ModuleList(parts())
     compiled = torch.compile(
-        lambda x: multiply(x, some, None, "int8"), backend="aot_eager", fullgraph=True, dynamic=True
+        lambda x: multiply(x, some, None, "float32"), backend="aot_eager", fullgraph=True, dynamic=True
     )
     for tokens in (2, 5):
         x = torch.randn(tokens, WIDTH)
-        torch.testing.assert_close(compiled(x), multiply(x, some, None, "int8"))
+        torch.testing.assert_close(compiled(x), multiply(x, some, None, "float32"))
 
 
 @pytest.mark.gpu

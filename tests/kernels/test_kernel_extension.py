@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from preparations import PLAIN
 
 import kappaquant
 from kappaquant.errors import UnsupportedError
@@ -88,18 +89,18 @@ def test_a_loaded_model_multiplies_by_it(kernel: Backwards, tmp_path: Path) -> N
     source = kappaquant.open_source(tiny_models.save_tiny("qwen3_moe", tmp_path / "source", experts="fused"))
     plan = kappaquant.make_plan(source.tensors, source.config, overrides=[("*.o_proj.weight", 4)])
     kappaquant.quantize(source, tmp_path / "out", plan)
-    model, _ = kappaquant.load(tmp_path / "out", dtype=torch.float32)
+    model, _ = kappaquant.load(tmp_path / "out", dtype=torch.float32, activations="float32")
     served = {name: m.kernel.name for name, m in model.named_modules() if isinstance(m, PackedWeight)}
     assert served["model.layers.0.self_attn.q_proj.weight"] == "backwards"
-    assert served["model.layers.0.self_attn.o_proj.weight"] == "torch"  # refused: 4 bits
-    assert {n for name, n in served.items() if "experts" in name} == {"torch"}  # it serves no experts
+    assert served["model.layers.0.self_attn.o_proj.weight"] == PLAIN  # refused: 4 bits
+    assert {n for name, n in served.items() if "experts" in name} == {PLAIN}  # it serves no experts
     ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found = model(input_ids=ids).logits
     assert kernel.products == sum(name == "backwards" for name in served.values())
     for name in ("backwards", "idle"):
         dispatch.unregister(name)
-    plain, _ = kappaquant.load(tmp_path / "out", dtype=torch.float32)
+    plain, _ = kappaquant.load(tmp_path / "out", dtype=torch.float32, activations="float32")
     with torch.no_grad():
         torch.testing.assert_close(found, plain(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
     dispatch.register(kernel)
@@ -126,4 +127,4 @@ def test_the_reason_of_one_that_refuses_is_told(kernel: Backwards) -> None:
         dispatch.choose(fmt, parts, ["linear"], kernel="idle")
     with pytest.raises(UnsupportedError, match="backwards: takes 3 bits, not tq4g32"):
         dispatch.choose(fmt, parts, ["linear"], kernel="backwards")
-    assert dispatch.choose(fmt, parts, ["linear"])[0].name == "torch"
+    assert dispatch.choose(fmt, parts, ["linear"])[0].name == PLAIN

@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import preparations
 import pytest
 import torch
 import transformers
@@ -23,8 +24,8 @@ import kappaquant
 from kappaquant.checkpoints.side_files import MANIFEST_NAME
 from kappaquant.engines.transformers.hooks import KappaquantConfig, KappaquantQuantizer
 from kappaquant.errors import FormatError, UnsupportedError
-from kappaquant.formats.codebook import CodebookFormat
 from kappaquant.planning.plan import Plan
+from kappaquant.runtime.assemble import set_activations
 from kappaquant.runtime.experts import QuantExperts
 from kappaquant.runtime.packed import PackedWeight, QuantEmbedding, QuantLinear
 
@@ -67,7 +68,7 @@ def any_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_logits_equal_the_dequantized_model(architecture: str, experts: Any, tied: bool, tmp_path: Path) -> None:
     source = save_tiny(architecture, tmp_path / "source", experts=experts, tied=tied)
     folder = quantize(source, tmp_path / "quantized")
-    model, tokenizer = kappaquant.load(folder)
+    model, tokenizer = kappaquant.load(folder, activations="float32")
     assert tokenizer is None
     assert any(isinstance(m, QuantLinear) for m in model.modules())
     assert any(isinstance(m, QuantExperts) for m in model.modules()) == (architecture in WITH_EXPERTS)
@@ -87,7 +88,7 @@ def test_packed_embeddings_heads_and_routers(architecture: str, tied: bool, tmp_
     if architecture in WITH_EXPERTS:
         bits["*mlp.gate.weight"] = 6
     folder = quantize(source, tmp_path / "quantized", bits)
-    model, _ = kappaquant.load(folder)
+    model, _ = kappaquant.load(folder, activations="float32")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(embedding, QuantEmbedding)
     assert isinstance(head, QuantLinear)
@@ -102,7 +103,7 @@ def test_experts_of_one_layer_may_differ(architecture: str, tmp_path: Path) -> N
     gate, up, down = ("w1", "w3", "w2") if architecture == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     bits = {f"*experts.0.{gate}.weight": 16, f"*experts.1.{up}.weight": 6, f"*experts.2.{down}.weight": 2}
     folder = quantize(source, tmp_path / "quantized", bits | {f"*experts.3.{down}.weight": 16})
-    model, _ = kappaquant.load(folder)
+    model, _ = kappaquant.load(folder, activations="float32")
     blocks = next(m for m in model.modules() if isinstance(m, QuantExperts)).gate_up_proj.blocks
     assert len(blocks) == 5  # experts 2-4 whole; of 0 and 1 the gate and the up rows each
     _assert_equal(model, _reference(folder, tmp_path / "reference"))
@@ -112,7 +113,7 @@ def test_experts_of_one_layer_may_differ(architecture: str, tmp_path: Path) -> N
 def test_one_of_two_fused_projections_may_be_kept(kept: str, other: str, tmp_path: Path) -> None:
     source = save_tiny("qwen3_5_moe_text", tmp_path / "source", experts="fused")
     folder = quantize(source, tmp_path / "quantized", {f"*experts.{kept}": 16, f"*experts.{other}": 4})
-    _assert_equal(kappaquant.load(folder)[0], _reference(folder, tmp_path / "reference"))
+    _assert_equal(kappaquant.load(folder, activations="float32")[0], _reference(folder, tmp_path / "reference"))
 
 
 def test_auto_model_loads_after_import_alone(tmp_path: Path) -> None:
@@ -162,6 +163,7 @@ def test_multimodal_with_an_image(tmp_path: Path) -> None:
     source = save_tiny("qwen3_5_moe", tmp_path / "source", experts="fused")
     folder = quantize(source, tmp_path / "quantized")
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
+    set_activations(model, "float32")
     ids = torch.tensor([[5, 92, 90, 90, 90, 90, 93, 7, 8]])
     image = torch.randn(16, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(2))
     inputs = {
@@ -194,7 +196,7 @@ def test_a_device_map_places_packed_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_dtype(dtype: torch.dtype | None, tmp_path: Path) -> None:
     folder = quantize(save_tiny("mixtral", tmp_path / "source", dtype=torch.bfloat16), tmp_path / "quantized")
-    model, _ = kappaquant.load(folder, dtype=dtype)
+    model, _ = kappaquant.load(folder, dtype=dtype, activations="float32")
     assert {p.dtype for p in model.parameters()} == {dtype or torch.bfloat16}
     assert _logits(model).dtype == (dtype or torch.bfloat16)
 
@@ -203,7 +205,7 @@ def test_dtype(dtype: torch.dtype | None, tmp_path: Path) -> None:
 def test_tq3_native(architecture: str, experts: Any, tmp_path: Path) -> None:
     source = save_tiny(architecture, tmp_path / "source", experts=experts, dtype=torch.bfloat16)
     folder = quantize(source, tmp_path / "quantized", container="tq3_native")
-    model, _ = kappaquant.load(folder, dtype=torch.float32)
+    model, _ = kappaquant.load(folder, dtype=torch.float32, activations="float32")
     assert any(isinstance(m, QuantLinear) for m in model.modules())
     _assert_equal(model, _reference(folder, tmp_path / "reference"))
 
@@ -214,23 +216,25 @@ def test_tq3_native_with_a_stale_index_says_so(tmp_path: Path, caplog: pytest.Lo
     shutil.move(next(folder.glob("*.safetensors")), folder / "model.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with caplog.at_level(logging.WARNING, "kappaquant"):
-        model, _ = kappaquant.load(folder, dtype=torch.float32)
+        model, _ = kappaquant.load(folder, dtype=torch.float32, activations="float32")
     assert "stale" in caplog.text
     _assert_equal(model, _reference(folder, tmp_path / "reference"))
 
 
 def test_q_k_v_and_gate_up_share_rotations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = kappaquant.load(quantize(save_tiny("llama", tmp_path / "source"), tmp_path / "quantized"))
-    counted = []
-    rotate = CodebookFormat.rotate
-    monkeypatch.setattr(CodebookFormat, "rotate", lambda self, x: counted.append(x.shape) or rotate(self, x))
+    model, _ = kappaquant.load(
+        quantize(save_tiny("llama", tmp_path / "source"), tmp_path / "quantized"), activations="float32"
+    )
+    counted = preparations.counted(monkeypatch)
     _logits(model)
     assert len(counted) == 2 * 4  # a layer: q/k/v, o, gate/up, down
     assert model.model.layers[0].self_attn.q_proj.shared._last is None  # nothing outlives the pass
 
 
 def test_a_deep_copy_and_a_state_dict_round_trip(tmp_path: Path) -> None:
-    model, _ = kappaquant.load(quantize(save_tiny("mixtral", tmp_path / "source"), tmp_path / "quantized"))
+    model, _ = kappaquant.load(
+        quantize(save_tiny("mixtral", tmp_path / "source"), tmp_path / "quantized"), activations="float32"
+    )
     expected = _logits(model)
     twin = copy.deepcopy(model)
     for weight in (m for m in twin.modules() if isinstance(m, PackedWeight)):
@@ -241,7 +245,9 @@ def test_a_deep_copy_and_a_state_dict_round_trip(tmp_path: Path) -> None:
 
 
 def test_saving_a_loaded_model_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    model, _ = kappaquant.load(quantize(save_tiny("llama", tmp_path / "source"), tmp_path / "quantized"))
+    model, _ = kappaquant.load(
+        quantize(save_tiny("llama", tmp_path / "source"), tmp_path / "quantized"), activations="float32"
+    )
     with pytest.raises(UnsupportedError, match="copy its checkpoint folder"):
         model.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again").exists()
@@ -255,7 +261,7 @@ def test_a_table_of_older_checkpoints_is_no_obstacle(plainly: bool, tmp_path: Pa
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     out = quantize(source, tmp_path / "out")
     if plainly:
-        model, _ = kappaquant.load(out)
+        model, _ = kappaquant.load(out, activations="float32")
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert bool(model(torch.tensor([[1, 2, 3]])).logits.isfinite().all())

@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 
+import preparations
 import pytest
 import torch
 from packed_weights import held
@@ -23,11 +24,8 @@ def _close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5
 
 @pytest.fixture
 def rotations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The group size of each rotation that really ran."""
-    counted: list[int] = []
-    rotate = CodebookFormat.rotate
-    monkeypatch.setattr(CodebookFormat, "rotate", lambda self, x: counted.append(self.group_size) or rotate(self, x))
-    return counted
+    """Group sizes of inputs that were prepared."""
+    return preparations.counted(monkeypatch)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -36,7 +34,7 @@ def test_linear(bias: bool, dtype: torch.dtype) -> None:
     weight, decoded = held(torch.randn(20, 90), CodebookFormat(4, 64))
     plain_bias = nn.Parameter(torch.randn(20, dtype=dtype)) if bias else None
     x = torch.randn(2, 3, 90, dtype=dtype)
-    y = QuantLinear(weight, plain_bias, SharedInput())(x)
+    y = QuantLinear(weight, plain_bias, SharedInput("float32"))(x)
     assert y.dtype == dtype
     expected = x.float() @ decoded.T + (plain_bias.float() if plain_bias is not None else 0)
     _close(y.float(), expected, 1e-5 if dtype == torch.float32 else 2e-2)
@@ -50,19 +48,19 @@ def test_embedding_looks_rows_up() -> None:
 
 
 def test_layers_that_read_one_tensor_rotate_it_once(rotations: list[int]) -> None:
-    shared = SharedInput()
+    shared = SharedInput("float32")
     q, k, v = (QuantLinear(held(torch.randn(8, 64), CodebookFormat(3, 32))[0], None, shared) for _ in range(3))
     x = torch.randn(5, 64)
     first = [layer(x) for layer in (q, k, v)]
     assert rotations == [32]
-    apart = [QuantLinear(layer.weight, None, SharedInput())(x) for layer in (q, k, v)]
+    apart = [QuantLinear(layer.weight, None, SharedInput("float32"))(x) for layer in (q, k, v)]
     assert rotations == [32] * 4
     for a, b in zip(first, apart, strict=True):
         assert torch.equal(a, b)
 
 
 def test_a_shared_input_is_never_stale(rotations: list[int]) -> None:
-    shared = SharedInput()
+    shared = SharedInput("float32")
     weight, other = (held(torch.randn(8, 32), CodebookFormat(3, group))[0] for group in (32, 64))
     x = torch.randn(2, 32)
 
@@ -85,7 +83,7 @@ def test_a_shared_input_is_never_stale(rotations: list[int]) -> None:
 
 
 def test_a_shared_input_keeps_nothing_alive() -> None:
-    shared = SharedInput()
+    shared = SharedInput("float32")
     weight, _ = held(torch.randn(8, 32), CodebookFormat(3, 32))
     x = torch.randn(2, 32)
     rotated = weakref.ref(shared.prepared(x, weight)[0])
@@ -98,7 +96,7 @@ def test_a_shared_input_keeps_nothing_alive() -> None:
 
 
 def test_a_deep_copy_is_independent() -> None:
-    shared = SharedInput()
+    shared = SharedInput("float32")
     pair = nn.ModuleList(
         QuantLinear(held(torch.randn(8, 32), CodebookFormat(3, 32))[0], None, shared) for _ in range(2)
     )
@@ -112,7 +110,7 @@ def test_a_deep_copy_is_independent() -> None:
 
 def test_casting_a_model_leaves_packed_weights_alone() -> None:
     weight, decoded = held(torch.randn(16, 64), CodebookFormat(3, 32))
-    layer = QuantLinear(weight, nn.Parameter(torch.zeros(16)), SharedInput()).to(torch.bfloat16)
+    layer = QuantLinear(weight, nn.Parameter(torch.zeros(16)), SharedInput("float32")).to(torch.bfloat16)
     assert layer.bias is not None
     assert layer.bias.dtype == torch.bfloat16
     assert weight.get_buffer("tq_norms").dtype == torch.float16

@@ -13,7 +13,7 @@ from kappaquant.evaluate.runs.against import Options, evaluate_against
 from kappaquant.evaluate.runs.pair import open_pair
 
 TEXT = "".join(chr(33 + (i * i + i // 7) % 90) for i in range(300))
-EXACT = Options(window=40, dtype="float32", top_k=VOCABULARY)
+EXACT = Options(window=40, dtype="float32", top_k=VOCABULARY, activations="float32")
 
 
 def save_source(folder: Path) -> Path:

@@ -37,7 +37,7 @@ def torch_logits(model: Any, ids: torch.Tensor) -> np.ndarray:
 
 def assert_same(folder: Path, dtype: Any = mx.float32) -> Any:
     """Logits within 1e-4 of the largest; returns the models of MLX and torch."""
-    ours, theirs = open_mlx(folder, dtype), kappaquant.load(folder, dtype=torch.float32)[0]
+    ours, theirs = open_mlx(folder, dtype), kappaquant.load(folder, dtype=torch.float32, activations="float32")[0]
     expected, actual = torch_logits(theirs, IDS), np.array(ours(mx.array(IDS.numpy())))
     assert actual.dtype == np.float32
     assert np.abs(actual - expected).max() < 1e-4 * np.abs(expected).max()
@@ -96,7 +96,7 @@ def test_half_precision_is_kept(dtype: torch.dtype, kept: str, tmp_path: Path) -
     model = open_mlx(quantize(source, tmp_path / "quantized", {f"*experts.{kept}": 16}), None)
     logits = model(mx.array(IDS.numpy()))
     assert logits.dtype == {torch.bfloat16: mx.bfloat16, torch.float16: mx.float16}[dtype]
-    exact = torch_logits(kappaquant.load(tmp_path / "quantized", dtype=torch.float32)[0], IDS)
+    exact = torch_logits(kappaquant.load(tmp_path / "quantized", dtype=torch.float32, activations="float32")[0], IDS)
     error = np.abs(np.array(logits.astype(mx.float32)) - exact).mean() / np.abs(exact).max()
     assert error < {torch.bfloat16: 0.01, torch.float16: 0.002}[dtype]
 

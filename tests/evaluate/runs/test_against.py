@@ -27,7 +27,7 @@ def test_the_report_says_what_the_live_comparison_says(checkpoint: Path, source:
     found = measure(checkpoint, source, logits)
     pair = open_pair(checkpoint, source)
     original = load_original(pair, "float32", "cpu")
-    variant, _ = kappaquant.load(checkpoint, dtype=torch.float32)
+    variant, _ = kappaquant.load(checkpoint, dtype=torch.float32, activations="float32")
     live = evaluate.kl_divergence(variant, original, evaluate.windows(character_tokenizer(), [TEXT], 40))
     assert found.divergence.mean == pytest.approx(live.mean, rel=1e-4)
     assert found.divergence.median == pytest.approx(live.median, rel=1e-3)
