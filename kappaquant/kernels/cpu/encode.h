@@ -8,7 +8,7 @@ namespace kq {
 constexpr int kMostBooks = 7;        // widths that one pass takes errors of
 constexpr int kMostTrials = 32;      // scales that are tried
 constexpr int kMagnitudes = 4098;    // cells of magnitudes, each with its centroid
-constexpr int kMostSearched = 64;    // different centroids of them that are found by their edges; more are looked up by cell
+constexpr int kMostSearched = 16;    // different centroids of them that are found by their edges; more are looked up by cell
 
 // Weights [rows, width], of which rows are padded to `groups` groups by zeros, and where it goes.
 struct Encoding {

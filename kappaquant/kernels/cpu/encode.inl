@@ -26,19 +26,19 @@ inline Reals all(float value) { return value - Reals{}; }
 
 // Sums over a group in the order of `Products.dot`: halves of what is left are added. leaf(i) is the i-th number.
 template <class T, class F>
-inline T total(int group, const F& leaf) {
+inline T total(int64_t group, const F& leaf) {
   T parts[kMostCodes / 8];
-  const int rest = group / 8;
-  for (int i = 0; i < rest; ++i)
+  const int64_t rest = group / 8;
+  for (int64_t i = 0; i < rest; ++i)
     parts[i] = ((leaf(i) + leaf(i + 4 * rest)) + (leaf(i + 2 * rest) + leaf(i + 6 * rest))) +
                ((leaf(i + rest) + leaf(i + 5 * rest)) + (leaf(i + 3 * rest) + leaf(i + 7 * rest)));
-  for (int half = rest / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) parts[i] = parts[i] + parts[i + half];
+  for (int64_t half = rest / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; ++i) parts[i] = parts[i] + parts[i + half];
   return parts[0];
 }
 
 inline Reals dot(int group, const Reals* a, const Reals* b) {
-  return total<Reals>(group, [&](int i) { return rounded(a[i] * b[i]); });
+  return total<Reals>(group, [&](int64_t i) { return rounded(a[i] * b[i]); });
 }
 
 // Finds one of 2^BITS values by halves. The first three steps make an index into tables of eight, further ones choose among tables by
@@ -144,13 +144,13 @@ template <int BITS>
 Fit tried(const Encoding& e, const Tables& tables, int trial, const Reals* m) {
   if constexpr (BITS == 0) {
     const Reals step = all(e.steps[trial]);
-    return total<Fit>(e.group, [&](int i) {
+    return total<Fit>(e.group, [&](int64_t i) {
       const Reals c = Across::gather(e.magnitudes, Across::whole(m[i] * step));
       return Fit{rounded(m[i] * c), rounded(c * c)};
     });
   } else {
     const Finder<BITS> find(tables.trials[trial]);
-    return total<Fit>(e.group, [&](int i) {
+    return total<Fit>(e.group, [&](int64_t i) {
       const Reals c = find(m[i], nullptr);
       return Fit{rounded(m[i] * c), rounded(c * c)};
     });
@@ -164,7 +164,7 @@ Reals searched(const Encoding& e, const Tables& tables, const Reals* y) {
     const Reals size = Across::either(Across::reaches(y[i], Reals{}), y[i], -y[i]);
     m[i] = Across::either(Across::reaches(all(1.0f), size), size, all(1.0f));  // also of what is no number
   }
-  decltype(&tried<0>) const all_tried[] = {tried<0>, tried<1>, tried<2>, tried<3>, tried<4>, tried<5>, tried<6>};
+  decltype(&tried<0>) const all_tried[] = {tried<0>, tried<1>, tried<2>, tried<3>, tried<4>};
   const auto fit = all_tried[tables.searched];
   Reals best = all(-1.0f), scale = all(1.0f);
   for (int trial = 0; trial < e.trials; ++trial) {
@@ -238,6 +238,34 @@ void butterflies(int group, int h, Reals* x) {
     }
 }
 
+// One stage of a transposition: of rows a and b, H apart, the blocks of H off the diagonal change places.
+template <int H>
+inline void cross(Reals& a, Reals& b) {
+  Whole upper, lower;
+  for (int n = 0; n < kAcross; ++n) {
+    upper[n] = n & H ? n - H + kAcross : n;
+    lower[n] = n & H ? n + kAcross : n + H;
+  }
+#if defined(__clang__)
+  Reals c, d;
+  for (int n = 0; n < kAcross; ++n) {
+    c[n] = n & H ? b[n - H] : a[n];
+    d[n] = n & H ? b[n] : a[n + H];
+  }
+#else
+  const Reals c = __builtin_shuffle(a, b, upper), d = __builtin_shuffle(a, b, lower);
+#endif
+  a = c;
+  b = d;
+}
+
+template <int H>
+inline void transpose(Reals* rows) {
+  for (int n = 0; n < kAcross; ++n)
+    if (!(n & H)) cross<H>(rows[n], rows[n + H]);
+  if constexpr (H > 1) transpose<H / 2>(rows);
+}
+
 // Rotated groups over their norms; returns the norms.
 Reals unit(const Encoding& e, int64_t first, int count, Reals* x) {
   alignas(64) float rows[kAcross][kMostCodes];
@@ -246,8 +274,10 @@ Reals unit(const Encoding& e, int64_t first, int count, Reals* x) {
       read_group(e, first + n, rows[n]);
     else
       std::memset(rows[n], 0, sizeof rows[n]);
-  for (int i = 0; i < e.group; ++i)
-    for (int n = 0; n < kAcross; ++n) x[i][n] = rows[n][i];
+  for (int i = 0; i < e.group; i += kAcross) {
+    for (int n = 0; n < kAcross; ++n) std::memcpy(x + i + n, rows[n] + i, sizeof(Reals));
+    transpose<kAcross / 2>(x + i);
+  }
   const Reals square = dot(e.group, x, x);
   Reals norm, divisor;
   for (int n = 0; n < kAcross; ++n) {
@@ -287,7 +317,7 @@ void encode_block(const Encoding& e, const Tables& tables, int number, const Rea
   Whole codes[kMostCodes];
   Reals c[kMostCodes];
   assign(e.group, find, y, e.trials ? searched(e, tables, y) : all(1.0f), codes, c);
-  const Fit fit = total<Fit>(e.group, [&](int i) { return Fit{rounded(y[i] * c[i]), rounded(c[i] * c[i])}; });
+  const Fit fit = total<Fit>(e.group, [&](int64_t i) { return Fit{rounded(y[i] * c[i]), rounded(c[i] * c[i])}; });
   const Reals kept = stored(e, norm * (fit.along / fit.square), group, count);
   if (e.trials) {
     // the norm is settled: the nearest centroids at exactly that norm
@@ -295,7 +325,7 @@ void encode_block(const Encoding& e, const Tables& tables, int number, const Rea
     for (int n = 0; n < kAcross; ++n) ratio[n] = __builtin_isfinite(ratio[n]) ? ratio[n] : 1.0f;
     assign(e.group, find, y, ratio, codes, c);
   }
-  const Reals error = total<Reals>(e.group, [&](int i) {
+  const Reals error = total<Reals>(e.group, [&](int64_t i) {
     const Reals difference = rounded(c[i] * kept) - rounded(y[i] * norm);
     return rounded(difference * difference);
   });
