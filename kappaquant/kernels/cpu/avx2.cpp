@@ -127,7 +127,10 @@ struct Across {
   typedef __m256 Mask;
   typedef __m256 Eight;
 
-  static Mask reaches(Reals a, Reals b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+  static Mask exceeds(Reals a, Reals b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+  static Mask larger(Reals a, Reals b) {  // as integers, which more units of a processor compare
+    return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+  }
   static Reals either(Mask mask, Reals yes, Reals no) { return _mm256_blendv_ps(no, yes, mask); }
   static Whole bit(Mask mask, int32_t value) { return reinterpret_cast<Whole>(mask) & value; }
   static Eight eight(const float* values) { return _mm256_loadu_ps(values); }

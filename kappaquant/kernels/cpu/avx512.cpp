@@ -90,7 +90,8 @@ struct Across {
   typedef __mmask16 Mask;
   typedef __m512 Eight;  // twice, so that the index's fourth bit does not count
 
-  static Mask reaches(Reals a, Reals b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+  static Mask exceeds(Reals a, Reals b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  static Mask larger(Reals a, Reals b) { return exceeds(a, b); }
   static Reals either(Mask mask, Reals yes, Reals no) { return _mm512_mask_blend_ps(mask, no, yes); }
   static Whole bit(Mask mask, int32_t value) { return reinterpret_cast<Whole>(_mm512_maskz_set1_epi32(mask, value)); }
   static Eight eight(const float* values) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(values)); }

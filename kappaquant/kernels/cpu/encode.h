@@ -27,12 +27,16 @@ struct Encoding {
   int32_t bits[kMostBooks];  // of the codebooks, of which there are `count`
 };
 
-// 2^bits ascending values, and where one ends: a number's value is told by how many edges it reaches. Level l of a search by halves has
-// 2^l edges, which lie at [2^l, 2^(l+1)).
+constexpr int kPicked = 6;  // steps of a search whose edges lie in tables of eight; those of further steps are gathered
+
+// 2^bits ascending values, which a number is told by in a search by halves: step l has 2^l edges, of which it asks whether the number
+// exceeds one.
 template <int kMost>
 struct Searched {
-  float edges[kMost];
-  float values[kMost];
+  float first[4];       // of steps 0 and 1, from index 1 on
+  float third[8];       // of step 2, each twice
+  float edges[kMost];   // of step l from 2^l on, in tables of eight up to step kPicked
+  float values[kMost];  // in tables of eight up to 2^kPicked
 };
 
 // What all jobs of one encoding share.

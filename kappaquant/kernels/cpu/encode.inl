@@ -2,7 +2,7 @@
 // order. Included, in an unnamed namespace, after products.inl, by the file that has defined `Across` before:
 //
 //   kGroups, Reals, Whole, Words, Mask   groups at once; a float, int32 and uint32 of each; of each whether
-//   reaches, either, bit                 a >= b; one or the other; a number or zero
+//   exceeds, larger, either, bit         a > b, and where neither is negative; one or the other; a number or zero
 //   Eight, eight, pick                   eight floats, and of each group the one at an index, of which the lowest three bits count
 //   gather, whole                        entries of a table; rounded to zero
 
@@ -24,6 +24,15 @@ inline Reals rounded(Reals product) {
 
 inline Reals all(float value) { return value - Reals{}; }
 
+// Every STEP-th of COUNT numbers, the last halves first.
+template <int COUNT, int STEP, class T>
+inline T tree(const T* parts) {
+  if constexpr (STEP == COUNT)
+    return parts[0];
+  else
+    return tree<COUNT, 2 * STEP>(parts) + tree<COUNT, 2 * STEP>(parts + STEP);
+}
+
 // Sums over a group in the order of `Products.dot`: halves of what is left are added. leaf(i) is the i-th number.
 template <class T, class F>
 inline T total(int64_t group, const F& leaf) {
@@ -32,9 +41,12 @@ inline T total(int64_t group, const F& leaf) {
   for (int64_t i = 0; i < rest; ++i)
     parts[i] = ((leaf(i) + leaf(i + 4 * rest)) + (leaf(i + 2 * rest) + leaf(i + 6 * rest))) +
                ((leaf(i + rest) + leaf(i + 5 * rest)) + (leaf(i + 3 * rest) + leaf(i + 7 * rest)));
-  for (int64_t half = rest / 2; half; half /= 2)
-    for (int64_t i = 0; i < half; ++i) parts[i] = parts[i] + parts[i + half];
-  return parts[0];
+  switch (rest) {
+    case 4: return tree<4, 1>(parts);
+    case 8: return tree<8, 1>(parts);
+    case 16: return tree<16, 1>(parts);
+    default: return tree<32, 1>(parts);
+  }
 }
 
 inline Reals dot(int group, const Reals* a, const Reals* b) {
@@ -42,10 +54,9 @@ inline Reals dot(int group, const Reals* a, const Reals* b) {
 }
 
 // Finds one of 2^BITS values by halves. The first three steps make an index into tables of eight, further ones choose among tables by
-// masks; where there are more than 2^kPicked numbers they are gathered.
-template <int BITS>
+// masks, and the last ones gather. POSITIVE: of numbers that are not negative, for edges that are not.
+template <int BITS, bool POSITIVE>
 struct Finder {
-  static constexpr int kPicked = 6;
   const float* edges;
   const float* values;
   Reals first[8];
@@ -53,26 +64,18 @@ struct Finder {
 
   template <int kMost>
   explicit Finder(const Searched<kMost>& s) : edges(s.edges), values(s.values) {
+    for (int i = 1; i < 4; ++i) first[i] = all(s.first[i]);
     if constexpr (BITS <= 2) {
-      for (int i = 1; i < 1 << BITS; ++i) first[i] = all(edges[i]);
       for (int i = 0; i < 1 << BITS; ++i) first[4 + i] = all(values[i]);
     } else {
-      for (int i = 1; i < 4; ++i) first[i] = all(edges[i]);
-      float spread[8];
-      for (int i = 0; i < 8; ++i) spread[i] = edges[4 + i / 2];
-      third = Across::eight(spread);
-      for (int level = 3; level < BITS && level <= kPicked; ++level)
-        split(edges + (1 << level), level - 3, tables + (1 << (level - 3)));
-      if (BITS <= kPicked) split(values, BITS - 3, book);
+      third = Across::eight(s.third);
+      for (int i = 1; i < 1 << (BITS - 3) && i < 16; ++i) tables[i] = Across::eight(edges + 8 * i);
+      for (int i = 0; i < 1 << (BITS - 3) && BITS <= kPicked; ++i) book[i] = Across::eight(values + 8 * i);
     }
   }
 
-  static void split(const float* from, int more, Eight* to) {
-    for (int table = 0; table < 1 << more; ++table) {
-      float entries[8];
-      for (int i = 0; i < 8; ++i) entries[i] = from[(i << more) + table];
-      to[table] = Across::eight(entries);
-    }
+  static Mask exceeds(Reals x, Reals edge) {
+    return POSITIVE ? Across::larger(x, edge) : Across::exceeds(x, edge);
   }
 
   template <int MORE>
@@ -98,7 +101,7 @@ struct Finder {
         edge = picked<LEVEL - 3>(tables + (1 << (LEVEL - 3)), index, masks);
       else
         edge = Across::gather(edges + (1 << LEVEL), number<LEVEL>(index, masks));
-      masks[LEVEL - 3] = Across::reaches(x, edge);
+      masks[LEVEL - 3] = exceeds(x, edge);
       descend<LEVEL + 1>(x, index, masks);
     }
   }
@@ -106,19 +109,19 @@ struct Finder {
   // The value; and which one it is, where `code` is not null.
   Reals operator()(Reals x, Whole* code) const {
     if constexpr (BITS == 1) {
-      const Mask upper = Across::reaches(x, first[1]);
+      const Mask upper = exceeds(x, first[1]);
       if (code) *code = Across::bit(upper, 1);
       return Across::either(upper, first[5], first[4]);
     } else if constexpr (BITS == 2) {
-      const Mask upper = Across::reaches(x, first[1]);
-      const Mask odd = Across::reaches(x, Across::either(upper, first[3], first[2]));
+      const Mask upper = exceeds(x, first[1]);
+      const Mask odd = exceeds(x, Across::either(upper, first[3], first[2]));
       if (code) *code = Across::bit(upper, 2) | Across::bit(odd, 1);
       return Across::either(upper, Across::either(odd, first[7], first[6]), Across::either(odd, first[5], first[4]));
     } else {
-      const Mask top = Across::reaches(x, first[1]);
-      const Mask next = Across::reaches(x, Across::either(top, first[3], first[2]));
+      const Mask top = exceeds(x, first[1]);
+      const Mask next = exceeds(x, Across::either(top, first[3], first[2]));
       Whole index = Across::bit(top, 4) | Across::bit(next, 2);
-      index = index | Across::bit(Across::reaches(x, Across::pick(third, index)), 1);
+      index = index | Across::bit(exceeds(x, Across::pick(third, index)), 1);
       Mask masks[BITS > 3 ? BITS - 3 : 1];
       descend<3>(x, index, masks);
       if constexpr (BITS <= kPicked) {
@@ -149,7 +152,7 @@ Fit tried(const Encoding& e, const Tables& tables, int trial, const Reals* m) {
       return Fit{rounded(m[i] * c), rounded(c * c)};
     });
   } else {
-    const Finder<BITS> find(tables.trials[trial]);
+    const Finder<BITS, true> find(tables.trials[trial]);
     return total<Fit>(e.group, [&](int64_t i) {
       const Reals c = find(m[i], nullptr);
       return Fit{rounded(m[i] * c), rounded(c * c)};
@@ -161,8 +164,8 @@ Fit tried(const Encoding& e, const Tables& tables, int trial, const Reals* m) {
 Reals searched(const Encoding& e, const Tables& tables, const Reals* y) {
   Reals m[kMostCodes];
   for (int i = 0; i < e.group; ++i) {
-    const Reals size = Across::either(Across::reaches(y[i], Reals{}), y[i], -y[i]);
-    m[i] = Across::either(Across::reaches(all(1.0f), size), size, all(1.0f));  // also of what is no number
+    const Reals size = Across::either(Across::exceeds(y[i], Reals{}), y[i], -y[i]);
+    m[i] = Across::either(Across::exceeds(all(1.0f), size), size, all(1.0f)) + Reals{};  // also of what is no number; no -0
   }
   decltype(&tried<0>) const all_tried[] = {tried<0>, tried<1>, tried<2>, tried<3>, tried<4>};
   const auto fit = all_tried[tables.searched];
@@ -170,18 +173,16 @@ Reals searched(const Encoding& e, const Tables& tables, const Reals* y) {
   for (int trial = 0; trial < e.trials; ++trial) {
     const Fit found = fit(e, tables, trial, m);
     const Reals score = found.along * found.along / found.square;
-    const Mask not_better = Across::reaches(best, score);
-    // a score that is no number is not better either
-    const Mask number = Across::reaches(score, score);
-    scale = Across::either(number, Across::either(not_better, scale, all(e.scales[trial])), scale);
-    best = Across::either(number, Across::either(not_better, best, score), best);
+    const Mask better = Across::exceeds(score, best);  // and no score that is no number
+    scale = Across::either(better, all(e.scales[trial]), scale);
+    best = Across::either(better, score, best);
   }
   return scale;
 }
 
 // Codes of y * scale and their centroids.
 template <int BITS>
-void assign(int group, const Finder<BITS>& find, const Reals* y, Reals scale, Whole* codes, Reals* c) {
+void assign(int group, const Finder<BITS, false>& find, const Reals* y, Reals scale, Whole* codes, Reals* c) {
   for (int i = 0; i < group; ++i) c[i] = find(y[i] * scale, codes + i);
 }
 
@@ -313,7 +314,7 @@ Reals stored(const Encoding& e, Reals norm, int64_t group, int count) {
 
 template <int BITS>
 void encode_block(const Encoding& e, const Tables& tables, int number, const Reals* y, Reals norm, int64_t group, int count) {
-  const Finder<BITS> find(tables.books[number]);
+  const Finder<BITS, false> find(tables.books[number]);
   Whole codes[kMostCodes];
   Reals c[kMostCodes];
   assign(e.group, find, y, e.trials ? searched(e, tables, y) : all(1.0f), codes, c);

@@ -1,4 +1,5 @@
 // What Python calls for encoding. Shapes, dtypes and memory were checked there.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -13,19 +14,36 @@ namespace {
 constexpr int64_t kGroupsOfAJob = 512;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// edge(i), i in [1, 2^bits), is the least number whose value is values[i] or a later one.
-template <int kMost, class F>
-void arrange(int bits, const float* values, const F& edge, Searched<kMost>& to) {
-  for (int level = 0; level < bits; ++level)
-    for (int i = 0; i < 1 << level; ++i) to.edges[(1 << level) + i] = edge((2 * i + 1) << (bits - 1 - level));
-  for (int i = 0; i < 1 << bits; ++i) to.values[i] = values[i];
+// 2^bits numbers in tables of eight: an index's upper three bits are its place in a table, the others say in which.
+void split(const float* from, int bits, float* to) {
+  for (int i = 0; i < 1 << bits; ++i) to[i % (1 << (bits - 3)) * 8 + (i >> (bits - 3))] = from[i];
 }
 
-// The least m whose product with `step`, rounded, reaches a whole number.
-float least_reaching(float number, float step) {
+// edge(i), i in [1, 2^bits): numbers that exceed it have values[i] or a later one.
+template <int kMost, class F>
+void arrange(int bits, const float* values, const F& edge, Searched<kMost>& to) {
+  for (int step = 0; step < bits; ++step) {
+    float edges[kMost];
+    for (int i = 0; i < 1 << step; ++i) edges[i] = edge((2 * i + 1) << (bits - 1 - step));
+    for (int i = 0; i < 8 && step == 2; ++i) to.third[i] = edges[i / 2];
+    if (step < 2)
+      std::copy(edges, edges + (1 << step), to.first + (1 << step));
+    else if (step > 2 && step <= kPicked)
+      split(edges, step, to.edges + (1 << step));
+    else
+      std::copy(edges, edges + (1 << step), to.edges + (1 << step));
+  }
+  if (bits > 2 && bits <= kPicked)
+    split(values, bits, to.values);
+  else
+    std::copy(values, values + (1 << bits), to.values);
+}
+
+// The largest m whose product with `step`, rounded, stays below a whole number.
+float last_below(float number, float step) {
   float m = number / step;
-  while (m * step >= number) m = std::nextafter(m, -kInfinity);
   while (m * step < number) m = std::nextafter(m, kInfinity);
+  while (m * step >= number) m = std::nextafter(m, -kInfinity);
   return m;
 }
 
@@ -43,7 +61,7 @@ void prepare_trials(const Encoding& e, Tables& tables) {
   for (; found < 1 << bits; ++found) values[found] = values[found - 1], starts[found] = kInfinity;
   tables.searched = bits;
   for (int t = 0; t < e.trials; ++t)
-    arrange(bits, values, [&](int i) { return std::isinf(starts[i]) ? kInfinity : least_reaching(starts[i], e.steps[t]); },
+    arrange(bits, values, [&](int i) { return std::isinf(starts[i]) ? kInfinity : last_below(starts[i], e.steps[t]); },
             tables.trials[t]);
 }
 
@@ -61,8 +79,7 @@ KQ_API void kq_encode(int32_t level, int32_t threads, const Encoding* encoding) 
   const std::unique_ptr<Tables> tables(new Tables());
   const float* book = e.books;
   for (int b = 0; b < e.count; book += 1 << e.bits[b++])
-    // a number on a threshold takes the lower code
-    arrange(e.bits[b], book, [&](int i) { return std::nextafter((book[i] + book[i - 1]) / 2, kInfinity); }, tables->books[b]);
+    arrange(e.bits[b], book, [&](int i) { return (book[i] + book[i - 1]) / 2; }, tables->books[b]);
   if (e.trials) prepare_trials(e, *tables);
   const int64_t groups = e.rows * e.groups;
   parallel(threads, (groups + kGroupsOfAJob - 1) / kGroupsOfAJob, [&](int64_t job, int) {

@@ -103,7 +103,8 @@ struct Across {
   typedef uint32x4_t Mask;
   typedef uint8x16x2_t Eight;
 
-  static Mask reaches(Reals a, Reals b) { return vcgeq_f32(a, b); }
+  static Mask exceeds(Reals a, Reals b) { return vcgtq_f32(a, b); }
+  static Mask larger(Reals a, Reals b) { return exceeds(a, b); }
   static Reals either(Mask mask, Reals yes, Reals no) { return vbslq_f32(mask, yes, no); }
   static Whole bit(Mask mask, int32_t value) { return vandq_s32(vreinterpretq_s32_u32(mask), vdupq_n_s32(value)); }
   static Eight eight(const float* values) {
