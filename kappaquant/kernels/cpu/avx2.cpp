@@ -140,6 +140,7 @@ struct Across {
 };
 
 #include "products.inl"
+#include "finder.inl"
 #include "encode.inl"
 
 bool runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }

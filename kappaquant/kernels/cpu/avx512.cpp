@@ -101,6 +101,7 @@ struct Across {
 };
 
 #include "products.inl"
+#include "finder.inl"
 #include "encode.inl"
 
 bool runs() {

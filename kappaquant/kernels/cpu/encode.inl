@@ -1,16 +1,5 @@
 // The encoder of one instruction set: `Across::kGroups` groups at once, one in each lane, so that all is elementwise and in the codec's
-// order. Included, in an unnamed namespace, after products.inl, by the file that has defined `Across` before:
-//
-//   kGroups, Reals, Whole, Words, Mask   groups at once; a float, int32 and uint32 of each; of each whether
-//   exceeds, larger, either, bit         a > b, and where neither is negative; one or the other; a number or zero
-//   Eight, eight, pick                   eight floats, and of each group the one at an index, of which the lowest three bits count
-//   gather, whole                        entries of a table; rounded to zero
-
-typedef Across::Reals Reals;
-typedef Across::Whole Whole;
-typedef Across::Mask Mask;
-typedef Across::Eight Eight;
-constexpr int kAcross = Across::kGroups;
+// order. Included, in an unnamed namespace, after products.inl and finder.inl.
 
 // A product that is rounded by itself: the compiler may not make it part of a fused multiply-add.
 inline Reals rounded(Reals product) {
@@ -22,8 +11,6 @@ inline Reals rounded(Reals product) {
   return product;
 }
 
-inline Reals all(float value) { return value - Reals{}; }
-
 // Every STEP-th of COUNT numbers, the last halves first.
 template <int COUNT, int STEP, class T>
 inline T tree(const T* parts) {
@@ -33,14 +20,18 @@ inline T tree(const T* parts) {
     return tree<COUNT, 2 * STEP>(parts) + tree<COUNT, 2 * STEP>(parts + STEP);
 }
 
-// Sums over a group in the order of `Products.dot`: halves of what is left are added. leaf(i) is the i-th number.
+// Sums over a group in the order of `Products.dot`: halves of what is left are added. four(i, step, to) gives the numbers i, i + step,
+// i + 2 step and i + 3 step.
 template <class T, class F>
-inline T total(int64_t group, const F& leaf) {
+inline T total(int64_t group, const F& four) {
   T parts[kMostCodes / 8];
   const int64_t rest = group / 8;
-  for (int64_t i = 0; i < rest; ++i)
-    parts[i] = ((leaf(i) + leaf(i + 4 * rest)) + (leaf(i + 2 * rest) + leaf(i + 6 * rest))) +
-               ((leaf(i + rest) + leaf(i + 5 * rest)) + (leaf(i + 3 * rest) + leaf(i + 7 * rest)));
+  for (int64_t i = 0; i < rest; ++i) {
+    T a[kTogether], b[kTogether];
+    four(i, 2 * rest, a);
+    four(i + rest, 2 * rest, b);
+    parts[i] = ((a[0] + a[2]) + (a[1] + a[3])) + ((b[0] + b[2]) + (b[1] + b[3]));
+  }
   switch (rest) {
     case 4: return tree<4, 1>(parts);
     case 8: return tree<8, 1>(parts);
@@ -49,92 +40,17 @@ inline T total(int64_t group, const F& leaf) {
   }
 }
 
-inline Reals dot(int group, const Reals* a, const Reals* b) {
-  return total<Reals>(group, [&](int64_t i) { return rounded(a[i] * b[i]); });
+// The same of leaf(i), for each number by itself.
+template <class T, class F>
+inline T total_of(int64_t group, const F& leaf) {
+  return total<T>(group, [&](int64_t i, int64_t step, T* to) {
+    for (int j = 0; j < kTogether; ++j) to[j] = leaf(i + j * step);
+  });
 }
 
-// Finds one of 2^BITS values by halves. The first three steps make an index into tables of eight, further ones choose among tables by
-// masks, and the last ones gather. POSITIVE: of numbers that are not negative, for edges that are not.
-template <int BITS, bool POSITIVE>
-struct Finder {
-  const float* edges;
-  const float* values;
-  Reals first[8];
-  Eight third, tables[16], book[8];
-
-  template <int kMost>
-  explicit Finder(const Searched<kMost>& s) : edges(s.edges), values(s.values) {
-    for (int i = 1; i < 4; ++i) first[i] = all(s.first[i]);
-    if constexpr (BITS <= 2) {
-      for (int i = 0; i < 1 << BITS; ++i) first[4 + i] = all(values[i]);
-    } else {
-      third = Across::eight(s.third);
-      for (int i = 1; i < 1 << (BITS - 3) && i < 16; ++i) tables[i] = Across::eight(edges + 8 * i);
-      for (int i = 0; i < 1 << (BITS - 3) && BITS <= kPicked; ++i) book[i] = Across::eight(values + 8 * i);
-    }
-  }
-
-  static Mask exceeds(Reals x, Reals edge) {
-    return POSITIVE ? Across::larger(x, edge) : Across::exceeds(x, edge);
-  }
-
-  template <int MORE>
-  static Reals picked(const Eight* from, Whole index, const Mask* masks) {
-    if constexpr (MORE == 0)
-      return Across::pick(from[0], index);
-    else
-      return Across::either(masks[0], picked<MORE - 1>(from + (1 << (MORE - 1)), index, masks + 1),
-                            picked<MORE - 1>(from, index, masks + 1));
-  }
-
-  template <int LEVEL>
-  static Whole number(Whole index, const Mask* masks) {
-    for (int i = 0; i < LEVEL - 3; ++i) index = index + index + Across::bit(masks[i], 1);
-    return index;
-  }
-
-  template <int LEVEL>
-  void descend(Reals x, Whole index, Mask* masks) const {
-    if constexpr (LEVEL < BITS) {
-      Reals edge;
-      if constexpr (LEVEL <= kPicked)
-        edge = picked<LEVEL - 3>(tables + (1 << (LEVEL - 3)), index, masks);
-      else
-        edge = Across::gather(edges + (1 << LEVEL), number<LEVEL>(index, masks));
-      masks[LEVEL - 3] = exceeds(x, edge);
-      descend<LEVEL + 1>(x, index, masks);
-    }
-  }
-
-  // The value; and which one it is, where `code` is not null.
-  Reals operator()(Reals x, Whole* code) const {
-    if constexpr (BITS == 1) {
-      const Mask upper = exceeds(x, first[1]);
-      if (code) *code = Across::bit(upper, 1);
-      return Across::either(upper, first[5], first[4]);
-    } else if constexpr (BITS == 2) {
-      const Mask upper = exceeds(x, first[1]);
-      const Mask odd = exceeds(x, Across::either(upper, first[3], first[2]));
-      if (code) *code = Across::bit(upper, 2) | Across::bit(odd, 1);
-      return Across::either(upper, Across::either(odd, first[7], first[6]), Across::either(odd, first[5], first[4]));
-    } else {
-      const Mask top = exceeds(x, first[1]);
-      const Mask next = exceeds(x, Across::either(top, first[3], first[2]));
-      Whole index = Across::bit(top, 4) | Across::bit(next, 2);
-      index = index | Across::bit(exceeds(x, Across::pick(third, index)), 1);
-      Mask masks[BITS > 3 ? BITS - 3 : 1];
-      descend<3>(x, index, masks);
-      if constexpr (BITS <= kPicked) {
-        if (code) *code = number<BITS>(index, masks);
-        return picked<BITS - 3>(book, index, masks);
-      } else {
-        const Whole found = number<BITS>(index, masks);
-        if (code) *code = found;
-        return Across::gather(values, found);
-      }
-    }
-  }
-};
+inline Reals dot(int group, const Reals* a, const Reals* b) {
+  return total_of<Reals>(group, [&](int64_t i) { return rounded(a[i] * b[i]); });
+}
 
 // Of m and the centroids c chosen for them: sums of m c and of c c.
 struct Fit {
@@ -147,15 +63,17 @@ template <int BITS>
 Fit tried(const Encoding& e, const Tables& tables, int trial, const Reals* m) {
   if constexpr (BITS == 0) {
     const Reals step = all(e.steps[trial]);
-    return total<Fit>(e.group, [&](int64_t i) {
+    return total_of<Fit>(e.group, [&](int64_t i) {
       const Reals c = Across::gather(e.magnitudes, Across::whole(m[i] * step));
       return Fit{rounded(m[i] * c), rounded(c * c)};
     });
   } else {
-    const Finder<BITS, true> find(tables.trials[trial]);
-    return total<Fit>(e.group, [&](int64_t i) {
-      const Reals c = find(m[i], nullptr);
-      return Fit{rounded(m[i] * c), rounded(c * c)};
+    const Finder<BITS, true> finder(tables.trials[trial]);
+    return total<Fit>(e.group, [&](int64_t i, int64_t step, Fit* to) {
+      Reals x[kTogether], c[kTogether];
+      for (int j = 0; j < kTogether; ++j) x[j] = m[i + j * step];
+      finder.find(x, c, nullptr);
+      for (int j = 0; j < kTogether; ++j) to[j] = {rounded(x[j] * c[j]), rounded(c[j] * c[j])};
     });
   }
 }
@@ -182,8 +100,12 @@ Reals searched(const Encoding& e, const Tables& tables, const Reals* y) {
 
 // Codes of y * scale and their centroids.
 template <int BITS>
-void assign(int group, const Finder<BITS, false>& find, const Reals* y, Reals scale, Whole* codes, Reals* c) {
-  for (int i = 0; i < group; ++i) c[i] = find(y[i] * scale, codes + i);
+void assign(int group, const Finder<BITS, false>& finder, const Reals* y, Reals scale, Whole* codes, Reals* c) {
+  for (int i = 0; i < group; i += kTogether) {
+    Reals x[kTogether];
+    for (int j = 0; j < kTogether; ++j) x[j] = y[i + j] * scale;
+    finder.find(x, c + i, codes + i);
+  }
 }
 
 // Codes as a dense little-endian stream, of each group.
@@ -314,19 +236,19 @@ Reals stored(const Encoding& e, Reals norm, int64_t group, int count) {
 
 template <int BITS>
 void encode_block(const Encoding& e, const Tables& tables, int number, const Reals* y, Reals norm, int64_t group, int count) {
-  const Finder<BITS, false> find(tables.books[number]);
+  const Finder<BITS, false> finder(tables.books[number]);
   Whole codes[kMostCodes];
   Reals c[kMostCodes];
-  assign(e.group, find, y, e.trials ? searched(e, tables, y) : all(1.0f), codes, c);
-  const Fit fit = total<Fit>(e.group, [&](int64_t i) { return Fit{rounded(y[i] * c[i]), rounded(c[i] * c[i])}; });
+  assign(e.group, finder, y, e.trials ? searched(e, tables, y) : all(1.0f), codes, c);
+  const Fit fit = total_of<Fit>(e.group, [&](int64_t i) { return Fit{rounded(y[i] * c[i]), rounded(c[i] * c[i])}; });
   const Reals kept = stored(e, norm * (fit.along / fit.square), group, count);
   if (e.trials) {
     // the norm is settled: the nearest centroids at exactly that norm
     Reals ratio = norm / kept;
     for (int n = 0; n < kAcross; ++n) ratio[n] = __builtin_isfinite(ratio[n]) ? ratio[n] : 1.0f;
-    assign(e.group, find, y, ratio, codes, c);
+    assign(e.group, finder, y, ratio, codes, c);
   }
-  const Reals error = total<Reals>(e.group, [&](int64_t i) {
+  const Reals error = total_of<Reals>(e.group, [&](int64_t i) {
     const Reals difference = rounded(c[i] * kept) - rounded(y[i] * norm);
     return rounded(difference * difference);
   });

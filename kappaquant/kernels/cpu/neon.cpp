@@ -123,6 +123,7 @@ struct Across {
 };
 
 #include "products.inl"
+#include "finder.inl"
 #include "encode.inl"
 
 bool runs() {
