@@ -132,7 +132,7 @@ struct Across {
     return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
   }
   static Reals either(Mask mask, Reals yes, Reals no) { return _mm256_blendv_ps(no, yes, mask); }
-  static Whole bit(Mask mask, int32_t value) { return reinterpret_cast<Whole>(mask) & value; }
+  static Whole less(Mask mask) { return reinterpret_cast<Whole>(mask); }
   static Eight eight(const float* values) { return _mm256_loadu_ps(values); }
   static Reals pick(Eight from, Whole index) { return _mm256_permutevar8x32_ps(from, reinterpret_cast<__m256i>(index)); }
   static Reals gather(const float* table, Whole index) { return _mm256_i32gather_ps(table, reinterpret_cast<__m256i>(index), 4); }

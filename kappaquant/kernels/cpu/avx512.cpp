@@ -93,7 +93,7 @@ struct Across {
   static Mask exceeds(Reals a, Reals b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   static Mask larger(Reals a, Reals b) { return exceeds(a, b); }
   static Reals either(Mask mask, Reals yes, Reals no) { return _mm512_mask_blend_ps(mask, no, yes); }
-  static Whole bit(Mask mask, int32_t value) { return reinterpret_cast<Whole>(_mm512_maskz_set1_epi32(mask, value)); }
+  static Whole less(Mask mask) { return reinterpret_cast<Whole>(_mm512_movm_epi32(mask)); }
   static Eight eight(const float* values) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(values)); }
   static Reals pick(Eight from, Whole index) { return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), from); }
   static Reals gather(const float* table, Whole index) { return _mm512_i32gather_ps(reinterpret_cast<__m512i>(index), table, 4); }

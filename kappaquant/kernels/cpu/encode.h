@@ -34,7 +34,7 @@ constexpr int kPicked = 6;  // steps of a search whose edges lie in tables of ei
 template <int kMost>
 struct Searched {
   float first[4];       // of steps 0 and 1, from index 1 on
-  float third[8];       // of step 2, each twice
+  float third[8];       // of step 2, in a table of eight
   float edges[kMost];   // of step l from 2^l on, in tables of eight up to step kPicked
   float values[kMost];  // in tables of eight up to 2^kPicked
 };

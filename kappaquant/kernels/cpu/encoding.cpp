@@ -14,9 +14,9 @@ namespace {
 constexpr int64_t kGroupsOfAJob = 512;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// 2^bits numbers in tables of eight: an index's upper three bits are its place in a table, the others say in which.
+// 2^bits numbers in tables of eight: an index's upper three bits, taken from eight, are its place in a table, the others say in which.
 void split(const float* from, int bits, float* to) {
-  for (int i = 0; i < 1 << bits; ++i) to[i % (1 << (bits - 3)) * 8 + (i >> (bits - 3))] = from[i];
+  for (int i = 0; i < 1 << bits; ++i) to[i % (1 << (bits - 3)) * 8 + (8 - (i >> (bits - 3))) % 8] = from[i];
 }
 
 // edge(i), i in [1, 2^bits): numbers that exceed it have values[i] or a later one.
@@ -25,7 +25,7 @@ void arrange(int bits, const float* values, const F& edge, Searched<kMost>& to) 
   for (int step = 0; step < bits; ++step) {
     float edges[kMost];
     for (int i = 0; i < 1 << step; ++i) edges[i] = edge((2 * i + 1) << (bits - 1 - step));
-    for (int i = 0; i < 8 && step == 2; ++i) to.third[i] = edges[i / 2];
+    for (int i = 0; i < 4 && step == 2; ++i) to.third[(8 - i) % 8] = edges[i];
     if (step < 2)
       std::copy(edges, edges + (1 << step), to.first + (1 << step));
     else if (step > 2 && step <= kPicked)

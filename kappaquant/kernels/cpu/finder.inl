@@ -2,7 +2,7 @@
 // before:
 //
 //   kGroups, Reals, Whole, Words, Mask   groups at once; a float, int32 and uint32 of each; of each whether
-//   exceeds, larger, either, bit         a > b, and where neither is negative; one or the other; a number or zero
+//   exceeds, larger, either, less        a > b, and where neither is negative; one or the other; -1 or 0
 //   Eight, eight, pick                   eight floats, and of each group the one at an index, of which the lowest three bits count
 //   gather, whole                        entries of a table; rounded to zero
 
@@ -16,7 +16,7 @@ constexpr int kTogether = 4;  // numbers of each group that are worked on step b
 inline Reals all(float value) { return value - Reals{}; }
 
 // Finds one of 2^BITS values by halves. The first three steps make an index into tables of eight, further ones choose among tables by
-// masks, and the last ones gather. POSITIVE: of numbers that are not negative, for edges that are not.
+// masks, and the last ones gather. Codes are made negative, for a comparison that holds is -1, and turned round at the end. POSITIVE: of numbers that are not negative, for edges that are not.
 template <int BITS, bool POSITIVE>
 struct Finder {
   static constexpr int kMasks = BITS > 3 ? BITS - 3 : 1;  // of the steps behind the first three
@@ -53,8 +53,8 @@ struct Finder {
   // The number that STEP steps have made.
   template <int STEP>
   static Whole number(Whole index, const Mask* masks) {
-    for (int i = 0; i < STEP - 3; ++i) index = index + index + Across::bit(masks[i], 1);
-    return index;
+    for (int i = 0; i < STEP - 3; ++i) index = index + index + Across::less(masks[i]);
+    return -index;
   }
 
   template <int STEP>
@@ -85,14 +85,14 @@ struct Finder {
     if constexpr (BITS == 2) {
       for (int j = 0; j < kTogether; ++j) {
         found[j] = Across::either(top[j], Across::either(next[j], first[7], first[6]), Across::either(next[j], first[5], first[4]));
-        if (codes) codes[j] = Across::bit(top[j], 2) | Across::bit(next[j], 1);
+        if (codes) codes[j] = -(Across::less(top[j]) + Across::less(top[j]) + Across::less(next[j]));
       }
     } else if constexpr (BITS > 2) {
       Whole index[kTogether];
       Mask masks[kTogether][kMasks];
-      for (int j = 0; j < kTogether; ++j) index[j] = Across::bit(top[j], 4) | Across::bit(next[j], 2);
+      for (int j = 0; j < kTogether; ++j) index[j] = Across::less(top[j]) + Across::less(top[j]) + Across::less(next[j]);
       for (int j = 0; j < kTogether; ++j) edge[j] = Across::pick(third, index[j]);
-      for (int j = 0; j < kTogether; ++j) index[j] |= Across::bit(exceeds(x[j], edge[j]), 1);
+      for (int j = 0; j < kTogether; ++j) index[j] += index[j] + Across::less(exceeds(x[j], edge[j]));
       descend<3>(x, index, masks);
       for (int j = 0; j < kTogether; ++j) {
         if constexpr (BITS <= kPicked)

@@ -106,12 +106,12 @@ struct Across {
   static Mask exceeds(Reals a, Reals b) { return vcgtq_f32(a, b); }
   static Mask larger(Reals a, Reals b) { return exceeds(a, b); }
   static Reals either(Mask mask, Reals yes, Reals no) { return vbslq_f32(mask, yes, no); }
-  static Whole bit(Mask mask, int32_t value) { return vandq_s32(vreinterpretq_s32_u32(mask), vdupq_n_s32(value)); }
+  static Whole less(Mask mask) { return vreinterpretq_s32_u32(mask); }
   static Eight eight(const float* values) {
     return {{vreinterpretq_u8_f32(vld1q_f32(values)), vreinterpretq_u8_f32(vld1q_f32(values + 4))}};
   }
   static Reals pick(Eight from, Whole index) {  // bytes 4 i to 4 i + 3
-    const Whole bytes = vmlaq_n_s32(vdupq_n_s32(0x03020100), index, 0x04040404);
+    const Whole bytes = vmlaq_n_s32(vdupq_n_s32(0x03020100), vandq_s32(index, vdupq_n_s32(7)), 0x04040404);
     return vreinterpretq_f32_u8(vqtbl2q_u8(from, vreinterpretq_u8_s32(bytes)));
   }
   static Reals gather(const float* table, Whole index) {
