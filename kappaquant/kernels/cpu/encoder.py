@@ -110,9 +110,7 @@ def _run(
 
 
 @cache
-def _tables(
-    books: tuple[tuple[float, ...], ...], scales: tuple[float, ...]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _tables(books: tuple[tuple[float, ...], ...], scales: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codebooks one after another; of the first one the centroids by cell; scales and their cells for each unit of magnitude."""
     table = nearest(books[0], torch.device("cpu"))
     every = torch.tensor([value for book in books for value in book], dtype=torch.float32)

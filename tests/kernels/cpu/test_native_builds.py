@@ -109,7 +109,9 @@ def hard(fmt: CodebookFormat) -> Tensor:
     width = 3 * group - 7
     plain = numbers(7, width, seed=group)
     c = torch.tensor(fmt.codebook)
-    exact = ((c[1:] + c[:-1]) / 2)[torch.randint(len(c) - 1, (1, 3 * group), generator=torch.Generator().manual_seed(6))]
+    exact = ((c[1:] + c[:-1]) / 2)[
+        torch.randint(len(c) - 1, (1, 3 * group), generator=torch.Generator().manual_seed(6))
+    ]
     factors = torch.tensor([1.0, 1.0, 0.0, 1e-20, 3e-23, 300.0, 0.0])[:, None]
     rows = plain * factors
     rows[1] *= torch.exp(2 * numbers(width, seed=7))
@@ -117,10 +119,21 @@ def hard(fmt: CodebookFormat) -> Tensor:
     return torch.cat([rows, codec.unrotate(exact, group)[:, :width]])
 
 
-def told(weight: Tensor, group: int, books: Sequence[tuple[float, ...]], effort: Effort, codes: bool, wide: bool) -> bytes:
+def told(
+    weight: Tensor, group: int, books: Sequence[tuple[float, ...]], effort: Effort, codes: bool, wide: bool
+) -> bytes:
     """An encoding as the driver reads it."""
     scales = SCALES if effort == "best" else ()
-    sizes = *weight.shape, -(-weight.shape[1] // group), library.DTYPES[weight.dtype], group, wide, len(scales), len(books), codes
+    sizes = (
+        *weight.shape,
+        -(-weight.shape[1] // group),
+        library.DTYPES[weight.dtype],
+        group,
+        wide,
+        len(scales),
+        len(books),
+        codes,
+    )
     bits = struct.pack(f"<{len(books)}i", *(len(book).bit_length() - 1 for book in books))
     parts = (weight.view(torch.uint8), library.signs_of(group), *encoder._tables(tuple(books), scales))
     return b"encoding" + struct.pack("<9q", *sizes) + bits + b"".join(part.numpy().tobytes() for part in parts)
@@ -137,7 +150,9 @@ def test_encoding(command: list[str], fmt: CodebookFormat, effort: Effort) -> No
         expected = codec.encode(weight, fmt, effort)
         found = driven(command, told(weight, fmt.group_size, [fmt.codebook], effort, True, wide))
         assert found.startswith(b"".join(part.numpy().tobytes() for part in expected.parts.values()))
-        errors, energies = torch.frombuffer(bytearray(found), dtype=torch.float32)[-2 * expected.norms.numel() :].chunk(2)
+        errors, energies = torch.frombuffer(bytearray(found), dtype=torch.float32)[-2 * expected.norms.numel() :].chunk(
+            2
+        )
         assert errors.sum(dtype=torch.float64).item() == expected.squared_error
         assert energies.sum(dtype=torch.float64).item() == expected.energy
 
@@ -146,7 +161,9 @@ def test_encoding(command: list[str], fmt: CodebookFormat, effort: Effort) -> No
 def test_errors_of_a_scan(command: list[str], group: int) -> None:
     weight = hard(CodebookFormat(4, group))
     books = [CodebookFormat(bits, group).codebook for bits in BITS]
-    found = torch.frombuffer(bytearray(driven(command, told(weight, group, books, "fast", False, False))), dtype=torch.float32)
+    found = torch.frombuffer(
+        bytearray(driven(command, told(weight, group, books, "fast", False, False))), dtype=torch.float32
+    )
     errors = found.view(len(BITS) + 1, -1)[:-1].sum(1, dtype=torch.float64)
     assert dict(zip(BITS, errors.tolist(), strict=True)) == codec.squared_errors(weight, group)
 
