@@ -11,7 +11,17 @@ from kappaquant.formats.codebook import BITS
 
 @pytest.mark.parametrize(
     "name",
-    ["codec_error", "demo", "plan_sizes", "quantize_cost", "gpu_kernels", "gpu_decode", "gpu_encode", "activations"],
+    [
+        "codec_error",
+        "demo",
+        "plan_sizes",
+        "quantize_cost",
+        "gpu_kernels",
+        "gpu_decode",
+        "gpu_encode",
+        "cpu_encode",
+        "activations",
+    ],
 )
 def test_results_say_what_they_ran_on(name: str) -> None:
     about = result(name)["environment"]
@@ -54,6 +64,13 @@ def test_gpu_results_keep_their_bounds() -> None:
     for row in result("gpu_encode")["rows"]:
         assert row.get("same_bytes", True)
         assert row["kernel"] < 0.03
+
+
+def test_encoding_on_a_cpu_keeps_its_bounds() -> None:
+    """The same bytes, and at the widths of most weights a seventh of the codec's time or less on the machine that measured both."""
+    rows = {row["work"]: row for row in result("cpu_encode")["rows"]}
+    assert all(row["same_bytes"] for row in rows.values())
+    assert all(rows[f"{bits} bits, best"]["native"] < rows[f"{bits} bits, best"]["codec"] / 7 for bits in (3, 4))
 
 
 def test_shares_of_the_roofline() -> None:

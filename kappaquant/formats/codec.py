@@ -30,6 +30,8 @@ from kappaquant.formats.search import Assignment, nearest
 
 T = TypeVar("T")
 NORMS_TORCH = {"F16": torch.float16, "F32": torch.float32}
+CPU_BLOCK = 2048
+"""Groups that are encoded together on a CPU: their arrays stay in its cache."""
 
 
 class CodebookEncoded(Encoded):
@@ -181,7 +183,7 @@ def _blocks(count: int, device: torch.device, make: Callable[[int], T]) -> Itera
 
     It is made once, and anew only for a last block of another size.
     """
-    size = min(2048 if device.type == "cpu" else 1 << 18, count)
+    size = min(CPU_BLOCK if device.type == "cpu" else 1 << 18, count)
     buffers = make(size) if count else None
     for start in range(0, count, size or 1):
         stop = min(start + size, count)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from kappaquant.formats import codec
 from kappaquant.formats.base import Effort, Encoded, Format
 from kappaquant.formats.codebook import BITS, CodebookFormat
 from kappaquant.kernels.base import Arranged, Kernel, Use
+from kappaquant.kernels.cpu import encoder as native_encoder
 from kappaquant.kernels.cpu.library import absence
 from kappaquant.kernels.cpu.native import Native
-from kappaquant.kernels.cuda import encoder
+from kappaquant.kernels.cuda import encoder as cuda_encoder
 from kappaquant.kernels.cuda.tiled import Tiled
 from kappaquant.kernels.torch import AnyFormat, Lookups
 
@@ -31,6 +33,7 @@ logger = logging.getLogger("kappaquant")
 
 # Fastest first: of those that serve a use, the first that does not refuse runs.
 _KERNELS: list[Kernel] = [Tiled(), Native(), Lookups(), AnyFormat()]
+_ENCODERS = (cuda_encoder, native_encoder)
 _SERVED: dict[str, tuple[Kernel, Format]] = {}
 """What a spec stands for: "<kernel>/<format key>", the same in every process that has chosen it."""
 _LIBRARY = torch.library.Library("kappaquant", "FRAGMENT")
@@ -294,13 +297,15 @@ def fused_linear(
 
 
 def encode(weight: Tensor, fmt: Format, effort: Effort = "best", *, name: str = "weight") -> Encoded:
-    """``fmt.encode``, by the CUDA kernel where it takes the weight: the bytes are the same.
+    """``fmt.encode``, by the first of ``_ENCODERS`` that takes the weight: the bytes are the same.
 
     Raises:
         NonFiniteError: NaN or infinity, or values that the format cannot hold, too large or so small that most of them would vanish.
     """
-    if isinstance(fmt, CodebookFormat) and encoder.refusal(weight, effort) is None:
-        made: Encoded = encoder.encode(weight, fmt, effort, name=name)
+    made: Encoded
+    taker = _encoder(weight, effort)
+    if isinstance(fmt, CodebookFormat) and taker:
+        made = taker.encode(weight, fmt, effort, name=name)
     else:
         made = fmt.encode(weight, effort, name=name)
     if made.squared_error > _LOST * made.energy:
@@ -315,6 +320,9 @@ def encode(weight: Tensor, fmt: Format, effort: Effort = "best", *, name: str = 
 def squared_errors(
     weight: Tensor, group_size: int, bits: Iterable[int] = BITS, name: str = "weight"
 ) -> dict[int, float]:
-    """``codec.squared_errors``, by the CUDA kernel where it takes the weight."""
-    run = codec.squared_errors if encoder.refusal(weight) else encoder.squared_errors
-    return run(weight, group_size, bits, name)
+    """``codec.squared_errors``, by the first of ``_ENCODERS`` that takes the weight."""
+    return (_encoder(weight, "fast") or codec).squared_errors(weight, group_size, bits, name)
+
+
+def _encoder(weight: Tensor, effort: str) -> ModuleType | None:
+    return next((encoder for encoder in _ENCODERS if encoder.refusal(weight, effort) is None), None)

@@ -1,6 +1,6 @@
 // Runs the native core on what it reads, for builds that Python cannot load: another processor's, or one with sanitizers. From stdin come
-// numbers, signs, and two weights of experts with a bias for the first; to stdout go what the functions made of them, as floats.
-// Each array is allocated at its exact size, so that a byte read beyond it is seen.
+// "products", with numbers, signs, and two weights of experts with a bias for the first, or "encoding", with a weight and tables; to
+// stdout goes what the functions made of them. Each array is allocated at its exact size, so that a byte read beyond it is seen.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -9,8 +9,10 @@
 #include <vector>
 
 #include "core.h"
+#include "encode.h"
 
 extern "C" {
+void kq_encode(int32_t, int32_t, const kq::Encoding*);
 int32_t kq_levels();
 int32_t kq_level_runs(int32_t);
 void kq_prepare(int32_t, int32_t, const void*, int32_t, int64_t, int64_t, int64_t, int32_t, const float*, float*, int8_t*, float*, float*);
@@ -53,11 +55,39 @@ Held take_weight() {
   return held;
 }
 
-void give(const std::vector<float>& values) { std::fwrite(values.data(), sizeof(float), values.size(), stdout); }
+template <class T>
+void give(const std::vector<T>& values) {
+  if (!values.empty()) std::fwrite(values.data(), sizeof(T), values.size(), stdout);
+}
 
-}  // namespace
+int encode(int32_t level) {
+  const auto n = take<int64_t>(9);  // rows, width, groups, dtype, group, wide norms, trials, codebooks, whether codes are wanted
+  const auto bits = take<int32_t>(n[7]);
+  kq::Encoding e = {};
+  e.rows = n[0], e.width = n[1], e.groups = n[2];
+  e.dtype = static_cast<int32_t>(n[3]), e.group = static_cast<int32_t>(n[4]), e.wide_norms = static_cast<int32_t>(n[5]);
+  e.trials = static_cast<int32_t>(n[6]), e.count = static_cast<int32_t>(n[7]);
+  int64_t values = 0;
+  for (int b = 0; b < e.count; ++b) values += 1 << (e.bits[b] = bits[b]);
+  const auto weight = take<uint8_t>(e.rows * e.width * (e.dtype == kq::kFloat32 ? 4 : 2));
+  const auto signs = take<float>(2 * e.group), books = take<float>(values), magnitudes = take<float>(kq::kMagnitudes);
+  const auto scales = take<float>(e.trials), steps = take<float>(e.trials);
+  e.weight = weight.get(), e.signs = signs.get(), e.books = books.get(), e.magnitudes = magnitudes.get();
+  e.scales = scales.get(), e.steps = steps.get();
+  const int64_t groups = e.rows * e.groups;
+  std::vector<uint8_t> packed(n[8] ? groups * e.group * bits[0] / 8 : 0), norms(n[8] ? groups * (e.wide_norms ? 4 : 2) : 0);
+  std::vector<float> errors(e.count * groups), energies(groups);
+  e.packed = n[8] ? packed.data() : nullptr, e.norms = n[8] ? norms.data() : nullptr;
+  e.errors = errors.data(), e.energies = energies.data();
+  kq_encode(level, 2, &e);
+  give(packed);
+  give(norms);
+  give(errors);
+  give(energies);
+  return 0;
+}
 
-int main() {
+int multiply(int32_t level) {
   const Held first = take_weight(), second = take_weight();
   const auto n = take<int64_t>(2);  // tokens, experts of each
   const int64_t tokens = n[0], k = n[1], width = first.weight.groups * first.weight.group;
@@ -65,9 +95,6 @@ int main() {
   const auto bias = take<float>(first.weight.rows);
   const auto index = take<int64_t>(tokens * k);
   const auto shares = take<float>(tokens * k);
-  int32_t level = 0;
-  while (level < kq_levels() && !kq_level_runs(level)) ++level;
-  if (level == kq_levels()) return 3;
   for (const bool exact : {false, true}) {
     const int64_t padded = kq::padded_groups(first.weight.groups);
     std::unique_ptr<float[]> floats(exact ? new float[tokens * width] : nullptr);
@@ -87,4 +114,13 @@ int main() {
     give(block);
   }
   return 0;
+}
+
+}  // namespace
+
+int main() {
+  int32_t level = 0;
+  while (level < kq_levels() && !kq_level_runs(level)) ++level;
+  if (level == kq_levels()) return 3;
+  return std::memcmp(take<char>(8).get(), "encoding", 8) == 0 ? encode(level) : multiply(level);
 }

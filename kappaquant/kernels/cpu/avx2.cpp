@@ -1,5 +1,6 @@
 // AVX2: bytes are looked up 16 at a time, and multiplied as |weight| * (sign(weight) * input), whose pairs fit 16 bits.
 #include "core.h"
+#include "encode.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -118,13 +119,35 @@ struct Lanes {
   }
 };
 
+struct Across {
+  static constexpr int kGroups = 8;
+  typedef float Reals __attribute__((vector_size(32)));
+  typedef int32_t Whole __attribute__((vector_size(32)));
+  typedef uint32_t Words __attribute__((vector_size(32)));
+  typedef __m256 Mask;
+  typedef __m256 Eight;
+
+  static Mask exceeds(Reals a, Reals b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+  static Mask larger(Reals a, Reals b) {  // as integers, which more units of a processor compare
+    return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+  }
+  static Reals either(Mask mask, Reals yes, Reals no) { return _mm256_blendv_ps(no, yes, mask); }
+  static Whole less(Mask mask) { return reinterpret_cast<Whole>(mask); }
+  static Eight eight(const float* values) { return _mm256_loadu_ps(values); }
+  static Reals pick(Eight from, Whole index) { return _mm256_permutevar8x32_ps(from, reinterpret_cast<__m256i>(index)); }
+  static Reals gather(const float* table, Whole index) { return _mm256_i32gather_ps(table, reinterpret_cast<__m256i>(index), 4); }
+  static Whole whole(Reals v) { return reinterpret_cast<Whole>(_mm256_cvttps_epi32(v)); }
+};
+
 #include "products.inl"
+#include "finder.inl"
+#include "encode.inl"
 
 bool runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
 }  // namespace
 
-const Level kAvx2 = {"avx2", runs, rotate, narrow, few, many, exact};
+const Level kAvx2 = {"avx2", runs, rotate, narrow, few, many, exact, encode};
 
 }  // namespace kq
 

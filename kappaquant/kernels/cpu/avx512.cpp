@@ -1,6 +1,7 @@
 // AVX-512 with VBMI and VNNI: a permutation of bytes and a shift by bits unpack 64 codes of any width as they lie on disk, another
 // permutation looks them up, and one instruction multiplies and adds.
 #include "core.h"
+#include "encode.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -81,7 +82,27 @@ struct Lanes {
   }
 };
 
+struct Across {
+  static constexpr int kGroups = 16;
+  typedef float Reals __attribute__((vector_size(64)));
+  typedef int32_t Whole __attribute__((vector_size(64)));
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  typedef __mmask16 Mask;
+  typedef __m512 Eight;  // twice, so that the index's fourth bit does not count
+
+  static Mask exceeds(Reals a, Reals b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  static Mask larger(Reals a, Reals b) { return exceeds(a, b); }
+  static Reals either(Mask mask, Reals yes, Reals no) { return _mm512_mask_blend_ps(mask, no, yes); }
+  static Whole less(Mask mask) { return reinterpret_cast<Whole>(_mm512_movm_epi32(mask)); }
+  static Eight eight(const float* values) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(values)); }
+  static Reals pick(Eight from, Whole index) { return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), from); }
+  static Reals gather(const float* table, Whole index) { return _mm512_i32gather_ps(reinterpret_cast<__m512i>(index), table, 4); }
+  static Whole whole(Reals v) { return reinterpret_cast<Whole>(_mm512_cvttps_epi32(v)); }
+};
+
 #include "products.inl"
+#include "finder.inl"
+#include "encode.inl"
 
 bool runs() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -90,7 +111,7 @@ bool runs() {
 
 }  // namespace
 
-const Level kAvx512 = {"avx512", runs, rotate, narrow, few, many, exact};
+const Level kAvx512 = {"avx512", runs, rotate, narrow, few, many, exact, encode};
 
 }  // namespace kq
 

@@ -41,6 +41,9 @@ struct Table {
   float scale;
 };
 
+struct Encoding;  // of encode.h
+struct Tables;
+
 // One instruction set. Functions take rows [first, last) of one matrix.
 struct Level {
   const char* name;
@@ -58,6 +61,8 @@ struct Level {
   // the same in float32, for inputs that have `floats`; `room` has `exact_room` bytes
   void (*exact)(const Weight&, int64_t matrix, int64_t first, int64_t last, const Input* inputs, int64_t tokens,
                 float* const* out, int8_t* room);
+  // groups [first, last) of a weight as codes
+  void (*encode)(const Encoding&, const Tables&, int64_t first, int64_t last);
 };
 
 extern const Level kAvx2, kAvx512, kNeon;

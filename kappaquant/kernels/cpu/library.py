@@ -10,9 +10,15 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from kappaquant.errors import UnsupportedError
+from kappaquant.formats.signs import signs
 
 NAME = "_core"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""As numbers.h counts them."""
 
 
 class Weight(Structure):
@@ -21,6 +27,17 @@ class Weight(Structure):
     _fields_ = (
         ("codes", c_void_p), ("norms", c_void_p), ("book", c_void_p), ("experts", c_int64), ("rows", c_int64), ("groups", c_int64),
         ("bits", c_int32), ("group", c_int32), ("wide_norms", c_int32), ("unused", c_int32),
+    )  # fmt: skip
+
+
+class Encoding(Structure):
+    """``kq::Encoding`` of encode.h: a weight to be encoded, and where its parts go."""
+
+    _fields_ = (
+        ("weight", c_void_p), ("signs", c_void_p), ("books", c_void_p), ("magnitudes", c_void_p), ("scales", c_void_p),
+        ("steps", c_void_p), ("packed", c_void_p), ("norms", c_void_p), ("errors", c_void_p), ("energies", c_void_p),
+        ("rows", c_int64), ("width", c_int64), ("groups", c_int64), ("dtype", c_int32), ("group", c_int32),
+        ("wide_norms", c_int32), ("trials", c_int32), ("count", c_int32), ("bits", c_int32 * 7),
     )  # fmt: skip
 
 
@@ -84,6 +101,12 @@ def levels() -> dict[str, bool]:
     return found
 
 
+@cache
+def signs_of(group_size: int) -> Tensor:
+    """s1 and s2, float32 [2 * group_size]."""
+    return torch.tensor([sign for half in signs(group_size) for sign in half], dtype=torch.float32)
+
+
 def _path() -> Path | None:
     places = (Path(__file__).with_name(NAME + suffix) for suffix in EXTENSION_SUFFIXES)
     return next((place for place in places if place.is_file()), None)
@@ -106,10 +129,13 @@ def _library() -> ctypes.CDLL:
             None,
             [*call, weight, weight, *prepared, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32],
         ),
+        "kq_encoding_bytes": (c_int32, []),
+        "kq_encode": (None, [*call, POINTER(Encoding)]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    if library.kq_weight_bytes() != ctypes.sizeof(Weight):
+    sizes = library.kq_weight_bytes(), library.kq_encoding_bytes()
+    if sizes != (ctypes.sizeof(Weight), ctypes.sizeof(Encoding)):
         raise OSError(f"{_path()} is of another version of kappaquant; install the package again")
     return library

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from ctypes import byref
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,11 +12,9 @@ from kappaquant.errors import UnsupportedError
 from kappaquant.formats import codec
 from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat
-from kappaquant.formats.signs import signs
 from kappaquant.kernels.base import Arranged, Kernel, Use
-from kappaquant.kernels.cpu.library import Weight, absence, core
+from kappaquant.kernels.cpu.library import DTYPES, Weight, absence, core, signs_of
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NORMS_AT_ONCE = 16
 """Scales of inputs are padded to a multiple of it."""
 
@@ -70,8 +67,8 @@ class Native(Kernel):
             places = (made[0].data_ptr(), None, None, None)
         native = core(self._level)
         native.library.kq_prepare(
-            native.level, torch.get_num_threads(), x.data_ptr(), _DTYPES[x.dtype], tokens, inputs, groups, fmt.group_size,
-            _signs(fmt.group_size).data_ptr(), *places,
+            native.level, torch.get_num_threads(), x.data_ptr(), DTYPES[x.dtype], tokens, inputs, groups, fmt.group_size,
+            signs_of(fmt.group_size).data_ptr(), *places,
         )  # fmt: skip
         return made
 
@@ -80,12 +77,12 @@ class Native(Kernel):
     ) -> Tensor:
         prepared = prepared or self.prepare(x, weight.fmt, kind)
         held = _weight(weight)
-        y = torch.empty(x.shape[0], weight.shape[-2], dtype=x.dtype if x.dtype in _DTYPES else torch.float32)
+        y = torch.empty(x.shape[0], weight.shape[-2], dtype=x.dtype if x.dtype in DTYPES else torch.float32)
         added = None if bias is None else bias.detach().float().contiguous()
         native = core(self._level)
         native.library.kq_linear(
             native.level, torch.get_num_threads(), byref(held), *_places(prepared), x.shape[0],
-            None if added is None else added.data_ptr(), y.data_ptr(), _DTYPES[y.dtype],
+            None if added is None else added.data_ptr(), y.data_ptr(), DTYPES[y.dtype],
         )  # fmt: skip
         return y.to(x.dtype)
 
@@ -111,11 +108,11 @@ class Native(Kernel):
         prepared = self.prepare(x, gate_up.fmt, kind)
         first, second = _weight(gate_up), _weight(down)
         index, weights = index.contiguous(), weights.float().contiguous()
-        y = torch.empty(x.shape, dtype=x.dtype if x.dtype in _DTYPES else torch.float32)
+        y = torch.empty(x.shape, dtype=x.dtype if x.dtype in DTYPES else torch.float32)
         native = core(self._level)
         native.library.kq_experts(
             native.level, torch.get_num_threads(), byref(first), byref(second), *_places(prepared), index.data_ptr(),
-            weights.data_ptr(), *index.shape, _signs(down.fmt.step).data_ptr(), y.data_ptr(), _DTYPES[y.dtype],
+            weights.data_ptr(), *index.shape, signs_of(down.fmt.step).data_ptr(), y.data_ptr(), DTYPES[y.dtype],
         )  # fmt: skip
         return y.to(x.dtype)
 
@@ -150,10 +147,4 @@ def _weight(weight: Arranged) -> Weight:
 
 
 def _readable(x: Tensor) -> Tensor:
-    return (x if x.dtype in _DTYPES else x.float()).contiguous()
-
-
-@cache
-def _signs(group_size: int) -> Tensor:
-    """s1 and s2, float32 [2 * group_size]."""
-    return torch.tensor([sign for half in signs(group_size) for sign in half], dtype=torch.float32)
+    return (x if x.dtype in DTYPES else x.float()).contiguous()

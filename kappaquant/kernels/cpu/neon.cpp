@@ -1,5 +1,6 @@
 // NEON with dot products (ARMv8.2): tables of 16 to 64 bytes, and four products at once.
 #include "core.h"
+#include "encode.h"
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
@@ -94,7 +95,36 @@ struct Lanes {
   }
 };
 
+struct Across {
+  static constexpr int kGroups = 4;
+  typedef float32x4_t Reals;
+  typedef int32x4_t Whole;
+  typedef uint32x4_t Words;
+  typedef uint32x4_t Mask;
+  typedef uint8x16x2_t Eight;
+
+  static Mask exceeds(Reals a, Reals b) { return vcgtq_f32(a, b); }
+  static Mask larger(Reals a, Reals b) { return exceeds(a, b); }
+  static Reals either(Mask mask, Reals yes, Reals no) { return vbslq_f32(mask, yes, no); }
+  static Whole less(Mask mask) { return vreinterpretq_s32_u32(mask); }
+  static Eight eight(const float* values) {
+    return {{vreinterpretq_u8_f32(vld1q_f32(values)), vreinterpretq_u8_f32(vld1q_f32(values + 4))}};
+  }
+  static Reals pick(Eight from, Whole index) {  // bytes 4 i to 4 i + 3
+    const Whole bytes = vmlaq_n_s32(vdupq_n_s32(0x03020100), vandq_s32(index, vdupq_n_s32(7)), 0x04040404);
+    return vreinterpretq_f32_u8(vqtbl2q_u8(from, vreinterpretq_u8_s32(bytes)));
+  }
+  static Reals gather(const float* table, Whole index) {
+    Reals found;
+    for (int i = 0; i < 4; ++i) found[i] = table[index[i]];
+    return found;
+  }
+  static Whole whole(Reals v) { return vcvtq_s32_f32(v); }
+};
+
 #include "products.inl"
+#include "finder.inl"
+#include "encode.inl"
 
 bool runs() {
 #if defined(__linux__)
@@ -106,7 +136,7 @@ bool runs() {
 
 }  // namespace
 
-const Level kNeon = {"neon", runs, rotate, narrow, few, many, exact};
+const Level kNeon = {"neon", runs, rotate, narrow, few, many, exact, encode};
 
 }  // namespace kq
 

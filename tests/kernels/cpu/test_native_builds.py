@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor
 
 from kappaquant.formats import codec
+from kappaquant.formats.base import EFFORTS, Effort
 from kappaquant.formats.codebook import BITS, CodebookFormat
+from kappaquant.formats.search import SCALES
 from kappaquant.formats.signs import GROUP_SIZES, signs
+from kappaquant.kernels.cpu import encoder, library
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +59,13 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def driven(command: list[str], given: bytes) -> bytes:
+    """What the driver makes of it."""
+    ran = subprocess.run(command, input=given, capture_output=True)
+    assert ran.returncode == 0, ran.stderr.decode()
+    return ran.stdout
+
+
 def stored(fmt: CodebookFormat, weight: Tensor) -> tuple[bytes, Tensor]:
     """A weight [experts, rows, in] as the driver reads it, and as the codec does."""
     parts = codec.encode(weight, fmt, "fast").parts
@@ -76,9 +87,7 @@ def test_products(command: list[str], fmt: CodebookFormat) -> None:
     given = (
         one + other + struct.pack("<2q", tokens, K) + b"".join(t.numpy().tobytes() for t in (x, bias, index, shares))
     )
-    ran = subprocess.run(command, input=given, capture_output=True)
-    assert ran.returncode == 0, ran.stderr.decode()
-    found = torch.frombuffer(bytearray(ran.stdout), dtype=torch.float32)
+    found = torch.frombuffer(bytearray(driven(command, b"products" + given)), dtype=torch.float32)
     grouped, block = torch.zeros(tokens, K, 2 * INNER), torch.zeros(tokens, inputs)
     for token in range(tokens):
         for slot, expert in enumerate(index[token].tolist()):
@@ -92,3 +101,79 @@ def test_products(command: list[str], fmt: CodebookFormat) -> None:
         truth = expected[number % 3].flatten()
         error = float((part - truth).norm() / truth.norm())
         assert error < (0.03 if number < 3 else 2e-6 * inputs**0.5), number
+
+
+def hard(fmt: CodebookFormat) -> Tensor:
+    """A row with its last group cut for each: Gaussian, long tails, zeros, tiny, large, constant, and some on thresholds."""
+    group = fmt.group_size
+    width = 3 * group - 7
+    plain = numbers(7, width, seed=group)
+    c = torch.tensor(fmt.codebook)
+    exact = ((c[1:] + c[:-1]) / 2)[
+        torch.randint(len(c) - 1, (1, 3 * group), generator=torch.Generator().manual_seed(6))
+    ]
+    factors = torch.tensor([1.0, 1.0, 0.0, 1e-20, 3e-23, 300.0, 0.0])[:, None]
+    rows = plain * factors
+    rows[1] *= torch.exp(2 * numbers(width, seed=7))
+    rows[6] = 0.25
+    return torch.cat([rows, codec.unrotate(exact, group)[:, :width]])
+
+
+def told(
+    weight: Tensor, group: int, books: Sequence[tuple[float, ...]], effort: Effort, codes: bool, wide: bool
+) -> bytes:
+    """An encoding as the driver reads it."""
+    scales = SCALES if effort == "best" else ()
+    sizes = (
+        *weight.shape,
+        -(-weight.shape[1] // group),
+        library.DTYPES[weight.dtype],
+        group,
+        wide,
+        len(scales),
+        len(books),
+        codes,
+    )
+    bits = struct.pack(f"<{len(books)}i", *(len(book).bit_length() - 1 for book in books))
+    parts = (weight.view(torch.uint8), library.signs_of(group), *encoder._tables(tuple(books), scales))
+    return b"encoding" + struct.pack("<9q", *sizes) + bits + b"".join(part.numpy().tobytes() for part in parts)
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("fmt", [CodebookFormat(b, g) for b in BITS for g in GROUP_SIZES], ids=lambda fmt: fmt.id)
+def test_encoding(command: list[str], fmt: CodebookFormat, effort: Effort) -> None:
+    """The bytes are the codec's, whatever a compiler may fuse."""
+    dtype = list(library.DTYPES)[(fmt.bits + fmt.group_size // 32) % 3]
+    for wide in (False, True):
+        fmt = CodebookFormat(fmt.bits, fmt.group_size, norms="F32" if wide else "F16")
+        weight = hard(fmt).to(dtype)
+        expected = codec.encode(weight, fmt, effort)
+        found = driven(command, told(weight, fmt.group_size, [fmt.codebook], effort, True, wide))
+        assert found.startswith(b"".join(part.numpy().tobytes() for part in expected.parts.values()))
+        errors, energies = torch.frombuffer(bytearray(found), dtype=torch.float32)[-2 * expected.norms.numel() :].chunk(
+            2
+        )
+        assert errors.sum(dtype=torch.float64).item() == expected.squared_error
+        assert energies.sum(dtype=torch.float64).item() == expected.energy
+
+
+@pytest.mark.parametrize("group", GROUP_SIZES)
+def test_errors_of_a_scan(command: list[str], group: int) -> None:
+    weight = hard(CodebookFormat(4, group))
+    books = [CodebookFormat(bits, group).codebook for bits in BITS]
+    found = torch.frombuffer(
+        bytearray(driven(command, told(weight, group, books, "fast", False, False))), dtype=torch.float32
+    )
+    errors = found.view(len(BITS) + 1, -1)[:-1].sum(1, dtype=torch.float64)
+    assert dict(zip(BITS, errors.tolist(), strict=True)) == codec.squared_errors(weight, group)
+
+
+def test_numbers_that_are_none_are_survived(command: list[str]) -> None:
+    """What they become is not finite, by which the caller knows them."""
+    for bits in (3, 8):
+        fmt = CodebookFormat(bits, 64)
+        weight = numbers(5, 192)
+        weight[1, 3], weight[2, 70], weight[4, 191] = torch.nan, torch.inf, 3e38
+        found = driven(command, told(weight, 64, [fmt.codebook], "best", True, False))
+        energies = torch.frombuffer(bytearray(found[-4 * 15 :]), dtype=torch.float32)
+        assert (~energies.isfinite()).nonzero().flatten().tolist() == [3, 7, 14]
