@@ -55,7 +55,7 @@ class RandomCheckpoint:
 
 def plain(config: Any, device: str) -> Any:
     """A model of this configuration in bfloat16."""
-    model = _empty(config).to_empty(device=device)
+    model = empty(config).to_empty(device=device)
     with torch.no_grad():
         model.init_weights()
     return model
@@ -63,7 +63,7 @@ def plain(config: Any, device: str) -> Any:
 
 def packed(config: Any, device: str, **policy: Any) -> Any:
     """The same with packed weights, as ``make_plan`` with this policy chooses."""
-    model = _empty(config)
+    model = empty(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     plan = make_plan({n: TensorInfo(n, "BF16", s) for n, s in shapes.items()}, config.to_dict(), **policy)
     assembler = Assembler(model, RandomCheckpoint(shapes, plan, device))  # type: ignore[arg-type]
@@ -79,6 +79,6 @@ def packed(config: Any, device: str, **policy: Any) -> Any:
     return model
 
 
-def _empty(config: Any) -> Any:
+def empty(config: Any) -> Any:
     with torch.device("meta"):
         return model_class(config)._from_config(config, dtype=torch.bfloat16).eval()
