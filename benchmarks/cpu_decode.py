@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,11 @@ PARTS = ("layers", "small", "products")
 
 def measured(options: argparse.Namespace, work: Path) -> Iterator[Row]:
     """All rows that were asked for."""
-    wanted: Callable[[tuple[str, ...]], list[str]] = lambda names: [
-        name for name in names if any(fnmatchcase(name, pattern) for pattern in options.only or ["*"])
-    ]
+    patterns = options.only or ["*"]
+
+    def wanted(names: Sequence[str]) -> list[str]:
+        return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
     if "layers" in options.parts:
         yield from cpu_models.layers(wanted(cpu_models.LAYERS), options.layers, options.threads, options.rounds, work)
     if "small" in options.parts:
@@ -62,7 +64,7 @@ def table(rows: list[Row]) -> Table:
     """For the terminal."""
     made = Table("part", "what", "tokens", "ms", "least – most", "GB/s", "of bandwidth", "tok/s", "times faster than")
     for row in rows:
-        name = row.get("model", row["what"] if "what" in row else "")
+        name = row.get("model", row.get("what", ""))
         what = f"{name}, {row['what']}" if "model" in row and "what" in row else name
         if "absent" in row:
             made.add_row(row["part"], what, "", row["absent"])

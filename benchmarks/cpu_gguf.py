@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.random_model import empty
 from benchmarks.real_llamacpp import encoded_rows, quantize_file
@@ -152,7 +151,7 @@ def _opened(path: Path, config: Any) -> Any:
     writer.add_value_length(config.head_dim)
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_count(int(config.head_dim * rope["partial_rotary_factor"]))
-    writer.add_rope_dimension_sections(rope.get("mrope_section", [11, 11, 10]) + [0])
+    writer.add_rope_dimension_sections([*rope.get("mrope_section", [11, 11, 10]), 0])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_expert_count(config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
