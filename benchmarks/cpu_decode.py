@@ -2,7 +2,7 @@
 
 Layers of Qwen3.6-35B-A3B's exact shape with random weights (a layer is what a model of so many more layers takes longer), SmolLM2-135M
 from end to end, and products of one large matrix. Rows are medians over rounds, with the least and most of them. Bandwidth is that of
-reading, the better of before and after.
+reading, the best of before, between and after the parts.
 
 pip install --target llama llama-cpp-python
 python -m benchmarks.cpu_decode --llama llama [--threads 16] [--parts layers small products] [--layers 4]
@@ -30,25 +30,26 @@ from benchmarks.environment import environment, instruction_sets, save
 from benchmarks.real_llamacpp import absent
 from benchmarks.real_weights import default_folder, prepared
 from kappaquant.kernels.cpu import library
+from kappaquant.kernels.dispatch import kernels
 from kappaquant.runtime.bench import read_bandwidth
 
 Row = dict[str, Any]
 PARTS = ("layers", "small", "products")
 
 
-def measured(options: argparse.Namespace, work: Path) -> Iterator[Row]:
-    """All rows that were asked for."""
+def measured(part: str, options: argparse.Namespace, work: Path) -> Iterator[Row]:
+    """Rows of one of ``PARTS``."""
     patterns = options.only or ["*"]
 
     def wanted(names: Sequence[str]) -> list[str]:
         return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
-    if "layers" in options.parts:
+    if part == "layers":
         yield from cpu_models.layers(wanted(cpu_models.LAYERS), options.layers, options.threads, options.rounds, work)
-    if "small" in options.parts:
+    elif part == "small":
         names = wanted(cpu_models.SMALL)
         yield from cpu_models.small(names, options.folder, options.threads, options.rounds, work)
-    if "products" in options.parts:
+    else:
         yield from cpu_products.rows(options.rounds)
 
 
@@ -104,20 +105,24 @@ def main() -> None:
     about_machine = {**environment(), "threads": options.threads, "instruction_sets": instruction_sets()}
     if "small" in options.parts:
         prepared(options.folder)
-    before = read_bandwidth("cpu")
+    rates = [read_bandwidth("cpu")]
     rows = []
     with tempfile.TemporaryDirectory(prefix="kappaquant-cpu-") as work:
-        for row in measured(options, Path(work)):
-            rows.append(row)
-            print(*row.values(), file=sys.stderr, flush=True)  # a long run shows where it is
-    bandwidth = max(before, read_bandwidth("cpu"))
+        for part in options.parts:
+            for row in measured(part, options, Path(work)):
+                rows.append(row)
+                print(*row.values(), file=sys.stderr, flush=True)  # a long run shows where it is
+            rates.append(read_bandwidth("cpu"))
+    bandwidth = max(rates)
     rows = with_shares(rows, bandwidth)
     console = Console(width=170)
     console.print(table(rows))
     result = {
         "environment": about_machine, "native_core": library.absence() or library.core().name,
+        "kernels": [kernel.name for kernel in kernels()],
         "llama.cpp": {"absent": absent()} if absent() else about(), "rounds": options.rounds,
-        "read_gb_per_s": round(bandwidth / 1e9, 2), "rows": rows,
+        "read_gb_per_s": round(bandwidth / 1e9, 2),
+        "read_gb_per_s_at_times": [round(rate / 1e9, 2) for rate in rates], "rows": rows,
     }  # fmt: skip
     if options.only or set(options.parts) != set(PARTS):
         console.print("not everything was measured, so nothing is written")

@@ -62,7 +62,8 @@ def machine(measured: dict[str, Any]) -> str:
     about, llama = measured["environment"], measured["llama.cpp"]
     ours, theirs = measured["native_core"], llama.get("absent") or _sets(llama["compiled_for"])
     return (
-        f"{about['cpu']}, {about['threads']} thread{'s'[: about['threads'] > 1]}, begun at a load of {about['load_before']}; reads "
+        f"{about['cpu']}, {about['threads']} thread{'s'[: about['threads'] > 1]}, medians of {measured['rounds']} round"
+        f"{'s'[: measured['rounds'] > 1]}, begun at a load of {about['load_before']}; reads "
         f"{measured['read_gb_per_s']} GB/s. Native core: {ours}; llama.cpp: {theirs}."
     )
 
