@@ -11,7 +11,17 @@ from kappaquant.formats.codebook import BITS
 
 @pytest.mark.parametrize(
     "name",
-    ["codec_error", "demo", "plan_sizes", "quantize_cost", "gpu_kernels", "gpu_decode", "gpu_encode", "activations"],
+    [
+        "codec_error",
+        "demo",
+        "plan_sizes",
+        "quantize_cost",
+        "gpu_kernels",
+        "gpu_decode",
+        "gpu_encode",
+        "activations",
+        "cpu_decode",
+    ],
 )
 def test_results_say_what_they_ran_on(name: str) -> None:
     about = result(name)["environment"]

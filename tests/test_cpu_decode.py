@@ -142,6 +142,7 @@ def test_tables_show_what_is_there() -> None:
     about = {"cpu": "A", "threads": 1, "load_before": 0.5}
     said = {
         "environment": about,
+        "rounds": 2,
         "read_gb_per_s": 9.5,
         "native_core": "avx2",
         "llama.cpp": {"compiled_for": "CPU : AVX2 = 1 | F16C = 1"},
