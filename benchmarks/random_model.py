@@ -12,6 +12,7 @@ from kappaquant.formats.base import Encoded, Format
 from kappaquant.models.skeleton import model_class
 from kappaquant.planning.make import make_plan
 from kappaquant.planning.plan import Plan
+from kappaquant.planning.sizes import summary
 from kappaquant.runtime.assemble import Assembler
 
 _SAMPLE = 256  # rows that are encoded; a large weight repeats them in random order, as fast to read as any
@@ -55,7 +56,7 @@ class RandomCheckpoint:
 
 def plain(config: Any, device: str) -> Any:
     """A model of this configuration in bfloat16."""
-    model = _empty(config).to_empty(device=device)
+    model = empty(config).to_empty(device=device)
     with torch.no_grad():
         model.init_weights()
     return model
@@ -63,9 +64,10 @@ def plain(config: Any, device: str) -> Any:
 
 def packed(config: Any, device: str, **policy: Any) -> Any:
     """The same with packed weights, as ``make_plan`` with this policy chooses."""
-    model = _empty(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    plan = make_plan({n: TensorInfo(n, "BF16", s) for n, s in shapes.items()}, config.to_dict(), **policy)
+    model = empty(config)
+    infos = tensors_of(model)
+    shapes = {name: info.shape for name, info in infos.items()}
+    plan = make_plan(infos, config.to_dict(), **policy)
     assembler = Assembler(model, RandomCheckpoint(shapes, plan, device))  # type: ignore[arg-type]
     assembler.replace()
     model.to_empty(device=device)
@@ -79,6 +81,18 @@ def packed(config: Any, device: str, **policy: Any) -> Any:
     return model
 
 
-def _empty(config: Any) -> Any:
+def tensors_of(model: Any) -> dict[str, TensorInfo]:
+    """What a checkpoint of a model in bfloat16 holds."""
+    return {name: TensorInfo(name, "BF16", tuple(held.shape)) for name, held in model.named_parameters()}
+
+
+def token_bytes(config: Any, **policy: Any) -> int:
+    """Bytes of weights that decoding one token reads of such a packed model, see ``planning.sizes``."""
+    infos, known = tensors_of(empty(config)), config.to_dict()
+    return summary(make_plan(infos, known, **policy), infos, known).active_bytes_per_token
+
+
+def empty(config: Any) -> Any:
+    """The model without memory."""
     with torch.device("meta"):
         return model_class(config)._from_config(config, dtype=torch.bfloat16).eval()

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks import real_report
+from benchmarks import cpu_report, real_report
 from benchmarks.environment import RESULTS, ROOT
 
 README = ROOT / "README.md"
@@ -139,6 +139,13 @@ def gpu_decode() -> str:
     )
 
 
+def cpu_decode() -> str:
+    """CPUs beside llama.cpp."""
+    measured = result("cpu_decode")
+    tables = "\n\n".join(_table(*made(measured["rows"])) for made in (cpu_report.models, cpu_report.products))
+    return f"{tables}\n\n{cpu_report.machine(measured)} ([cpu_decode.json](benchmarks/results/cpu_decode.json))."
+
+
 def reference_table() -> str:
     """The reference model in every plan and by other quantizers."""
     measured = result("reference_table")
@@ -252,7 +259,7 @@ def architectures() -> str:
 Blocks = Mapping[str, Callable[[], str]]
 BLOCKS: Blocks = {
     "demo": demo, "real_model": real_model, "real_pairs": real_pairs, "sizes": sizes, "cost": cost, "codec": codec, "gpu_kernels": gpu_kernels,
-    "gpu_decode": gpu_decode, "reference_table": reference_table, "ablation": ablation,
+    "gpu_decode": gpu_decode, "cpu_decode": cpu_decode, "reference_table": reference_table, "ablation": ablation,
 }  # fmt: skip
 PAGES = {
     README: BLOCKS,

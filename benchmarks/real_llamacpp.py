@@ -143,21 +143,29 @@ def across_rows(weight: np.ndarray, name: str, squares: np.ndarray | None) -> tu
     for phase in range(phases):
         rows = np.ascontiguousarray(blocks[phase::phases], np.float32)
         if len(rows):
-            raw = _chunk(rows, int(kind), block_bytes, None if importance_of is None else importance_of[phase])
+            raw = encoded_rows(rows, kind, None if importance_of is None else importance_of[phase])
             made[phase::phases] = dequantize(raw, kind)
     return made.reshape(weight.shape), blocks.shape[0] * block_bytes
 
 
-def _chunk(rows: np.ndarray, kind: int, block_bytes: int, importance_of: np.ndarray | None) -> np.ndarray:
+def encoded_rows(rows: np.ndarray, kind: Any, importance_of: np.ndarray | None = None) -> np.ndarray:
+    """Rows [n, columns], float32, in a GGUF type: uint8 [n, bytes].
+
+    Args:
+        importance_of: of the columns, float32.
+    """
+    from gguf import GGML_QUANT_SIZES
+
+    size, block_bytes = GGML_QUANT_SIZES[kind]
     floats = ctypes.POINTER(ctypes.c_float)
-    raw = np.empty((rows.shape[0], block_bytes), np.uint8)
+    raw = np.empty((rows.shape[0], rows.shape[1] // size * block_bytes), np.uint8)
     weights = None if importance_of is None else np.ascontiguousarray(importance_of, np.float32)
     pointer = floats() if weights is None else weights.ctypes.data_as(floats)
     quantize = _library().ggml_quantize_chunk
     quantize.restype = ctypes.c_size_t
     long = ctypes.c_int64
     written = quantize(
-        ctypes.c_int(kind), rows.ctypes.data_as(floats), raw.ctypes.data_as(ctypes.c_void_p), long(0),
+        ctypes.c_int(int(kind)), rows.ctypes.data_as(floats), raw.ctypes.data_as(ctypes.c_void_p), long(0),
         long(rows.shape[0]), long(rows.shape[1]), pointer,
     )  # fmt: skip
     if written != raw.nbytes:

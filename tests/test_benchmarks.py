@@ -21,6 +21,8 @@ from kappaquant.formats.codebook import BITS
         "gpu_encode",
         "cpu_encode",
         "activations",
+        "activations",
+        "cpu_decode",
     ],
 )
 def test_results_say_what_they_ran_on(name: str) -> None:

@@ -29,49 +29,69 @@ def bench(
     activations: ActivationsOpt = "int8",
     as_json: JsonOpt = False,
 ) -> None:
-    """Measure decoding and prefill: tokens/s, time to first token, peak memory, kernels per step. Contexts 32 and 2048, batch 1."""
+    """Measure decoding and prefill: tokens/s, GB/s of weights, time to first token, peak memory. Contexts 32 and 2048, batch 1."""
     import gc
 
     import torch
     import transformers
 
+    from kappaquant.checkpoints.open import open_checkpoint
+    from kappaquant.evaluate.measures.throughput import token_bytes
     from kappaquant.files.documents import check_file, write_whole
     from kappaquant.files.processes import choose_device
-    from kappaquant.runtime.bench import load_original, measure
+    from kappaquant.runtime.bench import load_original, measure, read_bandwidth
+    from kappaquant.sources.open import open_source
     from kappaquant.version import __version__
 
     if output:
         check_file(output)
     where = choose_device(device)
     cases = [(rows, tokens) for rows in batch or [1] for tokens in context or [32, 2048]]
-    found: list[tuple[str, Row]] = []
+    bandwidth = read_bandwidth(where)
     model, _ = load_quantized(checkpoint, where, activations)
-    found += [(str(checkpoint), row) for row in measure(model, cases, steps=steps)]
+    nbytes = token_bytes(open_checkpoint(checkpoint))
+    found = [_shown(str(checkpoint), row, nbytes, bandwidth) for row in measure(model, cases, steps=steps)]
     if against:
         del model
         gc.collect()  # modules that refer to each other would keep the first model beside the second
-        found += [(against, row) for row in measure(load_original(against, where), cases, steps=steps)]
+        nbytes = token_bytes(open_source(against))
+        measured = measure(load_original(against, where), cases, steps=steps)
+        found += [_shown(against, row, nbytes, bandwidth) for row in measured]
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if where.startswith("cuda") else "cpu",
+        "threads": None if where.startswith("cuda") else torch.get_num_threads(),
+        "read_gb_per_s": round(bandwidth / 1e9, 2),
         "activations": activations,
         "kappaquant": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "rows": [{"model": name, **row.to_json()} for name, row in found],
+        "rows": found,
     }
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     if output:
         write_whole(output, text.encode())
-    show(text if as_json else _table(result["device"], result["rows"]), as_json)
+    threads = "" if result["threads"] is None else f", {result['threads']} threads"
+    title = f"{result['device']}{threads}, reads {result['read_gb_per_s']} GB/s"
+    show(text if as_json else _table(title, found), as_json)
 
 
-def _table(device: str, rows: list[dict[str, Any]]) -> Any:
+def _shown(model: str, row: Row, nbytes: int, bandwidth: float) -> dict[str, Any]:
+    """A row with what its steps read: ``nbytes`` of weights each. Rows of a batch may meet different experts, so they are left out."""
+    read = row.decode_tokens_per_s * nbytes if row.batch == 1 else None
+    return {
+        "model": model, **row.to_json(), "weight_bytes_per_token": nbytes,
+        "weights_gb_per_s": None if read is None else round(read / 1e9, 2),
+        "of_bandwidth": None if read is None else round(read / bandwidth, 3),
+    }  # fmt: skip
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    table = Table(title=device, title_justify="left")
+    table = Table(title=title, title_justify="left")
     columns = {
         "model": "model", "batch": "batch", "context": "context", "decode_tokens_per_s": "decode tok/s",
-        "prefill_tokens_per_s": "prefill tok/s", "first_token_ms": "first token ms", "peak_gib": "peak GiB",
+        "weights_gb_per_s": "weights GB/s", "of_bandwidth": "of bandwidth", "prefill_tokens_per_s": "prefill tok/s", "first_token_ms": "first token ms", "peak_gib": "peak GiB",
         "kernels_per_step": "kernels/step",
     }  # fmt: skip
     for key, heading in columns.items():

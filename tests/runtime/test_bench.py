@@ -13,8 +13,11 @@ from tiny_models import save_tiny, tiny_model
 
 from benchmarks import gpu_decode
 from benchmarks.random_model import packed, plain
+from kappaquant.checkpoints.open import open_checkpoint
 from kappaquant.errors import UnsupportedError
+from kappaquant.evaluate.measures.throughput import token_bytes
 from kappaquant.runtime.bench import Row, measure
+from kappaquant.sources.open import open_source
 
 
 def check(row: Row) -> None:
@@ -51,7 +54,24 @@ def test_command_against_the_original(command: Command, tmp_path: Path) -> None:
     assert [(row["model"], row["batch"], row["context"]) for row in result["rows"]] == [
         (str(name), 2, context) for name in (quantized, source) for context in (6, 9)
     ]
+    for row in result["rows"]:  # of two rows at once, which may meet different experts
+        assert (row["weights_gb_per_s"], row["of_bandwidth"]) == (None, None)
     assert "decode tok/s" in command("bench", quantized, *arguments).stdout
+
+
+def test_command_says_what_steps_read_of_the_bandwidth(command: Command, tmp_path: Path) -> None:
+    source = save_tiny("qwen3_moe", tmp_path / "model")
+    quantized = quantize(source, tmp_path / "quantized").path
+    done = command("bench", quantized, "--against", source, "--context", 6, "--steps", 2, "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["threads"] == torch.get_num_threads()
+    opened = open_checkpoint(quantized), open_source(source)
+    for row, model in zip(result["rows"], opened, strict=True):
+        assert row["weight_bytes_per_token"] == token_bytes(model)
+        rate = row["decode_tokens_per_s"] * row["weight_bytes_per_token"] / 1e9
+        assert row["weights_gb_per_s"] == pytest.approx(rate, abs=0.006)
+        assert row["of_bandwidth"] == pytest.approx(rate / result["read_gb_per_s"], abs=0.01)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from kappaquant.models.skeleton import load_config
 from kappaquant.planning.sizes import active_shares
 from kappaquant.runtime.bench import WARM_UP, Row, load_original, read_bandwidth
 from kappaquant.runtime.bench import measure as measure_model
-from kappaquant.sources.folder import LocalSource
+from kappaquant.sources.source import Source
 from kappaquant.version import __version__
 
 STEPS = 32  # decoded and timed after each prompt
@@ -85,13 +85,13 @@ def measure(
     return tuple(found)
 
 
-def token_bytes(model: Checkpoint | LocalSource) -> int:
+def token_bytes(model: Checkpoint | Source) -> int:
     """Bytes of weights that decoding one token reads: routed experts by top-k, one row of the embedding; no cache.
 
     Of plain folders as bfloat16, in which they are measured.
     """
     tensors: dict[str, TensorInfo]
-    if isinstance(model, LocalSource):
+    if isinstance(model, Source):
         tensors = dict(model.tensors)
         nbytes = {name: _BF16 * info.numel for name, info in tensors.items()}
     else:

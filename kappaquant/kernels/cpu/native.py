@@ -26,7 +26,7 @@ class Native(Kernel):
         level: name of the instruction set; the fastest of the processor by default.
     """
 
-    uses: frozenset[Use] = frozenset({"linear", "experts", "grouped"})
+    uses: frozenset[Use] = frozenset({"linear", "experts", "grouped", "rows"})
 
     def __init__(self, level: str = "") -> None:
         self.name = f"native {level}".strip()
