@@ -21,7 +21,6 @@ from kappaquant.formats.codebook import BITS
         "gpu_encode",
         "cpu_encode",
         "activations",
-        "activations",
         "cpu_decode",
     ],
 )
