@@ -21,6 +21,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from kappaquant.checkpoints.checkpoint import Checkpoint
 from kappaquant.checkpoints.kappaquant_v1 import QUANT_METHOD, check_quantization_config
 from kappaquant.checkpoints.open import open_checkpoint
+from kappaquant.engines.vllm.activations import check_chosen
 from kappaquant.engines.vllm.experts import ExpertsMethod
 from kappaquant.engines.vllm.linear import EmbeddingMethod, LinearMethod
 from kappaquant.errors import FormatError, UnsupportedError
@@ -58,6 +59,7 @@ class KappaquantConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> KappaquantConfig:
+        check_chosen()
         return cls(config)
 
     def get_name(self) -> str:

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from kappaquant.checkpoints.checkpoint import Checkpoint
+from kappaquant.engines.vllm.activations import CHOSEN
 from kappaquant.engines.vllm.linear import (
     Loader,
     Weight,
@@ -72,7 +73,7 @@ class ExpertsMethod(FusedMoEMethodBase):
         layer.filling = filling = _Filling(self, layer, hidden_size, intermediate_size_per_partition)
         gate_up = filling.projection(("w1", "w3"), params_dtype)
         down = filling.projection(("w2",), params_dtype)
-        experts = QuantExperts(gate_up, down, _ACTIVATIONS[layer.activation], SharedInput())
+        experts = QuantExperts(gate_up, down, _ACTIVATIONS[layer.activation], SharedInput(CHOSEN))
         layer.packed_experts = experts.to_empty(device=torch.get_default_device())
         layer.endings = endings(self.checkpoint, self.names.values())
         for ending, suffix in layer.endings.items():

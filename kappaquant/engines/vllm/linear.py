@@ -18,10 +18,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.utils import set_weight_attrs
 
 from kappaquant.checkpoints.checkpoint import Checkpoint
+from kappaquant.engines.vllm.activations import CHOSEN
 from kappaquant.errors import FormatError, UnsupportedError
 from kappaquant.files.tensors import TORCH_DTYPES
 from kappaquant.kernels import dispatch
-from kappaquant.kernels.base import ACTIVATIONS, Use
+from kappaquant.kernels.base import Use
 from kappaquant.models.sharding import sizes
 from kappaquant.runtime.experts import KeptWeight
 from kappaquant.runtime.packed import PackedWeight
@@ -274,7 +275,7 @@ def multiply(x: Tensor, parts: Iterable[Any], bias: Tensor | None) -> Tensor:
         else (dispatch.KEPT, [part.tensor], part.tensor.shape[0])
         for part in parts
     ]
-    return dispatch.fused_linear(x, held, bias, ACTIVATIONS[0])
+    return dispatch.fused_linear(x, held, bias, CHOSEN)
 
 
 def empty_weight(
