@@ -115,7 +115,7 @@ def test_a_weight_that_is_moved_asks_again(kernel: Backwards) -> None:
     weight.finish()
     assert set(weight.state_dict()) == {"reversed_scales", "reversed_codes"}
     weight.serve("rows")  # which it does not
-    assert weight.kernel.name == "torch"
+    assert weight.kernel.name == PLAIN
     assert set(weight.state_dict()) == {"tq_packed", "tq_norms"}
     assert torch.equal(weight.dequantize(), fmt.decode(encoded.parts, 64))
 
