@@ -287,6 +287,8 @@ class Evaluation:
             FormatError: no such file, not JSON, another format_version, or a value that is missing or of another kind.
         """
         path = Path(path)
+        if path.exists() and not path.is_file():
+            raise FormatError(f"{path}: is a folder, a pipe or a device; kappaquant evaluate writes a file")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
