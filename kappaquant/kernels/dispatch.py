@@ -96,7 +96,7 @@ def _say_what_is_slow(chosen: Kernel, reasons: Sequence[str], parts: Mapping[str
     if device == "cuda" and refused and isinstance(chosen, AnyFormat):
         _say_once(f"{refused[0]}; this weight runs in torch, which is slower")
     elif device == "cpu" and isinstance(chosen, Lookups) and absence():
-        _say_once(f"{absence()}; until then weights run in torch, which is many times slower")
+        _say_once(f"{absence()}; weights run in torch, which is many times slower")
 
 
 @cache

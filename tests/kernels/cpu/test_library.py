@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +33,12 @@ def test_without_a_library_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -
     assert Native().refusal(CodebookFormat(4, 128), {}) == library.absence()
     with pytest.raises(UnsupportedError, match="install one"):
         library.core()
+
+
+@pytest.mark.skipif(platform.system() != "Linux" or not shutil.which("g++"), reason="there is no compiler here")
+def test_where_there_is_a_compiler_the_core_is_built() -> None:
+    """Or all tests of it would be skipped, and nobody would know."""
+    assert library.levels(), library.absence()
 
 
 def test_a_file_that_is_no_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
