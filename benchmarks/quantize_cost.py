@@ -30,7 +30,7 @@ from rich.table import Table
 from benchmarks.environment import environment, save
 from kappaquant.files.safetensors import TensorInfo, build_header
 
-SECONDS_PER_GB = {"fast": 4.0, "best": 20.0}
+SECONDS_PER_GB = {"fast": 4.0, "best": 6.0}
 GIB_RESIDENT = 1.5
 TICK = 0.2  # looking through all processes takes 5 ms, of the same two cores
 LAYERS = 4  # one period of the model: three GatedDeltaNet, one full attention
