@@ -14,6 +14,7 @@ from kappaquant.planning.make import make_plan
 from kappaquant.planning.plan import Plan
 from kappaquant.planning.sizes import summary
 from kappaquant.runtime.assemble import Assembler
+from kappaquant.runtime.fused.layers import fuse
 
 _SAMPLE = 256  # rows that are encoded; a large weight repeats them in random order, as fast to read as any
 
@@ -74,10 +75,7 @@ def packed(config: Any, device: str, **policy: Any) -> Any:
     with torch.no_grad():
         model.init_weights()
         assembler.fill()
-    if device != "cpu":
-        from kappaquant.runtime.fused.qwen3_5 import fuse
-
-        fuse(model)  # as kappaquant.load does
+    fuse(model)  # as kappaquant.load does
     return model
 
 

@@ -16,7 +16,7 @@ from kappaquant.checkpoints.open import open_checkpoint
 from kappaquant.checkpoints.side_files import MANIFEST_NAME
 from kappaquant.errors import UnsupportedError
 from kappaquant.runtime.assemble import Assembler
-from kappaquant.runtime.fused.qwen3_5 import fuse
+from kappaquant.runtime.fused.layers import fuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,8 +73,7 @@ class KappaquantQuantizer(HfQuantizer):
             if parameter.dtype != wanted and not any(re.search(pattern, name) for pattern in exempt):
                 parameter.data = parameter.data.to(wanted)
         del self._assembler, self._declared
-        if model.device.type == "cuda":
-            fuse(model)
+        fuse(model)
         return model
 
     def _open(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> Checkpoint:

@@ -19,7 +19,7 @@ from kappaquant.kernels.base import ACTIVATIONS, check_activations
 from kappaquant.models.skeleton import load_config, model_class
 from kappaquant.models.tokenizer import read_tokenizer
 from kappaquant.runtime.assemble import set_activations
-from kappaquant.runtime.fused.qwen3_5 import fuse
+from kappaquant.runtime.fused.layers import fuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,8 +76,7 @@ def load(
         model = cls.from_pretrained(checkpoint.path, config=config, dtype=wanted)
     set_activations(model, activations)
     model = model.to(device or "cpu")
-    if model.device.type == "cuda":
-        fuse(model)
+    fuse(model)
     return model, tokenizer
 
 

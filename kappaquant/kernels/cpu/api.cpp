@@ -61,7 +61,7 @@ KQ_API void kq_linear(int32_t level, int32_t threads, const Weight* weight, cons
   const Prepared prepared = {values, scales, offsets, floats};
   std::vector<Input> inputs(static_cast<size_t>(tokens));
   for (int64_t t = 0; t < tokens; ++t) inputs[t] = prepared.of(w, t);
-  const int64_t rows = rows_of_a_job(w, w.rows / (kJobs * threads));
+  const int64_t rows = rows_of_a_job(row_bytes(w), w.rows * row_bytes(w) / (kJobs * threads));
   parallel(threads, (w.rows + rows - 1) / rows, [&](int64_t job, int) {
     const int64_t first = job * rows, last = first + rows < w.rows ? first + rows : w.rows, count = last - first;
     const int64_t decoded = up(product_room(w, inputs.data(), tokens)), found = up(4 * count * tokens);

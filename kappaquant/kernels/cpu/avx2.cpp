@@ -142,12 +142,13 @@ struct Across {
 #include "products.inl"
 #include "finder.inl"
 #include "encode.inl"
+#include "step.inl"
 
 bool runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
 }  // namespace
 
-const Level kAvx2 = {"avx2", runs, rotate, narrow, few, many, exact, encode};
+const Level kAvx2 = {"avx2", runs, rotate, narrow, few, many, exact, encode, {norm, gated<true>, gated<false>, dense, attend, delta}};
 
 }  // namespace kq
 

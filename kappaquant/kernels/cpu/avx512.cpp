@@ -103,6 +103,7 @@ struct Across {
 #include "products.inl"
 #include "finder.inl"
 #include "encode.inl"
+#include "step.inl"
 
 bool runs() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -111,7 +112,7 @@ bool runs() {
 
 }  // namespace
 
-const Level kAvx512 = {"avx512", runs, rotate, narrow, few, many, exact, encode};
+const Level kAvx512 = {"avx512", runs, rotate, narrow, few, many, exact, encode, {norm, gated<true>, gated<false>, dense, attend, delta}};
 
 }  // namespace kq
 

@@ -44,6 +44,32 @@ struct Table {
 struct Encoding;  // of encode.h
 struct Tables;
 
+// Slots of a cache that a new token attends to, for one head of keys and values.
+struct Slots {
+  const void *keys, *values;  // in a dtype of numbers.h, a slot every `stride` values
+  int64_t key_stride, value_stride, count, dim, value_dim;
+  const float* added;  // to each slot's score, or null
+  int dtype;
+};
+
+// What some slots gave to each query head: its best score, the sum of e^(score - best), and values [heads, value_dim] times those.
+struct Attended {
+  float *best, *totals, *sums;
+};
+
+// Of one instruction set, what a step of decoding does beside products with packed weights. Everything is in float32.
+struct Steps {
+  void (*norm)(const float* x, const float* gain, int64_t count, float epsilon, float* out);
+  void (*silu)(const float* gate, const float* up, int64_t count, float* out);     // silu(gate) * up, or without `up` where that is null
+  void (*sigmoid)(const float* gate, const float* up, int64_t count, float* out);  // sigmoid(gate) * up
+  // out[t][row - first] of rows [first, last) of a matrix that is not packed
+  void (*dense)(const void* matrix, int dtype, int64_t in, int64_t first, int64_t last, const float* const* x, int64_t tokens,
+                float* const* out);
+  // queries [heads, dim] are scaled; `scores` is room for 4 * slots.count
+  void (*attend)(const Slots& slots, const float* queries, int heads, Attended& to, float* scores);
+  void (*delta)(float* state, int64_t dk, int64_t dv, const float* q, const float* k, const float* v, float decay, float beta, float* out);
+};
+
 // One instruction set. Functions take rows [first, last) of one matrix.
 struct Level {
   const char* name;
@@ -63,6 +89,7 @@ struct Level {
                 float* const* out, int8_t* room);
   // groups [first, last) of a weight as codes
   void (*encode)(const Encoding&, const Tables&, int64_t first, int64_t last);
+  Steps steps;
 };
 
 extern const Level kAvx2, kAvx512, kNeon;

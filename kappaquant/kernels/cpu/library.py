@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -15,30 +15,11 @@ from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats.signs import signs
+from kappaquant.kernels.cpu.structures import STRUCTURES, Encoding, Weight
 
 NAME = "_core"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """As numbers.h counts them."""
-
-
-class Weight(Structure):
-    """``kq::Weight`` of core.h: where a weight's parts lie, and its sizes."""
-
-    _fields_ = (
-        ("codes", c_void_p), ("norms", c_void_p), ("book", c_void_p), ("experts", c_int64), ("rows", c_int64), ("groups", c_int64),
-        ("bits", c_int32), ("group", c_int32), ("wide_norms", c_int32), ("unused", c_int32),
-    )  # fmt: skip
-
-
-class Encoding(Structure):
-    """``kq::Encoding`` of encode.h: a weight to be encoded, and where its parts go."""
-
-    _fields_ = (
-        ("weight", c_void_p), ("signs", c_void_p), ("books", c_void_p), ("magnitudes", c_void_p), ("scales", c_void_p),
-        ("steps", c_void_p), ("packed", c_void_p), ("norms", c_void_p), ("errors", c_void_p), ("energies", c_void_p),
-        ("rows", c_int64), ("width", c_int64), ("groups", c_int64), ("dtype", c_int32), ("group", c_int32),
-        ("wide_norms", c_int32), ("trials", c_int32), ("count", c_int32), ("bits", c_int32 * 7),
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,13 +110,19 @@ def _library() -> ctypes.CDLL:
             None,
             [*call, weight, weight, *prepared, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32],
         ),
+        "kq_step_bytes": (c_int64, [c_int32]),
+        "kq_queries": (None, [*call, *[c_void_p] * 4, c_int64, c_int64, *[c_void_p] * 3]),
+        "kq_attend": (None, [*call, *[c_void_p] * 5]),
+        "kq_deltanet": (None, [*call, *[c_void_p] * 3, c_int32, c_int64, c_void_p]),
+        "kq_mlp": (None, [*call, *[c_void_p] * 2]),
+        "kq_moe": (None, [*call, *[c_void_p] * 2]),
         "kq_encoding_bytes": (c_int32, []),
         "kq_encode": (None, [*call, POINTER(Encoding)]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    sizes = library.kq_weight_bytes(), library.kq_encoding_bytes()
-    if sizes != (ctypes.sizeof(Weight), ctypes.sizeof(Encoding)):
+    sizes = [library.kq_weight_bytes(), library.kq_encoding_bytes(), *map(library.kq_step_bytes, range(len(STRUCTURES)))]
+    if sizes != [ctypes.sizeof(each) for each in (Weight, Encoding, *STRUCTURES)]:
         raise OSError(f"{_path()} is of another version of kappaquant; install the package again")
     return library

@@ -13,7 +13,8 @@ from kappaquant.formats import codec
 from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat
 from kappaquant.kernels.base import Arranged, Kernel, Use
-from kappaquant.kernels.cpu.library import DTYPES, Weight, absence, core, signs_of
+from kappaquant.kernels.cpu.library import DTYPES, absence, core, signs_of
+from kappaquant.kernels.cpu.structures import Weight
 
 _NORMS_AT_ONCE = 16
 """Scales of inputs are padded to a multiple of it."""
@@ -76,7 +77,7 @@ class Native(Kernel):
         self, x: Tensor, prepared: Sequence[Tensor], kind: Hashable | None, weight: Arranged, bias: Tensor | None
     ) -> Tensor:
         prepared = prepared or self.prepare(x, weight.fmt, kind)
-        held = _weight(weight)
+        held = weight_of(weight)
         y = torch.empty(x.shape[0], weight.shape[-2], dtype=x.dtype if x.dtype in DTYPES else torch.float32)
         added = None if bias is None else bias.detach().float().contiguous()
         native = core(self._level)
@@ -88,7 +89,7 @@ class Native(Kernel):
 
     def grouped_linear(self, x: Tensor, index: Tensor, weight: Arranged) -> Tensor:
         prepared = self.prepare(x, weight.fmt, ("float32", weight.fmt.step))
-        held, index = _weight(weight), index.contiguous()
+        held, index = weight_of(weight), index.contiguous()
         y = torch.empty(*index.shape, weight.shape[-2])
         native = core(self._level)
         native.library.kq_grouped(
@@ -106,7 +107,7 @@ class Native(Kernel):
         x = x.contiguous()
         kind = self.input_kind(gate_up.fmt, x.shape[0], gate_up.shape[-2], activations, x.device)
         prepared = self.prepare(x, gate_up.fmt, kind)
-        first, second = _weight(gate_up), _weight(down)
+        first, second = weight_of(gate_up), weight_of(down)
         index, weights = index.contiguous(), weights.float().contiguous()
         y = torch.empty(x.shape, dtype=x.dtype if x.dtype in DTYPES else torch.float32)
         native = core(self._level)
@@ -125,7 +126,7 @@ def _places(prepared: Sequence[Tensor]) -> tuple[int | None, int | None, int | N
     return values.data_ptr(), scales.data_ptr(), offsets.data_ptr(), None
 
 
-def _weight(weight: Arranged) -> Weight:
+def weight_of(weight: Arranged) -> Weight:
     """The parts of a weight [out, in] or [E, out, in] as the library takes them, checked against what it will read.
 
     Raises:

@@ -125,6 +125,7 @@ struct Across {
 #include "products.inl"
 #include "finder.inl"
 #include "encode.inl"
+#include "step.inl"
 
 bool runs() {
 #if defined(__linux__)
@@ -136,7 +137,7 @@ bool runs() {
 
 }  // namespace
 
-const Level kNeon = {"neon", runs, rotate, narrow, few, many, exact, encode};
+const Level kNeon = {"neon", runs, rotate, narrow, few, many, exact, encode, {norm, gated<true>, gated<false>, dense, attend, delta}};
 
 }  // namespace kq
 

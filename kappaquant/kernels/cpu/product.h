@@ -8,7 +8,7 @@
 
 namespace kq {
 
-constexpr int64_t kChunkBytes = 1 << 14;  // of codes that one job reads at least
+constexpr int64_t kChunkBytes = 1 << 14;  // of a matrix that one job reads at least
 constexpr int64_t kMostRows = 256;        // of one job
 constexpr int64_t kJobs = 8;              // for each thread, where there are rows enough
 
@@ -39,10 +39,9 @@ struct Prepared {
   }
 };
 
-// Rows of a job where `fair` rows are each one's share.
-inline int64_t rows_of_a_job(const Weight& w, int64_t fair) {
-  int64_t rows = (kChunkBytes + row_bytes(w) - 1) / row_bytes(w);
-  rows = rows > fair ? rows : fair;
+// Rows of a job of a matrix, where `fair` bytes are each job's share.
+inline int64_t rows_of_a_job(int64_t row_bytes, int64_t fair) {
+  int64_t rows = ((fair > kChunkBytes ? fair : kChunkBytes) + row_bytes - 1) / row_bytes;
   rows = (rows + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
   return rows < kMostRows ? rows : kMostRows;
 }
