@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 Experts = Literal["split", "fused"]
 
 VOCABULARY = 96
-_TEXT: dict[str, Any] = {
+TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
     "intermediate_size": 192,  # no multiple of the group: rows are padded
@@ -55,7 +55,7 @@ _MULTIMODAL: dict[str, Any] = {
 
 
 def _config(architecture: str, tied: bool) -> Any:
-    text: dict[str, Any] = {**_TEXT, "tie_word_embeddings": tied}
+    text: dict[str, Any] = {**TEXT, "tie_word_embeddings": tied}
     moe = {**text, **_EXPERTS}
     shared = {**moe, **_HYBRID, "shared_expert_intermediate_size": 128}
     hybrid = {**text, **_HYBRID}

@@ -111,8 +111,9 @@ def _library() -> ctypes.CDLL:
             [*call, weight, weight, *prepared, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32],
         ),
         "kq_step_bytes": (c_int64, [c_int32]),
-        "kq_queries": (None, [*call, *[c_void_p] * 4, c_int64, c_int64, *[c_void_p] * 3]),
-        "kq_attend": (None, [*call, *[c_void_p] * 5]),
+        "kq_queries": (None, [*call, *[c_void_p] * 6]),
+        "kq_attend": (None, [*call, *[c_void_p] * 5, c_int64]),
+        "kq_attention": (None, [*call, *[c_void_p] * 4, c_int64]),
         "kq_deltanet": (None, [*call, *[c_void_p] * 3, c_int32, c_int64, c_void_p]),
         "kq_mlp": (None, [*call, *[c_void_p] * 2]),
         "kq_moe": (None, [*call, *[c_void_p] * 2]),
@@ -122,7 +123,11 @@ def _library() -> ctypes.CDLL:
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    sizes = [library.kq_weight_bytes(), library.kq_encoding_bytes(), *map(library.kq_step_bytes, range(len(STRUCTURES)))]
+    sizes = [
+        library.kq_weight_bytes(),
+        library.kq_encoding_bytes(),
+        *map(library.kq_step_bytes, range(len(STRUCTURES))),
+    ]
     if sizes != [ctypes.sizeof(each) for each in (Weight, Encoding, *STRUCTURES)]:
         raise OSError(f"{_path()} is of another version of kappaquant; install the package again")
     return library

@@ -47,14 +47,10 @@ void convolve(const Level& with, const DeltaNet& layer, float* x, void* state, i
   with.steps.silu(x + first, nullptr, count, x + first);
 }
 
-}  // namespace
-
 // Queries of a step, normed, turned and scaled, [tokens, heads * dim], and gates as wide where the layer is gated; keys and values of the
-// new token go to the first slot of `cache`. cos, sin: [tokens, rotary] in the hidden states' dtype, a token every `rotary_stride`.
-KQ_API void kq_queries(int32_t level, int32_t threads, const Hidden* hidden, const Attention* attention, const void* cos,
-                       const void* sin, int64_t rotary, int64_t rotary_stride, float* queries, float* gates, const Cache* cache) {
-  const Level& with = *levels()[level];
-  const Attention& a = *attention;
+// new token go to slot `slot` of the cache.
+void make_queries(const Level& with, int threads, const Hidden* hidden, const Attention& a, const Rotary& rotary, const Cache* cache,
+                  int64_t slot, float* queries, float* gates) {
   const int64_t tokens = hidden->tokens, dim = a.dim, parts = a.gated ? 2 : 1;
   std::vector<float> q(static_cast<size_t>(tokens * a.q.rows)), k(static_cast<size_t>(tokens * a.k.rows)),
       v(static_cast<size_t>(tokens * a.v.rows));
@@ -67,9 +63,9 @@ KQ_API void kq_queries(int32_t level, int32_t threads, const Hidden* hidden, con
 
   const std::vector<float> q_gain = gain_of(a.q_norm, dim), k_gain = gain_of(a.k_norm, dim);
   for (int64_t t = 0; t < tokens; ++t) {
-    std::vector<float> angles(static_cast<size_t>(2 * rotary));
-    read(cos, static_cast<Dtype>(hidden->dtype), t * rotary_stride, rotary, angles.data());
-    read(sin, static_cast<Dtype>(hidden->dtype), t * rotary_stride, rotary, angles.data() + rotary);
+    std::vector<float> angles(static_cast<size_t>(2 * rotary.count));
+    read(rotary.cos, static_cast<Dtype>(hidden->dtype), t * rotary.stride, rotary.count, angles.data());
+    read(rotary.sin, static_cast<Dtype>(hidden->dtype), t * rotary.stride, rotary.count, angles.data() + rotary.count);
     for (int64_t h = 0; h < a.heads; ++h) {
       const float* from = q.data() + t * a.q.rows + h * parts * dim;
       float* to = queries + (t * a.heads + h) * dim;
@@ -77,37 +73,35 @@ KQ_API void kq_queries(int32_t level, int32_t threads, const Hidden* hidden, con
         with.steps.norm(from, q_gain.data(), dim, a.q_norm.epsilon, to);
       else
         std::copy(from, from + dim, to);
-      turn(to, angles.data(), angles.data() + rotary, rotary);
+      turn(to, angles.data(), angles.data() + rotary.count, rotary.count);
       for (int64_t i = 0; i < dim; ++i) to[i] *= a.scaling;
       if (a.gated) std::copy(from + dim, from + 2 * dim, gates + (t * a.heads + h) * dim);
     }
     for (int64_t h = 0; h < a.kv_heads; ++h) {
       float* key = k.data() + t * a.k.rows + h * dim;
       if (a.k_norm.gain) with.steps.norm(key, k_gain.data(), dim, a.k_norm.epsilon, key);
-      turn(key, angles.data(), angles.data() + rotary, rotary);
+      turn(key, angles.data(), angles.data() + rotary.count, rotary.count);
       const int64_t* ks = cache->key_strides;
       const int64_t* vs = cache->value_strides;
       const int64_t value_dim = a.v.rows / a.kv_heads;
-      write(key, dim, cache->keys, static_cast<Dtype>(cache->dtype), t * ks[0] + h * ks[1]);
+      write(key, dim, cache->keys, static_cast<Dtype>(cache->dtype), t * ks[0] + h * ks[1] + slot * ks[2]);
       write(v.data() + t * a.v.rows + h * value_dim, value_dim, cache->values, static_cast<Dtype>(cache->dtype),
-            t * vs[0] + h * vs[1]);
+            t * vs[0] + h * vs[1] + slot * vs[2]);
     }
   }
 }
 
-// Attention of such queries over the cache's slots, its gate and last projection, added to the hidden states.
-KQ_API void kq_attend(int32_t level, int32_t threads, const Hidden* hidden, const Attention* attention, const float* queries,
-                      const float* gates, const Cache* cache) {
-  const Level& with = *levels()[level];
-  const Attention& a = *attention;
+// Attention of such queries over the cache's first slots, its gate and last projection, added to the hidden states.
+void attend(const Level& with, int threads, const Hidden* hidden, const Attention& a, const float* queries, const float* gates,
+            const Cache* cache, int64_t slots) {
   const int64_t tokens = hidden->tokens, dim = a.dim, value_dim = a.v.rows / a.kv_heads, shared = a.heads / a.kv_heads;
-  const int64_t chunks = (cache->slots + kSlotsAtOnce - 1) / kSlotsAtOnce, size = cache->dtype == kFloat32 ? 4 : 2;
+  const int64_t chunks = (slots + kSlotsAtOnce - 1) / kSlotsAtOnce, size = cache->dtype == kFloat32 ? 4 : 2;
   const int64_t groups = tokens * a.kv_heads;  // of query heads
   std::vector<float> best(static_cast<size_t>(groups * chunks * shared)), totals(best.size()),
       sums(best.size() * static_cast<size_t>(value_dim));
   parallel(threads, groups * chunks, [&](int64_t job, int) {
     const int64_t chunk = job % chunks, group = job / chunks, t = group / a.kv_heads, h = group % a.kv_heads;
-    const int64_t first = chunk * kSlotsAtOnce, count = std::min(kSlotsAtOnce, cache->slots - first);
+    const int64_t first = chunk * kSlotsAtOnce, count = std::min(kSlotsAtOnce, slots - first);
     float* scores = reinterpret_cast<float*>(room_of(4 * 5 * kSlotsAtOnce));
     float* added = nullptr;
     if (cache->mask) {
@@ -143,6 +137,29 @@ KQ_API void kq_attend(int32_t level, int32_t threads, const Hidden* hidden, cons
     }
   if (a.gated) with.steps.sigmoid(gates, mixed.data(), static_cast<int64_t>(mixed.size()), mixed.data());
   project(with, threads, *hidden, std::move(mixed), a.out);
+}
+
+}  // namespace
+
+// The two halves of attention for a cache that has its own way to keep keys and values: those of the new token go to the first slot of
+// `cache`; then `cache` has all of them.
+KQ_API void kq_queries(int32_t level, int32_t threads, const Hidden* hidden, const Attention* layer, const Rotary* rotary,
+                       const Cache* cache, float* queries, float* gates) {
+  make_queries(*levels()[level], threads, hidden, *layer, *rotary, cache, 0, queries, gates);
+}
+
+KQ_API void kq_attend(int32_t level, int32_t threads, const Hidden* hidden, const Attention* layer, const float* queries,
+                      const float* gates, const Cache* cache, int64_t slots) {
+  attend(*levels()[level], threads, hidden, *layer, queries, gates, cache, slots);
+}
+
+// Both, for a cache with room: the new token takes slot `slot`, and sees all up to it.
+KQ_API void kq_attention(int32_t level, int32_t threads, const Hidden* hidden, const Attention* layer, const Rotary* rotary,
+                         const Cache* cache, int64_t slot) {
+  const size_t size = static_cast<size_t>(hidden->tokens * layer->heads * layer->dim);
+  std::vector<float> queries(size), gates(layer->gated ? size : 0);
+  make_queries(*levels()[level], threads, hidden, *layer, *rotary, cache, slot, queries.data(), gates.data());
+  attend(*levels()[level], threads, hidden, *layer, queries.data(), gates.data(), cache, slot + 1);
 }
 
 // GatedDeltaNet: conv_state [tokens, channels, length] of `conv_dtype` and state [tokens, value heads, key dim, value dim] in float32 move

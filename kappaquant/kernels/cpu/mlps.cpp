@@ -65,8 +65,9 @@ KQ_API void kq_moe(int32_t level, int32_t threads, const Hidden* hidden, const M
   leave(threads, *hidden, found.data());
 }
 
-// Sizes of what Python gives, to be compared with its own: Matrix, Norm, Attention, DeltaNet, Mlp, Moe, Hidden, Cache.
+// Sizes of what Python gives, to be compared with its own: Matrix, Norm, Attention, DeltaNet, Mlp, Moe, Hidden, Cache, Rotary.
 KQ_API int64_t kq_step_bytes(int32_t number) {
-  constexpr int64_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Attention), sizeof(DeltaNet), sizeof(Mlp), sizeof(Moe), sizeof(Hidden), sizeof(Cache)};
+  constexpr int64_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Attention), sizeof(DeltaNet), sizeof(Mlp),
+                               sizeof(Moe),    sizeof(Hidden), sizeof(Cache),  sizeof(Rotary)};
   return sizes[number];
 }

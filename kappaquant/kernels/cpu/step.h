@@ -76,10 +76,15 @@ constexpr int32_t kBool = 3;  // of masks, beside the dtypes of numbers.h
 struct Cache {
   void *keys, *values;
   int64_t key_strides[3], value_strides[3];  // of sequences, heads, slots
-  int64_t slots;
   const void* mask;  // [sequences, slots]: added to scores, or booleans that are true where a slot is seen; or null
   int64_t mask_stride;
   int32_t dtype, mask_dtype;
+};
+
+// Cosines and sines [tokens, count], a token every `stride`, in the hidden states' dtype.
+struct Rotary {
+  const void *cos, *sin;
+  int64_t count, stride;
 };
 
 // Values of any dtype as floats.

@@ -193,9 +193,35 @@ void attend(const Slots& slots, const float* queries, int heads, Attended& to, f
   of(slots, queries, heads, to, scores);
 }
 
+// The delta rule in columns [at, at + 16 * W) of a state, which do not depend on others. `left` columns of the last vector exist.
+template <int W, bool kWhole>
+void delta_columns(float* state, int64_t dk, int64_t dv, int64_t at, int64_t left, const float* q, const float* k, const float* v, float qk,
+                   float decay, float beta, float* out) {
+  const auto get = [&](const float* from) { return kWhole ? load16(from) : floats_left(from, left); };
+  const auto put = [&](float* to, F16 value) { kWhole ? store16(to, value) : store_left(to, value, left); };
+  F16 read[W] = {}, known[W] = {}, missing[W];
+  for (int64_t i = 0; i < dk; ++i)
+    for (int w = 0; w < W; ++w) {
+      const F16 row = get(state + i * dv + at + 16 * w);
+      read[w] += row * q[i];
+      known[w] += row * k[i];
+    }
+  for (int w = 0; w < W; ++w) {
+    missing[w] = (get(v + at + 16 * w) - known[w] * decay) * beta;
+    put(out + at + 16 * w, read[w] * decay + missing[w] * qk);
+  }
+  for (int64_t i = 0; i < dk; ++i)
+    for (int w = 0; w < W; ++w) {
+      float* row = state + i * dv + at + 16 * w;
+      put(row, get(row) * decay + missing[w] * k[i]);
+    }
+}
+
 // One token of the gated delta rule, in the state [dk, dv] of one head: of decay and k, v what is missing in the state is added, and q reads
-// it. Columns do not depend on each other.
+// it.
 void delta(float* state, int64_t dk, int64_t dv, const float* q, const float* k, const float* v, float decay, float beta, float* out) {
+  constexpr int kVectors = Lanes::kWidth == 64 ? 8 : 2;  // as many as stay in registers, twice
+  for (int64_t i = 0; i < dk * dv; i += 16) __builtin_prefetch(state + i, 1, 2);  // in order, as columns are not
   F16 product = {};
   for (int64_t i = 0; i < dk; i += 16) {
     const int64_t left = least(16, dk - i);
@@ -203,37 +229,7 @@ void delta(float* state, int64_t dk, int64_t dv, const float* q, const float* k,
   }
   const float qk = total_of(product);
   int64_t at = 0;
-  for (; at + 32 <= dv; at += 32) {
-    F16 read[2] = {}, known[2] = {}, missing[2];
-    for (int64_t i = 0; i < dk; ++i)
-      for (int half = 0; half < 2; ++half) {
-        const F16 row = load16(state + i * dv + at + 16 * half);
-        read[half] += row * q[i];
-        known[half] += row * k[i];
-      }
-    for (int half = 0; half < 2; ++half) {
-      missing[half] = (load16(v + at + 16 * half) - known[half] * decay) * beta;
-      store16(out + at + 16 * half, read[half] * decay + missing[half] * qk);
-    }
-    for (int64_t i = 0; i < dk; ++i)
-      for (int half = 0; half < 2; ++half) {
-        float* row = state + i * dv + at + 16 * half;
-        store16(row, load16(row) * decay + missing[half] * k[i]);
-      }
-  }
-  for (; at < dv; at += 16) {
-    const int64_t left = least(16, dv - at);
-    F16 read = {}, known = {};
-    for (int64_t i = 0; i < dk; ++i) {
-      const F16 row = floats_left(state + i * dv + at, left);
-      read += row * q[i];
-      known += row * k[i];
-    }
-    const F16 missing = (floats_left(v + at, left) - known * decay) * beta;
-    store_left(out + at, read * decay + missing * qk, left);
-    for (int64_t i = 0; i < dk; ++i) {
-      float* row = state + i * dv + at;
-      store_left(row, floats_left(row, left) * decay + missing * k[i], left);
-    }
-  }
+  for (; at + 16 * kVectors <= dv; at += 16 * kVectors)
+    delta_columns<kVectors, true>(state, dk, dv, at, 16, q, k, v, qk, decay, beta, out);
+  for (; at < dv; at += 16) delta_columns<1, false>(state, dk, dv, at, least(16, dv - at), q, k, v, qk, decay, beta, out);
 }

@@ -1,12 +1,14 @@
 """One new token of each sequence through a layer, by the native core: attention or GatedDeltaNet, then an MLP or experts.
 
-Shapes: B sequences, x [B, hidden] in the model's dtype; what a function adds to it is computed in float32. Whoever describes a layer by the
+Shapes: B sequences, x [B, 1, hidden], contiguous, in the model's dtype; what a function adds to it is computed in float32. Whoever describes a layer by the
 structures here keeps the tensors alive that they point to.
 """
 
 from __future__ import annotations
 
-from ctypes import addressof, c_int64
+from ctypes import addressof, byref, c_int64
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from kappaquant.formats.codebook import CodebookFormat
 from kappaquant.kernels.base import Arranged
 from kappaquant.kernels.cpu.library import DTYPES, Core, signs_of
 from kappaquant.kernels.cpu.native import weight_of
-from kappaquant.kernels.cpu.structures import Attention, Cache, DeltaNet, Hidden, Matrix, Mlp, Moe, Norm
+from kappaquant.kernels.cpu.structures import Attention, Cache, DeltaNet, Hidden, Matrix, Mlp, Moe, Norm, Rotary
 
 _Strides = c_int64 * 3
 MASKS = {**DTYPES, torch.bool: 3}
@@ -35,7 +37,9 @@ def plain_matrix(weight: Tensor, bias: Tensor | None) -> Matrix:
     """Of a contiguous weight [out, in] in one of ``DTYPES``."""
     rows, inputs = weight.shape
     place, kind = _bias(bias)
-    return Matrix(plain=weight.data_ptr(), bias=place, rows=rows, inputs=inputs, dtype=DTYPES[weight.dtype], bias_dtype=kind)
+    return Matrix(
+        plain=weight.data_ptr(), bias=place, rows=rows, inputs=inputs, dtype=DTYPES[weight.dtype], bias_dtype=kind
+    )
 
 
 def norm(gain: Tensor, epsilon: float, plus_one: bool) -> Norm:
@@ -43,73 +47,109 @@ def norm(gain: Tensor, epsilon: float, plus_one: bool) -> Norm:
     return Norm(gain.data_ptr(), epsilon, DTYPES[gain.dtype], plus_one)
 
 
-def queries(
-    x: Tensor, layer: Attention, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, exact: bool, native: Core
-) -> Tensor:
-    """Queries, and gates where the layer has them, float32 [1 or 2, B, heads * dim], for ``attend``.
-
-    Args:
-        rotary: cosines and sines [B or 1, 1, rotated dimensions], in x's dtype.
-        keys, values: [B, heads, 1, dim], any strides between heads; the new token's are put there.
-        exact: multiply by float32 inputs.
-    """
-    found = torch.empty(1 + layer.gated, x.shape[0], layer.heads * layer.dim)
-    hidden, cache = _hidden(x, x, exact), _cache(keys, values)
-    cos, sin = rotary
-    native.library.kq_queries(
-        native.level, torch.get_num_threads(), addressof(hidden), addressof(layer), cos.data_ptr(), sin.data_ptr(),
-        cos.shape[-1], cos.stride(0) if cos.shape[0] > 1 else 0, found.data_ptr(), found[-1].data_ptr(), addressof(cache),
-    )  # fmt: skip
-    return found
-
-
-def attend(
-    x: Tensor, layer: Attention, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, exact: bool, native: Core
-) -> Tensor:
-    """x + what attention over keys and values [B, heads, slots, dim] gives.
-
-    Args:
-        mask: [B or 1, 1, 1, at least as many slots], added to scores, or true where a slot is seen.
-    """
-    out = torch.empty_like(x)
-    hidden, cache = _hidden(x, out, exact), _cache(keys, values)
-    if mask is not None:
-        cache.mask, cache.mask_dtype = mask.data_ptr(), MASKS[mask.dtype]
-        cache.mask_stride = mask.stride(0) if mask.shape[0] > 1 else 0
-    native.library.kq_attend(
-        native.level, torch.get_num_threads(), addressof(hidden), addressof(layer), queries.data_ptr(), queries[-1].data_ptr(),
-        addressof(cache),
-    )  # fmt: skip
-    return out
-
-
-def delta_net(x: Tensor, layer: DeltaNet, conv_state: Tensor, state: Tensor, exact: bool, native: Core) -> Tensor:
-    """x + GatedDeltaNet of its norm; conv_state [B, channels, length] and state, float32 [B, heads, dk, dv], move on in place."""
-    out = torch.empty_like(x)
-    hidden = _hidden(x, out, exact)
-    native.library.kq_deltanet(
-        native.level, torch.get_num_threads(), addressof(hidden), addressof(layer), conv_state.data_ptr(),
-        DTYPES[conv_state.dtype], conv_state.shape[-1], state.data_ptr(),
-    )  # fmt: skip
-    return out
-
-
-def mlp(x: Tensor, layer: Mlp | Moe, exact: bool, native: Core) -> Tensor:
-    """x + the MLP, or experts, of its norm."""
-    out = torch.empty_like(x)
-    hidden = _hidden(x, out, exact)
-    call = native.library.kq_moe if isinstance(layer, Moe) else native.library.kq_mlp
-    call(native.level, torch.get_num_threads(), addressof(hidden), addressof(layer))
-    return out
-
-
-def _hidden(x: Tensor, out: Tensor, exact: bool) -> Hidden:
-    return Hidden(x.data_ptr(), out.data_ptr(), *x.shape, DTYPES[x.dtype], exact)
-
-
-def _cache(keys: Tensor, values: Tensor) -> Cache:
+def cache_of(keys: Tensor, values: Tensor) -> Cache:
+    """Of keys and values [B, heads, slots, dim] in one of ``DTYPES``, with any strides but the last."""
     strides = [_Strides(*tensor.stride()[:3]) for tensor in (keys, values)]
-    return Cache(keys.data_ptr(), values.data_ptr(), *strides, keys.shape[2], dtype=DTYPES[keys.dtype])
+    return Cache(keys.data_ptr(), values.data_ptr(), *strides, dtype=DTYPES[keys.dtype])
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """Steps in one way of multiplying.
+
+    Attributes:
+        exact: products are of float32 inputs.
+        native: with its instruction set.
+    """
+
+    exact: bool
+    native: Core
+
+    def attention(
+        self, x: Tensor, layer: Attention, rotary: tuple[Tensor, Tensor], cache: Cache, slot: int, mask: Tensor | None
+    ) -> Tensor:
+        """x + attention of its norm over the slots of a cache up to ``slot``, which the new token takes.
+
+        Args:
+            rotary: cosines and sines [B or 1, 1, rotated dimensions], in x's dtype.
+            mask: [B or 1, 1, 1, more than ``slot``], added to scores, or true where a slot is seen.
+        """
+        out = torch.empty_like(x)
+        _mask(cache, mask)
+        self.native.library.kq_attention(
+            *self._call(x, out), addressof(layer), byref(_rotary(rotary)), addressof(cache), slot
+        )
+        return out
+
+    def queries(
+        self, x: Tensor, layer: Attention, rotary: tuple[Tensor, Tensor], keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Queries, and gates where the layer has them, float32 [1 or 2, B, heads * dim], for ``attend``.
+
+        Args:
+            keys, values: [B, heads, 1, dim], where the new token's are put.
+        """
+        found = torch.empty(1 + layer.gated, x.shape[0], layer.heads * layer.dim)
+        self.native.library.kq_queries(
+            *self._call(x, x), addressof(layer), byref(_rotary(rotary)), byref(cache_of(keys, values)), found.data_ptr(),
+            found[-1].data_ptr(),
+        )  # fmt: skip
+        return found
+
+    def attend(
+        self, x: Tensor, layer: Attention, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """x + what attention of such queries over keys and values [B, heads, slots, dim] gives; ``mask`` as for ``attention``."""
+        out = torch.empty_like(x)
+        keys, values = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (keys, values))
+        cache = cache_of(keys, values)
+        _mask(cache, mask)
+        self.native.library.kq_attend(
+            *self._call(x, out),
+            addressof(layer),
+            queries.data_ptr(),
+            queries[-1].data_ptr(),
+            byref(cache),
+            keys.shape[2],
+        )
+        return out
+
+    def delta_net(self, x: Tensor, layer: DeltaNet, conv_state: Tensor, state: Tensor) -> Tensor:
+        """x + GatedDeltaNet of its norm; both states move on in place.
+
+        Args:
+            conv_state: [B, channels, length].
+            state: float32 [B, heads, key dim, value dim].
+        """
+        out = torch.empty_like(x)
+        self.native.library.kq_deltanet(
+            *self._call(x, out), addressof(layer), conv_state.data_ptr(), DTYPES[conv_state.dtype], conv_state.shape[-1],
+            state.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def mlp_(self, x: Tensor, layer: Mlp | Moe) -> Tensor:
+        """x + the MLP, or experts, of its norm, in place."""
+        call = self.native.library.kq_moe if isinstance(layer, Moe) else self.native.library.kq_mlp
+        call(*self._call(x, x), addressof(layer))
+        return x
+
+    def _call(self, x: Tensor, out: Tensor) -> tuple[Any, ...]:
+        hidden = Hidden(x.data_ptr(), out.data_ptr(), x.shape[0], x.shape[-1], DTYPES[x.dtype], self.exact)
+        return self.native.level, torch.get_num_threads(), byref(hidden)
+
+
+def _rotary(rotary: tuple[Tensor, Tensor]) -> Rotary:
+    cos, sin = rotary
+    return Rotary(cos.data_ptr(), sin.data_ptr(), cos.shape[-1], cos.stride(0) if cos.shape[0] > 1 else 0)
+
+
+def _mask(cache: Cache, mask: Tensor | None) -> None:
+    if mask is None:
+        cache.mask = None
+        return
+    cache.mask, cache.mask_dtype = mask.data_ptr(), MASKS[mask.dtype]
+    cache.mask_stride = mask.stride(0) if mask.shape[0] > 1 else 0
 
 
 def _bias(bias: Tensor | None) -> tuple[int | None, int]:

@@ -37,7 +37,13 @@ class Matrix(Structure):
 class Norm(Structure):
     """A root mean square norm, or none where it has no gain."""
 
-    _fields_ = (("gain", c_void_p), ("epsilon", c_float), ("dtype", c_int32), ("plus_one", c_int32), ("unused", c_int32))
+    _fields_ = (
+        ("gain", c_void_p),
+        ("epsilon", c_float),
+        ("dtype", c_int32),
+        ("plus_one", c_int32),
+        ("unused", c_int32),
+    )
 
 
 class Attention(Structure):
@@ -87,10 +93,16 @@ class Cache(Structure):
     """Keys and values [tokens, heads, slots, dim] by their strides, and what hides slots."""
 
     _fields_ = (
-        ("keys", c_void_p), ("values", c_void_p), ("key_strides", c_int64 * 3), ("value_strides", c_int64 * 3), ("slots", c_int64),
+        ("keys", c_void_p), ("values", c_void_p), ("key_strides", c_int64 * 3), ("value_strides", c_int64 * 3),
         ("mask", c_void_p), ("mask_stride", c_int64), ("dtype", c_int32), ("mask_dtype", c_int32),
     )  # fmt: skip
 
 
-STRUCTURES = (Matrix, Norm, Attention, DeltaNet, Mlp, Moe, Hidden, Cache)
+class Rotary(Structure):
+    """Cosines and sines of rotary embedding."""
+
+    _fields_ = (("cos", c_void_p), ("sin", c_void_p), ("count", c_int64), ("stride", c_int64))
+
+
+STRUCTURES = (Matrix, Norm, Attention, DeltaNet, Mlp, Moe, Hidden, Cache, Rotary)
 """Those of a step, in the order in which the library counts them."""
