@@ -109,11 +109,7 @@ class PromptMixer:
         mixed, z, b, a = m.in_proj_qkv(x).transpose(1, 2), m.in_proj_z(x), m.in_proj_b(x), m.in_proj_a(x)
         if cache_params is not None:  # with the tokens that the convolution still needs, in front
             mixed = cache_params.update_conv_state(mixed, m.layer_idx, conv_kernel_size=m.conv_kernel_size)
-        weight = m.conv1d.weight
-        convolved = F.conv1d(
-            mixed.to(weight.dtype), weight, m.conv1d.bias, padding=weight.shape[-1] - 1, groups=mixed.shape[1]
-        )
-        mixed = F.silu(convolved[:, :, : mixed.shape[-1]]).to(mixed.dtype)[:, :, -tokens:].transpose(1, 2)
+        mixed = _convolved(mixed, m.conv1d)[:, :, -tokens:].transpose(1, 2)
         q, k, v = mixed.split([m.key_dim, m.key_dim, m.value_dim], dim=-1)
         q, k = (t.unflatten(-1, (-1, m.head_k_dim)) for t in (q, k))
         log_decay = -m.A_log.float().exp() * F.softplus(a.float() + m.dt_bias)
@@ -123,3 +119,14 @@ class PromptMixer:
         core = m.norm(core.reshape(-1, m.head_v_dim), z.reshape(-1, m.head_v_dim))
         out = m.out_proj(core.view(batch, tokens, -1))
         return out
+
+
+def _convolved(x: Tensor, conv: Any) -> Tensor:
+    """silu of the causal convolution of each channel, [B, channels, T] -> the same in x's dtype."""
+    weight, bias = conv.weight, conv.bias
+    if (
+        x.device.type == "cpu"
+    ):  # where torch convolves channels one after another in 16 bits, several times slower than in 32
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    convolved = F.conv1d(x.to(weight.dtype), weight, bias, padding=weight.shape[-1] - 1, groups=x.shape[1])
+    return F.silu(convolved[:, :, : x.shape[-1]]).to(x.dtype)

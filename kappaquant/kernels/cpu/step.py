@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kappaquant.errors import UnsupportedError
 from kappaquant.formats.codebook import CodebookFormat
 from kappaquant.kernels.base import Arranged
 from kappaquant.kernels.cpu.library import DTYPES, Core, signs_of
@@ -99,9 +100,15 @@ class Stepper:
     def attend(
         self, x: Tensor, layer: Attention, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """x + what attention of such queries over keys and values [B, heads, slots, dim] gives; ``mask`` as for ``attention``."""
+        """x + what attention of such queries over keys and values [B, heads, slots, dim] gives; ``mask`` as for ``attention``.
+
+        Raises:
+            UnsupportedError: the mask has fewer slots than the keys.
+        """
         out = torch.empty_like(x)
         keys, values = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (keys, values))
+        if mask is not None and mask.shape[3] < keys.shape[2]:
+            raise UnsupportedError(f"a mask of {mask.shape[3]} slots for {keys.shape[2]} keys")
         cache = cache_of(keys, values)
         _mask(cache, mask)
         self.native.library.kq_attend(

@@ -1,7 +1,8 @@
 """Whole decoder layers on CPUs for one new token a sequence, by the native core: two or three calls where the modules make sixty.
 
 The layers stay transformers' own, with its cache. A step of one token whose weights lie on the CPU takes this way; everything else, and
-what a module's own code has to be for (hooks, adapters, masks of other shapes), goes to the layer's ``forward``.
+what a module's own code has to be for (hooks, adapters, masks of other shapes), goes to the layer's ``forward``. Of prompts only
+GatedDeltaNet's rule is replaced, see recurrent.py.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from kappaquant.errors import UnsupportedError
 from kappaquant.kernels.cpu import step
 from kappaquant.kernels.cpu.library import DTYPES, absence
-from kappaquant.kernels.cpu.structures import Cache
+from kappaquant.kernels.cpu.structures import Attention, Cache, DeltaNet
 from kappaquant.runtime.fused.description import Description, known
 from kappaquant.runtime.packed import PackedWeight
+from kappaquant.runtime.recurrent import PromptMixer
 from kappaquant.runtime.static_cache import ATTENTION
 
 logger = logging.getLogger("kappaquant")
@@ -43,6 +45,8 @@ def fuse(model: nn.Module) -> list[str]:
             unfused[str(reason)].append(name)
             continue
         layer.forward = NativeLayer(layer, description)
+        if hasattr(layer, "linear_attn") and PromptMixer.refusal(layer.linear_attn) is None:
+            layer.linear_attn.forward = PromptMixer(layer.linear_attn)
         fused.append(name)
     for why, names in unfused.items():
         logger.warning("%s%s: not fused: %s", names[0], f" and {len(names) - 1} more" if names[1:] else "", why)
@@ -89,64 +93,58 @@ class NativeLayer:
 
     def _mix(self, description: Description, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """x [B, 1, hidden] and what attention or GatedDeltaNet adds to it; None if the layer's own must do it."""
-        held = kwargs["past_key_values"].layers[description.index]
-        mask, batch = kwargs.get("attention_mask"), x.shape[0]
+        cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
+        held = cache.layers[description.index]
+        if x.shape[-1] != description.hidden:
+            return None
         if description.delta_net is not None:
-            if (
-                mask is not None
-                or not held.has_previous_state[0]
-                or held.record_past
-                or not held.is_recurrent_states_initialized[0]
-            ):
-                return None
-            conv, state = held.conv_states[0], held.recurrent_states[0]
-            whole = state.is_contiguous() and conv.is_contiguous() and state.shape[0] == conv.shape[0] == batch
-            if not whole or state.dtype != torch.float32 or conv.dtype not in DTYPES:
-                return None
-            return description.stepper.delta_net(x, description.delta_net, conv, state)
+            return _recurrent(description.stepper, x, description.delta_net, held) if mask is None else None
         layer, rotary = description.attention, kwargs["position_embeddings"]
         assert layer is not None
-        if (
-            description.config._attn_implementation not in ATTENTION
-            or not _fits(rotary, x)
-            or not _readable(mask, batch)
-        ):
+        known = description.config._attn_implementation in ATTENTION and _fits(rotary, x, layer.dim)
+        if not known or not _readable(mask, len(x)):
             return None
-        if (
-            hasattr(held, "cumulative_length")
-            and held.is_initialized
-            and not held.is_sliding
-            and held.keys.dtype in DTYPES
-        ):
-            slot, cache = int(held.cumulative_length), self._cache_of(held.keys, held.values)
-            if (
-                slot >= held.keys.shape[2]
-                or held.keys.shape[0] != batch
-                or (mask is not None and mask.shape[3] <= slot)
-            ):
-                return None
-            held.cumulative_length.add_(1)
-            return description.stepper.attention(x, layer, rotary, cache, slot, mask)
-        keys = torch.empty(batch, layer.kv_heads, 1, layer.dim, dtype=x.dtype)
+        if hasattr(held, "cumulative_length") and held.is_initialized and not held.is_sliding:
+            return self._in_slots(description.stepper, x, layer, rotary, held, mask)
+        keys = torch.empty(len(x), layer.kv_heads, 1, layer.dim, dtype=x.dtype)
         values = torch.empty_like(keys)
         queries = description.stepper.queries(x, layer, rotary, keys, values)
-        keys, values = kwargs["past_key_values"].update(keys, values, description.index)
+        keys, values = cache.update(keys, values, description.index)
         return description.stepper.attend(x, layer, queries, keys, values, mask)
 
-    def _cache_of(self, keys: Tensor, values: Tensor) -> Cache:
-        """Of a static cache, made once for as long as it stays where it is."""
+    def _in_slots(
+        self, stepper: step.Stepper, x: Tensor, layer: Attention, rotary: Any, held: Any, mask: Tensor | None
+    ) -> Tensor | None:
+        """Attention over a static cache, whose description is made once for as long as it stays where it is."""
+        keys, values, slot = held.keys, held.values, int(held.cumulative_length)
+        shape = (len(x), layer.kv_heads, keys.shape[2], layer.dim)
+        room = slot < keys.shape[2] and (mask is None or slot < mask.shape[3])
+        if not room or keys.shape != shape or values.shape != shape or not keys.dtype == values.dtype in DTYPES:
+            return None
         places = keys.data_ptr(), values.data_ptr()
         if self._cache is None or (self._cache.keys, self._cache.values) != places:
             self._cache = step.cache_of(keys, values)
-        return self._cache
+        held.cumulative_length.add_(1)
+        return stepper.attention(x, layer, rotary, self._cache, slot, mask)
 
 
-def _fits(rotary: Any, x: Tensor) -> bool:
+def _recurrent(stepper: step.Stepper, x: Tensor, layer: DeltaNet, held: Any) -> Tensor | None:
+    """GatedDeltaNet, if the cache's layer has both of its states as the core takes them."""
+    if held.record_past or not (held.has_previous_state[0] and held.is_recurrent_states_initialized[0]):
+        return None
+    conv, state = held.conv_states[0], held.recurrent_states[0]
+    usual = conv.shape[:2] == (len(x), layer.qkv.rows) and layer.taps - 1 <= conv.shape[2] and conv.dtype in DTYPES
+    shape = (len(x), layer.value_heads, layer.key_dim, layer.value_dim)
+    if not usual or state.shape != shape or state.dtype != torch.float32:
+        return None
+    return stepper.delta_net(x, layer, conv, state) if conv.is_contiguous() and state.is_contiguous() else None
+
+
+def _fits(rotary: Any, x: Tensor, dim: int) -> bool:
     """Whether rotary cosines and sines are as ``Stepper.queries`` takes them."""
-    return all(
-        t.dim() == 3 and t.shape[0] in (1, x.shape[0]) and t.shape[1] == 1 and t.dtype == x.dtype and t.stride(2) == 1
-        for t in rotary
-    )
+    cos = rotary[0]
+    usual = cos.dim() == 3 and cos.shape[0] in (1, len(x)) and cos.shape[1] == 1 and cos.shape[2] <= dim
+    return bool(usual) and all(t.shape == cos.shape and t.dtype == x.dtype and t.is_contiguous() for t in rotary)
 
 
 def _readable(mask: Any, batch: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from fnmatch import fnmatchcase
@@ -264,6 +265,46 @@ def test_layers_that_can_not_be_fused_say_why(tmp_path: Path, caplog: pytest.Log
     assert len(layers(model)) == 1
     assert "model.layers.0: not fused: its experts are not packed in one format" in caplog.text
     assert fuse(torch.nn.Linear(2, 2)) == []
+
+
+def swapped(name: str, tensor: torch.Tensor) -> Any:
+    def swap(layer: Any) -> None:
+        module, _, parameter = name.rpartition(".")
+        vars(layer.get_submodule(module))["_parameters"][parameter] = torch.nn.Parameter(tensor, requires_grad=False)
+
+    return swap
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (swapped("self_attn.q_norm.weight", torch.ones(16)), "weight of Qwen3RMSNorm has shape [16], not [32]"),
+        (swapped("post_attention_layernorm.weight", torch.ones(64)), "has shape [64], not [128]"),
+        (swapped("input_layernorm.weight", torch.ones(128).double()), "is torch.float64, not one of torch.float32"),
+        (swapped("self_attn.q_proj.bias", torch.ones(256)[::2]), "bias of QuantLinear does not lie in one piece"),
+        (swapped("self_attn.k_proj.bias", torch.ones(3)), "bias of QuantLinear has shape [3], not [64]"),
+        (lambda layer: setattr(layer.mlp, "act_fn", torch.nn.GELU()), "its MLP's activation is GELU, not silu"),
+        (lambda layer: setattr(layer.mlp, "up_proj", torch.nn.Identity()), "up_proj is Identity, not a linear layer"),
+        (
+            lambda layer: setattr(layer.mlp, "up_proj", torch.nn.Linear(128, 8, bias=False)),
+            "weight of Linear has shape [8, 128]",
+        ),
+    ],
+)
+def test_tensors_of_another_size_never_reach_native_code(
+    change: Any, reason: str, checkpoints: dict[str, Path], caplog: pytest.LogCaptureFixture, steps: list[int]
+) -> None:
+    model = load(checkpoints["qwen3"])
+    first, _ = layers(model)
+    change(first)
+    with caplog.at_level(logging.WARNING, "kappaquant"), torch.no_grad():
+        assert fuse(unfused(model)) == ["model.layers.1"]
+        assert reason in caplog.text
+        first.forward = native.NativeLayer(first)
+        cache = transformers.DynamicCache(config=model.config)
+        with contextlib.suppress(RuntimeError):  # torch may refuse it
+            model.model(torch.tensor([[5]]), past_key_values=cache)
+    assert len(steps) <= 1
 
 
 def test_no_core_no_word(
