@@ -1,4 +1,4 @@
-// AVX2: bytes are looked up 16 at a time, and multiplied as |weight| * (sign(weight) * input), whose pairs fit 16 bits.
+// AVX2: bytes are looked up 16 at a time in each lane, and multiplied as |input| * (weight with input's sign), whose pairs fit 16 bits.
 #include "core.h"
 #include "encode.h"
 
@@ -17,96 +17,137 @@
 namespace kq {
 namespace {
 
+#include "vectors.inl"
+#include "avx2_codes.inl"
+
+// How a token's inputs are brought into the order of Codes<BITS>, 64 at a time: bytes of either vector from the first and the second 16
+// of each lane's 32.
+template <int BITS>
+struct Order {
+  __m256i from[2][2];
+
+  Order() {
+    for (int vector = 0; vector < 2; ++vector)
+      for (int half = 0; half < 2; ++half) {
+        int8_t bytes[16];
+        for (int i = 0; i < 16; ++i) {
+          const int at = Codes<BITS>::place(vector, i) - 16 * half;
+          bytes[i] = static_cast<int8_t>(at >= 0 && at < 16 ? at : -128);
+        }
+        from[vector][half] = table16(bytes);
+      }
+  }
+};
+
+// Products are of |x|, unsigned, and of weights with x's sign, so that sums of two fit 16 bits. A weight w takes a minus sign as ~w, which
+// is -w - 1: one operation that every unit of a processor has. The sum then lacks |x| of each negative x, which is what offsets make up for.
 struct Lanes {
-  static constexpr int kWidth = 32, kTile = 2;
-  static constexpr bool kUnsigned = false;
+  static constexpr int kCodes = 64, kParts = 2, kStep = 128, kRows = 2;
+  static constexpr int kVector = 32, kTileRows = 2, kTile = 4;
+  static constexpr Shifts kShifts = kInputs;
   typedef __m256i Bytes;
   typedef __m256i Ints;
   typedef __m256 Floats;
-
-  template <class T>
-  static T number(const uint8_t* p) {
-    T value;
-    std::memcpy(&value, p, sizeof value);
-    return value;
-  }
-
-  // COUNT bytes, an even number, and no byte beyond them; not by way of memory, which would wait for what was just written
-  template <int COUNT>
-  static __m128i first(const uint8_t* p) {
-    if constexpr (COUNT == 16) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    __m128i v = COUNT >= 8 ? _mm_cvtsi64_si128(number<int64_t>(p)) : _mm_cvtsi32_si128(number<int32_t>(p));
-    if constexpr (COUNT == 6) v = _mm_insert_epi16(v, number<int16_t>(p + 4), 2);
-    if constexpr (COUNT == 10) v = _mm_insert_epi16(v, number<int16_t>(p + 8), 4);
-    if constexpr (COUNT >= 12) v = _mm_insert_epi32(v, number<int32_t>(p + 8), 2);
-    if constexpr (COUNT == 14) v = _mm_insert_epi16(v, number<int16_t>(p + 12), 6);
-    return v;
-  }
-
-  template <int BITS, bool kHalf>
-  struct Codes {
-    static constexpr int kTables = BITS <= 4 ? 1 : 1 << (BITS - 4);  // of 16 entries
-    __m256i spread, lift, table[kTables];
-
-    explicit Codes(const int8_t* bytes) {
-      alignas(32) uint8_t from[32];
-      alignas(32) uint16_t times[16];
-      for (int i = 0; i < 16; ++i) {  // code i of 16 lies in two bytes, from bit i * BITS on
-        const int byte = i * BITS / 8, shift = i * BITS % 8;
-        from[2 * i] = static_cast<uint8_t>(byte);
-        from[2 * i + 1] = static_cast<uint8_t>(shift + BITS > 8 ? byte + 1 : 0x80);
-        times[i] = static_cast<uint16_t>(1u << (16 - BITS - shift));
-      }
-      spread = _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
-      lift = _mm256_load_si256(reinterpret_cast<const __m256i*>(times));
-      for (int i = 0; i < kTables; ++i)
-        table[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 16 * i)));
-    }
-
-    // 16 codes as 16-bit numbers: lifted to the top, so that what is above them is lost, and brought down
-    __m256i sixteen(const uint8_t* p) const {
-      const __m256i both = _mm256_broadcastsi128_si256(first<2 * BITS>(p));
-      return _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(both, spread), lift), 16 - BITS);
-    }
-
-    __m256i operator()(const uint8_t* p) const {
-      __m256i codes;
-      if constexpr (BITS == 8) {
-        codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-      } else {
-        const __m256i low = sixteen(p), high = sixteen(p + 2 * BITS);
-        codes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0b11011000);
-      }
-      if constexpr (BITS <= 4) {
-        return _mm256_shuffle_epi8(table[0], codes);
-      } else {
-        const __m256i nibble = _mm256_and_si256(codes, _mm256_set1_epi8(15));
-        const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(codes, 4), _mm256_set1_epi8(15));
-        __m256i found = _mm256_shuffle_epi8(table[0], nibble);
-        for (int i = 1; i < kTables; ++i)
-          found = _mm256_blendv_epi8(found, _mm256_shuffle_epi8(table[i], nibble),
-                                     _mm256_cmpeq_epi8(upper, _mm256_set1_epi8(static_cast<char>(i))));
-        return found;
-      }
-    }
+  struct Kept {
+    __m256i size, sign;
   };
 
+  static void split(__m256i v, int8_t* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_abs_epi8(v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm256_cmpgt_epi8(_mm256_setzero_si256(), v));
+  }
+  // the sum of what is negative, by eights
+  static __m256i negative(__m256i v) {
+    const __m256i none = _mm256_setzero_si256();
+    return _mm256_sad_epu8(_mm256_sub_epi8(none, _mm256_min_epi8(v, none)), none);
+  }
+  static float total(__m256i sums) {
+    const __m128i two = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    return static_cast<float>(_mm_cvtsi128_si32(_mm_add_epi32(two, _mm_unpackhi_epi64(two, two))));
+  }
+
+  // Calls visit(at, alone) for each 64 values of a row, and sums up what it returns for the first and the second 32 of them by group.
+  template <class F>
+  static void by_steps(const Weight& w, float* sums, const F& visit) {
+    const int64_t width = w.groups * w.group;
+    __m256i sum = _mm256_setzero_si256(), halves[2];
+    for (int64_t at = 0; at < width; at += kCodes) {
+      visit(at, at + kCodes > width, halves);
+      if (w.group < kCodes) {
+        *sums++ = total(halves[0]);
+        if (at + kCodes <= width) *sums++ = total(halves[1]);
+      } else {
+        sum = _mm256_add_epi32(sum, _mm256_add_epi32(halves[0], halves[1]));
+        if ((at + kCodes) % w.group == 0) {
+          *sums++ = total(sum);
+          sum = _mm256_setzero_si256();
+        }
+      }
+    }
+    for (int64_t g = w.groups; g < padded_groups(w.groups); ++g) *sums++ = 0;
+  }
+
+  template <int BITS>
+  static Arranged arrange(const Weight& w, const Input& in, int8_t* room) {
+    const Order<BITS> order;
+    float* offsets = reinterpret_cast<float*>(room + kept_bytes(w));
+    by_steps(w, offsets, [&](int64_t at, bool alone, __m256i* sums) {
+      const __m256i low = load32(in.values + at), high = alone ? _mm256_setzero_si256() : load32(in.values + at + 32);
+      sums[0] = negative(low);
+      sums[1] = negative(high);
+      const __m256i first = _mm256_permute2x128_si256(low, high, 0x20), second = _mm256_permute2x128_si256(low, high, 0x31);
+      for (int i = 0; i < 2; ++i)
+        split(_mm256_or_si256(_mm256_shuffle_epi8(first, order.from[i][0]), _mm256_shuffle_epi8(second, order.from[i][1])),
+              room + 2 * at + 64 * i);
+    });
+    for (int64_t g = 0; g < w.groups; ++g) offsets[g] *= in.scales[g];
+    return {room, in.scales, offsets};
+  }
+
+  // A row in its order: sizes and signs.
+  template <int BITS>
+  static void keep(const Codes<BITS>& codes, const Weight& w, const uint8_t* p, int8_t* to, float* sums) {
+    by_steps(w, sums, [&](int64_t at, bool alone, __m256i* halves) {
+      __m256i found[2];
+      decode<BITS>(codes, p + at * BITS / 8, alone, found);
+      Codes<BITS>::order(found);
+      for (int i = 0; i < 2; ++i) {
+        const __m256i v = i ? _mm256_permute2x128_si256(found[0], found[1], 0x31) : _mm256_permute2x128_si256(found[0], found[1], 0x20);
+        halves[i] = negative(v);
+        split(v, to + 2 * at + 64 * i);
+      }
+    });
+  }
+
   template <bool kHalf>
-  static Bytes load(const int8_t* p) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  static Bytes input(const int8_t* p, int64_t part) {
+    return load32(p + 32 * part);
   }
   template <bool kHalf>
-  static void store(int8_t* p, Bytes v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+  static Kept kept(const int8_t* p, int64_t part) {
+    return {load32(p + 64 * part), load32(p + 64 * part + 32)};
   }
-  static Ints zero() { return _mm256_setzero_si256(); }
-  static Floats none() { return _mm256_setzero_ps(); }
-  static Ints dot(Ints acc, Bytes weights, Bytes x) {
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
+  static Ints dot(Ints acc, const Kept& split, Bytes other) {
+    const __m256i pairs = _mm256_maddubs_epi16(split.size, _mm256_xor_si256(other, split.sign));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
-  static Floats add(Floats acc, Ints dots, float scale) {
-    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), _mm256_set1_ps(scale), acc);
+  static Ints dot_arranged(Ints acc, Bytes weights, const int8_t* x, int part) { return dot(acc, kept<false>(x, part), weights); }
+  // keeps the compiler from doing all of a tile's products before their sums, for which there are too few registers
+  static void settle(Ints& v) { asm volatile("" : "+x"(v)); }
+  static Ints zero() { return _mm256_setzero_si256(); }
+  static Floats none() { return _mm256_setzero_ps(); }
+  template <bool kPairs>
+  static Floats add(Floats acc, Ints dots, const float* scale) {
+    const __m256 by = kPairs ? _mm256_set_m128(_mm_set1_ps(scale[1]), _mm_set1_ps(scale[0])) : _mm256_set1_ps(scale[0]);
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), by, acc);
+  }
+  // of 16 numbers
+  static void times(const float* a, const float* b, float* to) {
+    for (int i = 0; i < 16; i += 8) _mm256_storeu_ps(to + i, _mm256_mul_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i)));
+  }
+  static Floats add_times(Floats acc, const float* a, const float* b) {
+    for (int i = 0; i < 16; i += 8) acc = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i), acc);
+    return acc;
   }
   static float sum(Floats v) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -115,7 +156,7 @@ struct Lanes {
   }
   static void halves(const uint16_t* from, float* to) {
     for (int i = 0; i < 16; i += 8)
-      _mm256_store_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
   }
 };
 
@@ -139,7 +180,9 @@ struct Across {
   static Whole whole(Reals v) { return reinterpret_cast<Whole>(_mm256_cvttps_epi32(v)); }
 };
 
+#include "rotation.inl"
 #include "products.inl"
+#include "exact.inl"
 #include "finder.inl"
 #include "encode.inl"
 
@@ -147,7 +190,7 @@ bool runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f
 
 }  // namespace
 
-const Level kAvx2 = {"avx2", runs, rotate, narrow, few, many, exact, encode};
+const Level kAvx2 = {"avx2", runs, rotate, narrow, one, many, exact, encode};
 
 }  // namespace kq
 

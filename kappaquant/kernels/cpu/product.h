@@ -12,8 +12,6 @@ constexpr int64_t kChunkBytes = 1 << 14;  // of codes that one job reads at leas
 constexpr int64_t kMostRows = 256;        // of one job
 constexpr int64_t kJobs = 8;              // for each thread, where there are rows enough
 
-inline int64_t up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 inline Table table_of(const Weight& w) {
   Table made = {};
   const int codes = 1 << w.bits;
@@ -43,7 +41,7 @@ struct Prepared {
 inline int64_t rows_of_a_job(const Weight& w, int64_t fair) {
   int64_t rows = (kChunkBytes + row_bytes(w) - 1) / row_bytes(w);
   rows = rows > fair ? rows : fair;
-  rows = (rows + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
+  rows = (rows + 3) / 4 * 4;
   return rows < kMostRows ? rows : kMostRows;
 }
 
@@ -52,14 +50,14 @@ inline void product(const Level& level, const Weight& w, int64_t matrix, int64_t
              int64_t tokens, float* const* out, int8_t* room) {
   if (in->floats)
     level.exact(w, matrix, first, last, in, tokens, out, room);
-  else if (tokens <= kAtOnce)
-    level.few(w, matrix, first, last, table, in, static_cast<int>(tokens), out);
+  else if (tokens == 1)
+    level.one(w, matrix, first, last, table, *in, *out, room);
   else
     level.many(w, matrix, first, last, table, in, tokens, out, room);
 }
 
 inline int64_t product_room(const Weight& w, const Input* in, int64_t tokens) {
-  return in->floats ? exact_room(w) : tokens <= kAtOnce ? 0 : many_room(w);
+  return in->floats ? exact_room(w) : tokens == 1 ? one_room(w) : many_room(w);
 }
 
 }  // namespace kq
