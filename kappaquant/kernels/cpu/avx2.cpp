@@ -42,7 +42,7 @@ struct Order {
 // Products are of |x|, unsigned, and of weights with x's sign, so that sums of two fit 16 bits. A weight w takes a minus sign as ~w, which
 // is -w - 1: one operation that every unit of a processor has. The sum then lacks |x| of each negative x, which is what offsets make up for.
 struct Lanes {
-  static constexpr int kCodes = 64, kParts = 2, kStep = 128, kRows = 2;
+  static constexpr int kCodes = 64, kParts = 2, kStep = 128;
   static constexpr int kVector = 32, kTileRows = 2, kTile = 4;
   static constexpr Shifts kShifts = kInputs;
   typedef __m256i Bytes;

@@ -34,60 +34,49 @@ inline void load_norms(const Weight& w, int64_t row, int64_t g, float* norms) {
   Lanes::halves(some, norms);
 }
 
-// R rows times one token, decoded on the way.
-template <int BITS, bool kPairs, int R>
-inline void stripe(const Weight& w, const Codes<BITS>& codes, int64_t row, const Arranged& x, float unit, float* out) {
+// A row times one token, decoded on the way. STEPS are a group's, or 0 where a step is a pair of groups.
+template <int BITS, int STEPS>
+float row_by_one(const Weight& w, const Codes<BITS>& codes, int64_t row, const Arranged& x) {
   constexpr int kBytes = Lanes::kCodes * BITS / 8;
-  const int steps = kPairs ? 1 : w.group / Lanes::kCodes;
-  const uint8_t* p[R];
-  Lanes::Floats acc[R];
-  for (int r = 0; r < R; ++r) {
-    p[r] = w.codes + (row + r) * row_bytes(w);
-    acc[r] = Lanes::none();
-  }
+  const uint8_t* p = w.codes + row * row_bytes(w);
   const int8_t* at = x.values;
+  Lanes::Floats acc = Lanes::none();
   for (int64_t g = 0; g < w.groups; g += kNorms) {
-    alignas(64) float scale[R][kNorms];
-    for (int r = 0; r < R; ++r) {
-      alignas(64) float norms[kNorms];
-      load_norms(w, row + r, g, norms);
-      Lanes::times(norms, x.scales + g, scale[r]);
-      if (Lanes::kShifts != kNone) acc[r] = Lanes::add_times(acc[r], norms, x.offsets + g);
-    }
+    alignas(64) float norms[kNorms], scale[kNorms];
+    load_norms(w, row, g, norms);
+    Lanes::times(norms, x.scales + g, scale);
+    if (Lanes::kShifts != kNone) acc = Lanes::add_times(acc, norms, x.offsets + g);
     const int count = static_cast<int>(least(kNorms, w.groups - g));
-    for (int i = 0; i < count; i += kPairs ? 2 : 1) {
-      Lanes::Ints dots[R];
-      for (int r = 0; r < R; ++r) dots[r] = Lanes::zero();
-      for (int s = 0; s < steps; ++s, at += Lanes::kStep)
-        for (int r = 0; r < R; ++r) {
-          Lanes::Bytes weights[Lanes::kParts];
-          decode<BITS>(codes, p[r], kPairs && i + 1 == count, weights);
-          p[r] += kBytes;
-          for (int part = 0; part < Lanes::kParts; ++part)
-            dots[r] = Lanes::dot_arranged(dots[r], weights[part], at, part);
-        }
-      for (int r = 0; r < R; ++r) acc[r] = Lanes::template add<kPairs>(acc[r], dots[r], scale[r] + i);
+    for (int i = 0; i < count; i += STEPS ? 1 : 2) {
+      Lanes::Ints dots = Lanes::zero();
+#pragma GCC unroll 4
+      for (int s = 0; s < (STEPS ? STEPS : 1); ++s, p += kBytes, at += Lanes::kStep) {
+        Lanes::Bytes weights[Lanes::kParts];
+        decode<BITS>(codes, p, STEPS == 0 && i + 1 == count, weights);
+        for (int part = 0; part < Lanes::kParts; ++part) dots = Lanes::dot_arranged(dots, weights[part], at, part);
+      }
+      acc = Lanes::template add<STEPS == 0>(acc, dots, scale + i);
     }
   }
-  for (int r = 0; r < R; ++r) out[r] = Lanes::sum(acc[r]) * unit;
+  return Lanes::sum(acc);
 }
 
-template <int BITS, bool kPairs>
-void stripes(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input& in, float* out, int8_t* room) {
+template <int BITS, int STEPS>
+void rows_by_one(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input& in, float* out,
+                 int8_t* room) {
   const Codes<BITS> codes(table.bytes);
   const Arranged x = Lanes::arrange<BITS>(w, in, room);
-  int64_t row = first;
-  for (; row + Lanes::kRows <= last; row += Lanes::kRows)
-    stripe<BITS, kPairs, Lanes::kRows>(w, codes, matrix * w.rows + row, x, table.scale, out + row - first);
-  for (; row < last; ++row) stripe<BITS, kPairs, 1>(w, codes, matrix * w.rows + row, x, table.scale, out + row - first);
+  for (int64_t row = first; row < last; ++row) out[row - first] = row_by_one<BITS, STEPS>(w, codes, matrix * w.rows + row, x) * table.scale;
 }
 
 template <int BITS>
 void one_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input& in, float* out, int8_t* room) {
-  if (w.group < Lanes::kCodes)
-    stripes<BITS, true>(w, matrix, first, last, table, in, out, room);
-  else
-    stripes<BITS, false>(w, matrix, first, last, table, in, out, room);
+  switch (w.group / Lanes::kCodes) {
+    case 0: return rows_by_one<BITS, 0>(w, matrix, first, last, table, in, out, room);
+    case 1: return rows_by_one<BITS, 1>(w, matrix, first, last, table, in, out, room);
+    case 2: return rows_by_one<BITS, 2>(w, matrix, first, last, table, in, out, room);
+    case 4: return rows_by_one<BITS, 4>(w, matrix, first, last, table, in, out, room);
+  }
 }
 
 // Decoded rows, as `keep` leaves them, [count][stride]; their norms, and sums that make up for products of shifted numbers, times norms:
