@@ -132,8 +132,12 @@ struct Lanes {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
   static Ints dot_arranged(Ints acc, Bytes weights, const int8_t* x, int part) { return dot(acc, kept<false>(x, part), weights); }
-  // keeps the compiler from doing all of a tile's products before their sums, for which there are too few registers
-  static void settle(Ints& v) { asm volatile("" : "+x"(v)); }
+  // one product after another: a compiler that does all of a tile's before their sums has too few registers
+  static Ints dot_in_turn(Ints acc, const Kept& split, Bytes other) {
+    acc = dot(acc, split, other);
+    asm volatile("" : "+x"(acc));
+    return acc;
+  }
   static Ints zero() { return _mm256_setzero_si256(); }
   static Floats none() { return _mm256_setzero_ps(); }
   template <bool kPairs>
@@ -190,7 +194,7 @@ bool runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f
 
 }  // namespace
 
-const Level kAvx2 = {"avx2", runs, rotate, narrow, one, many, exact, encode};
+const Level kAvx2 = {"avx2", runs, rotate, narrow, few, many, exact, encode};
 
 }  // namespace kq
 

@@ -132,7 +132,7 @@ struct Lanes {
   }
   static Ints dot(Ints acc, Kept weights, Bytes x) { return _mm512_dpbusd_epi32(acc, weights, x); }
   static Ints dot_arranged(Ints acc, Bytes weights, const int8_t* x, int part) { return dot(acc, weights, input<false>(x, part)); }
-  static void settle(Ints&) {}
+  static Ints dot_in_turn(Ints acc, Kept weights, Bytes x) { return dot(acc, weights, x); }
   static Ints zero() { return _mm512_setzero_si512(); }
   static Floats none() { return _mm512_setzero_ps(); }
   template <bool kPairs>
@@ -185,7 +185,7 @@ bool runs() {
 
 }  // namespace
 
-const Level kAvx512 = {"avx512", runs, rotate, narrow, one, many, exact, encode};
+const Level kAvx512 = {"avx512", runs, rotate, narrow, few, many, exact, encode};
 
 }  // namespace kq
 

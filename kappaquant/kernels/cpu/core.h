@@ -51,9 +51,10 @@ struct Level {
   void (*rotate)(const float* x, int64_t in, int64_t groups, int group, const float* signs, float* out);
   // one rotated token -> int8, scales and offsets
   void (*narrow)(const float* rotated, int64_t groups, int group, int8_t* values, float* scales, float* offsets);
-  // out[row - first] for one token; rows are decoded as they are multiplied. `room` has `one_room` bytes
-  void (*one)(const Weight&, int64_t matrix, int64_t first, int64_t last, const Table&, const Input&, float* out, int8_t* room);
-  // out[t][row - first] for any number of tokens; some rows are decoded, into `room` of `many_room` bytes, before they are multiplied
+  // out[t][row - first] for up to kFew tokens: rows are decoded as they are multiplied. `room` has `few_room` bytes
+  void (*few)(const Weight&, int64_t matrix, int64_t first, int64_t last, const Table&, const Input* inputs, int64_t tokens,
+              float* const* out, int8_t* room);
+  // the same for any number of tokens: some rows are decoded, into `room` of `many_room` bytes, before they are multiplied
   void (*many)(const Weight&, int64_t matrix, int64_t first, int64_t last, const Table&, const Input* inputs, int64_t tokens,
                float* const* out, int8_t* room);
   // the same in float32, for inputs that have `floats`; `room` has `exact_room` bytes
@@ -68,7 +69,8 @@ extern const Level kAvx2, kAvx512, kNeon;
 // Those of this build, fastest first, then null; whether the processor has them is for `runs` to say.
 const Level* const* levels();
 
-constexpr int kDecoded = 16;  // rows that `many` decodes at once
+constexpr int kFew = 4;       // tokens that rows are decoded for as they are multiplied, at most
+constexpr int kDecoded = 8;   // rows that `many` decodes at once
 constexpr int kExact = 8;     // that `exact` does
 
 inline int64_t padded_groups(int64_t groups) { return (groups + 15) / 16 * 16; }
@@ -78,8 +80,10 @@ inline int64_t up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 // A row of weights, or of an input, as an instruction set likes it best: up to two bytes for each value.
 inline int64_t kept_bytes(const Weight& w) { return 2 * up(w.groups * w.group); }
 
-// The input, and its offsets.
-inline int64_t one_room(const Weight& w) { return kept_bytes(w) + 4 * padded_groups(w.groups); }
+// An input, and its offsets.
+inline int64_t arranged_room(const Weight& w) { return kept_bytes(w) + 4 * padded_groups(w.groups); }
+
+inline int64_t few_room(const Weight& w) { return kFew * arranged_room(w); }
 
 // The decoded rows, their norms, and sums of each group.
 inline int64_t many_room(const Weight& w) { return kDecoded * (kept_bytes(w) + 2 * 4 * padded_groups(w.groups)); }

@@ -130,7 +130,7 @@ struct Lanes {
   }
   static Ints dot(Ints acc, Kept weights, Bytes x) { return vdotq_s32(acc, weights, x); }
   static Ints dot_arranged(Ints acc, Bytes weights, const int8_t* x, int part) { return dot(acc, weights, input<false>(x, part)); }
-  static void settle(Ints&) {}
+  static Ints dot_in_turn(Ints acc, Kept weights, Bytes x) { return dot(acc, weights, x); }
   static Ints zero() { return vdupq_n_s32(0); }
   static Floats none() { return vdupq_n_f32(0); }
   template <bool kPairs>
@@ -194,7 +194,7 @@ bool runs() {
 
 }  // namespace
 
-const Level kNeon = {"neon", runs, rotate, narrow, one, many, exact, encode};
+const Level kNeon = {"neon", runs, rotate, narrow, few, many, exact, encode};
 
 }  // namespace kq
 

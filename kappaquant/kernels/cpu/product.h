@@ -50,14 +50,14 @@ inline void product(const Level& level, const Weight& w, int64_t matrix, int64_t
              int64_t tokens, float* const* out, int8_t* room) {
   if (in->floats)
     level.exact(w, matrix, first, last, in, tokens, out, room);
-  else if (tokens == 1)
-    level.one(w, matrix, first, last, table, *in, *out, room);
+  else if (tokens <= kFew)
+    level.few(w, matrix, first, last, table, in, tokens, out, room);
   else
     level.many(w, matrix, first, last, table, in, tokens, out, room);
 }
 
 inline int64_t product_room(const Weight& w, const Input* in, int64_t tokens) {
-  return in->floats ? exact_room(w) : tokens == 1 ? one_room(w) : many_room(w);
+  return in->floats ? exact_room(w) : tokens <= kFew ? few_room(w) : many_room(w);
 }
 
 }  // namespace kq

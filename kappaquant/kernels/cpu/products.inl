@@ -34,48 +34,62 @@ inline void load_norms(const Weight& w, int64_t row, int64_t g, float* norms) {
   Lanes::halves(some, norms);
 }
 
-// A row times one token, decoded on the way. STEPS are a group's, or 0 where a step is a pair of groups.
-template <int BITS, int STEPS>
-float row_by_one(const Weight& w, const Codes<BITS>& codes, int64_t row, const Arranged& x) {
+// A row times T tokens, decoded on the way.
+template <int BITS, bool kPairs, int T>
+void row_by_few(const Weight& w, const Codes<BITS>& codes, int64_t row, const Arranged* x, float unit, float* const* out, int64_t to) {
   constexpr int kBytes = Lanes::kCodes * BITS / 8;
+  const int steps = kPairs ? 1 : w.group / Lanes::kCodes;
   const uint8_t* p = w.codes + row * row_bytes(w);
-  const int8_t* at = x.values;
-  Lanes::Floats acc = Lanes::none();
+  int64_t at = 0;
+  Lanes::Floats acc[T];
+  for (int t = 0; t < T; ++t) acc[t] = Lanes::none();
   for (int64_t g = 0; g < w.groups; g += kNorms) {
-    alignas(64) float norms[kNorms], scale[kNorms];
+    alignas(64) float norms[kNorms], scale[T][kNorms];
     load_norms(w, row, g, norms);
-    Lanes::times(norms, x.scales + g, scale);
-    if (Lanes::kShifts != kNone) acc = Lanes::add_times(acc, norms, x.offsets + g);
+    for (int t = 0; t < T; ++t) {
+      Lanes::times(norms, x[t].scales + g, scale[t]);
+      if (Lanes::kShifts != kNone) acc[t] = Lanes::add_times(acc[t], norms, x[t].offsets + g);
+    }
     const int count = static_cast<int>(least(kNorms, w.groups - g));
-    for (int i = 0; i < count; i += STEPS ? 1 : 2) {
-      Lanes::Ints dots = Lanes::zero();
-#pragma GCC unroll 4
-      for (int s = 0; s < (STEPS ? STEPS : 1); ++s, p += kBytes, at += Lanes::kStep) {
+    for (int i = 0; i < count; i += kPairs ? 2 : 1) {
+      Lanes::Ints dots[T];
+      for (int t = 0; t < T; ++t) dots[t] = Lanes::zero();
+#pragma GCC unroll 2
+      for (int s = 0; s < steps; ++s, p += kBytes, at += Lanes::kStep) {
         Lanes::Bytes weights[Lanes::kParts];
-        decode<BITS>(codes, p, STEPS == 0 && i + 1 == count, weights);
-        for (int part = 0; part < Lanes::kParts; ++part) dots = Lanes::dot_arranged(dots, weights[part], at, part);
+        decode<BITS>(codes, p, kPairs && i + 1 == count, weights);
+        for (int t = 0; t < T; ++t)
+          for (int part = 0; part < Lanes::kParts; ++part) dots[t] = Lanes::dot_arranged(dots[t], weights[part], x[t].values + at, part);
       }
-      acc = Lanes::template add<STEPS == 0>(acc, dots, scale + i);
+      for (int t = 0; t < T; ++t) acc[t] = Lanes::template add<kPairs>(acc[t], dots[t], scale[t] + i);
     }
   }
-  return Lanes::sum(acc);
+  for (int t = 0; t < T; ++t) out[t][to] = Lanes::sum(acc[t]) * unit;
 }
 
-template <int BITS, int STEPS>
-void rows_by_one(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input& in, float* out,
+template <int BITS, bool kPairs, int T>
+void rows_by_few(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, float* const* out,
                  int8_t* room) {
   const Codes<BITS> codes(table.bytes);
-  const Arranged x = Lanes::arrange<BITS>(w, in, room);
-  for (int64_t row = first; row < last; ++row) out[row - first] = row_by_one<BITS, STEPS>(w, codes, matrix * w.rows + row, x) * table.scale;
+  Arranged x[T];
+  for (int t = 0; t < T; ++t) x[t] = Lanes::arrange<BITS>(w, in[t], room + t * arranged_room(w));
+  for (int64_t row = first; row < last; ++row)
+    row_by_few<BITS, kPairs, T>(w, codes, matrix * w.rows + row, x, table.scale, out, row - first);
 }
 
 template <int BITS>
-void one_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input& in, float* out, int8_t* room) {
-  switch (w.group / Lanes::kCodes) {
-    case 0: return rows_by_one<BITS, 0>(w, matrix, first, last, table, in, out, room);
-    case 1: return rows_by_one<BITS, 1>(w, matrix, first, last, table, in, out, room);
-    case 2: return rows_by_one<BITS, 2>(w, matrix, first, last, table, in, out, room);
-    case 4: return rows_by_one<BITS, 4>(w, matrix, first, last, table, in, out, room);
+void few_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, int64_t tokens,
+            float* const* out, int8_t* room) {
+  static_assert(kFew == 4, "one case for each number of tokens");
+  switch (tokens * 2 + (w.group < Lanes::kCodes)) {
+    case 2: return rows_by_few<BITS, false, 1>(w, matrix, first, last, table, in, out, room);
+    case 4: return rows_by_few<BITS, false, 2>(w, matrix, first, last, table, in, out, room);
+    case 6: return rows_by_few<BITS, false, 3>(w, matrix, first, last, table, in, out, room);
+    case 8: return rows_by_few<BITS, false, 4>(w, matrix, first, last, table, in, out, room);
+    case 3: return rows_by_few<BITS, true, 1>(w, matrix, first, last, table, in, out, room);
+    case 5: return rows_by_few<BITS, true, 2>(w, matrix, first, last, table, in, out, room);
+    case 7: return rows_by_few<BITS, true, 3>(w, matrix, first, last, table, in, out, room);
+    case 9: return rows_by_few<BITS, true, 4>(w, matrix, first, last, table, in, out, room);
   }
 }
 
@@ -88,9 +102,9 @@ struct Rows {
 };
 
 // R decoded rows, from `row` on, times T tokens.
-template <bool kHalf, int R, int T>
+template <int PARTS, int R, int T>
 void tile(const Weight& w, const Rows& rows, int64_t row, const Input* in, float unit, float* const* out, int64_t to) {
-  const int parts = kHalf ? 1 : w.group / Lanes::kVector;
+  constexpr bool kHalf = PARTS == 0;
   const int8_t *values[R], *x[T];
   const float *norms = rows.norms + row * rows.padded, *sums = rows.sums + row * rows.padded;
   Lanes::Floats acc[R][T];
@@ -113,15 +127,13 @@ void tile(const Weight& w, const Rows& rows, int64_t row, const Input* in, float
       Lanes::Ints dots[R][T];
       for (int r = 0; r < R; ++r)
         for (int t = 0; t < T; ++t) dots[r][t] = Lanes::zero();
-      for (int s = 0; s < parts; ++s, ++part) {
+#pragma GCC unroll 8
+      for (int s = 0; s < (kHalf ? 1 : PARTS); ++s, ++part) {
         Lanes::Bytes some[T];
         for (int t = 0; t < T; ++t) some[t] = Lanes::template input<kHalf>(x[t], part);
         for (int r = 0; r < R; ++r) {
           const Lanes::Kept weights = Lanes::template kept<kHalf>(values[r], part);
-          for (int t = 0; t < T; ++t) {
-            dots[r][t] = Lanes::dot(dots[r][t], weights, some[t]);
-            Lanes::settle(dots[r][t]);
-          }
+          for (int t = 0; t < T; ++t) dots[r][t] = Lanes::dot_in_turn(dots[r][t], weights, some[t]);
         }
       }
       for (int r = 0; r < R; ++r)
@@ -133,15 +145,15 @@ void tile(const Weight& w, const Rows& rows, int64_t row, const Input* in, float
 }
 
 // All of them times tokens [t, tokens), T at a time, and fewer at the end.
-template <bool kHalf, int T>
+template <int PARTS, int T>
 void tiles(const Weight& w, const Rows& rows, const Input* in, int64_t t, int64_t tokens, float unit, float* const* out, int64_t to) {
   constexpr int R = Lanes::kTileRows;
   for (; t + T <= tokens; t += T) {
     int64_t row = 0;
-    for (; row + R <= rows.count; row += R) tile<kHalf, R, T>(w, rows, row, in + t, unit, out + t, to + row);
-    for (; row < rows.count; ++row) tile<kHalf, 1, T>(w, rows, row, in + t, unit, out + t, to + row);
+    for (; row + R <= rows.count; row += R) tile<PARTS, R, T>(w, rows, row, in + t, unit, out + t, to + row);
+    for (; row < rows.count; ++row) tile<PARTS, 1, T>(w, rows, row, in + t, unit, out + t, to + row);
   }
-  if constexpr (T > 1) tiles<kHalf, T / 2>(w, rows, in, t, tokens, unit, out, to);
+  if constexpr (T > 1) tiles<PARTS, T / 2>(w, rows, in, t, tokens, unit, out, to);
 }
 
 template <int BITS>
@@ -162,10 +174,13 @@ void many_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, const
         if (Lanes::kShifts == kInputs) Lanes::times(norm + g, sum + g, sum + g);
       }
     }
-    if (w.group < Lanes::kVector)
-      tiles<true, Lanes::kTile>(w, rows, in, 0, tokens, table.scale, out, row - first);
-    else
-      tiles<false, Lanes::kTile>(w, rows, in, 0, tokens, table.scale, out, row - first);
+    switch (w.group / Lanes::kVector) {
+      case 0: tiles<0, Lanes::kTile>(w, rows, in, 0, tokens, table.scale, out, row - first); break;
+      case 1: tiles<1, Lanes::kTile>(w, rows, in, 0, tokens, table.scale, out, row - first); break;
+      case 2: tiles<2, Lanes::kTile>(w, rows, in, 0, tokens, table.scale, out, row - first); break;
+      case 4: tiles<4, Lanes::kTile>(w, rows, in, 0, tokens, table.scale, out, row - first); break;
+      case 8: tiles<8, Lanes::kTile>(w, rows, in, 0, tokens, table.scale, out, row - first); break;
+    }
   }
 }
 
@@ -181,8 +196,9 @@ void many_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, const
     case 8: return name<8>(__VA_ARGS__);        \
   }
 
-void one(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input& in, float* out, int8_t* room) {
-  KQ_BY_WIDTH(one_of, w, matrix, first, last, table, in, out, room)
+void few(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, int64_t tokens,
+         float* const* out, int8_t* room) {
+  KQ_BY_WIDTH(few_of, w, matrix, first, last, table, in, tokens, out, room)
 }
 
 void many(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, int64_t tokens,
