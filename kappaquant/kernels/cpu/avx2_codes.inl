@@ -77,28 +77,37 @@ struct Codes<2> {
 
 template <>
 struct Codes<3> {
-  Lifted four;  // codes, of 12 bits
-  __m256i table;
+  __m256i spread, shifts, table;
 
-  explicit Codes(const int8_t* bytes) : four(Words<12>(0, 4)) {
+  explicit Codes(const int8_t* bytes) {
+    alignas(32) uint8_t from[32];
     int8_t twice[16];
-    for (int i = 0; i < 16; ++i) twice[i] = bytes[i & 7];
+    for (int i = 0; i < 16; ++i) {
+      const int bit = 12 * four(i % 8), byte = bit / 8 + (i < 8 ? 0 : 4);  // the upper lane's 12 bytes are loaded with 4 others before them
+      from[2 * i] = static_cast<uint8_t>(byte);
+      from[2 * i + 1] = static_cast<uint8_t>(byte + 1);
+      twice[i] = bytes[i & 7];
+    }
+    spread = load32(from);
+    shifts = _mm256_setr_epi64x(0, 4, 0, 4);
     table = table16(twice);
   }
 
-  static constexpr int place(int vector, int i) { return 2 * i + vector; }
+  // which four codes a word has: those that begin with a byte come first, then those that begin in its middle
+  static constexpr int four(int word) { return word < 4 ? 2 * word : 2 * word - 7; }
+  static constexpr int place(int vector, int i) { return 4 * four(i / 2) + i % 2 * 2 + vector; }
   static void order(__m256i* v) {
-    const __m256i low = _mm256_unpacklo_epi8(v[0], v[1]);
-    v[1] = _mm256_unpackhi_epi8(v[0], v[1]);
-    v[0] = low;
+    const __m256i low = _mm256_unpacklo_epi8(v[0], v[1]), high = _mm256_unpackhi_epi8(v[0], v[1]);
+    v[0] = _mm256_unpacklo_epi32(low, high);
+    v[1] = _mm256_unpackhi_epi32(low, high);
   }
 
-  // of the four in bits 4 to 15 two are brought into each byte's bits 2 to 7
+  // of the four in bits 0 to 11 two are brought into each byte's bits 0 to 5; the table does not mind what is in bits 3 to 6 of an index
   void operator()(const uint8_t* p, __m256i* found) const {
-    const __m256i lifted = four(lanes(p, p + 8));
-    const __m256i pairs = merge(_mm256_srli_epi16(lifted, 2), lifted);
-    found[0] = _mm256_shuffle_epi8(table, nibbles(_mm256_srli_epi16(pairs, 2)));
-    found[1] = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(pairs, 5), _mm256_set1_epi8(7)));
+    const __m256i fours = _mm256_srlv_epi64(_mm256_shuffle_epi8(lanes(p, p + 8), spread), shifts);
+    const __m256i pairs = merge(fours, _mm256_slli_epi16(fours, 2)), kept = _mm256_set1_epi8(0x7F);
+    found[0] = _mm256_shuffle_epi8(table, _mm256_and_si256(pairs, kept));
+    found[1] = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(pairs, 3), kept));
   }
 };
 

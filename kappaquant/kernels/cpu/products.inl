@@ -54,7 +54,6 @@ void row_by_few(const Weight& w, const Codes<BITS>& codes, int64_t row, const Ar
     for (int i = 0; i < count; i += kPairs ? 2 : 1) {
       Lanes::Ints dots[T];
       for (int t = 0; t < T; ++t) dots[t] = Lanes::zero();
-#pragma GCC unroll 2
       for (int s = 0; s < steps; ++s, p += kBytes, at += Lanes::kStep) {
         Lanes::Bytes weights[Lanes::kParts];
         decode<BITS>(codes, p, kPairs && i + 1 == count, weights);
@@ -174,13 +173,11 @@ void many_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, const
         if (Lanes::kShifts == kInputs) Lanes::times(norm + g, sum + g, sum + g);
       }
     }
-    switch (w.group / Lanes::kVector) {
-      case 0: tiles<0, Lanes::kTile>(w, rows, in, 0, tokens, table.scale, out, row - first); break;
-      case 1: tiles<1, Lanes::kTile>(w, rows, in, 0, tokens, table.scale, out, row - first); break;
-      case 2: tiles<2, Lanes::kTile>(w, rows, in, 0, tokens, table.scale, out, row - first); break;
-      case 4: tiles<4, Lanes::kTile>(w, rows, in, 0, tokens, table.scale, out, row - first); break;
-      case 8: tiles<8, Lanes::kTile>(w, rows, in, 0, tokens, table.scale, out, row - first); break;
-    }
+    const auto multiply = w.group == 32    ? tiles<32 / Lanes::kVector, Lanes::kTile>
+                          : w.group == 64  ? tiles<64 / Lanes::kVector, Lanes::kTile>
+                          : w.group == 128 ? tiles<128 / Lanes::kVector, Lanes::kTile>
+                                           : tiles<256 / Lanes::kVector, Lanes::kTile>;
+    multiply(w, rows, in, 0, tokens, table.scale, out, row - first);
   }
 }
 
