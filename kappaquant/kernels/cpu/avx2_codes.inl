@@ -3,7 +3,8 @@
 
 inline __m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
-inline __m256i table16(const int8_t* entries) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries))); }
+// 16 bytes, in both lanes
+inline __m256i table16(const void* entries) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(entries))); }
 
 // 16 bytes from each of two places
 inline __m256i lanes(const uint8_t* low, const uint8_t* high) {
@@ -68,7 +69,7 @@ struct Codes<2> {
 
   // two codes in each byte: either is looked up as if the other did not matter
   void operator()(const uint8_t* p, __m256i* found) const {
-    const __m256i bytes = table16(reinterpret_cast<const int8_t*>(p));
+    const __m256i bytes = table16(p);
     const __m256i pairs = nibbles(_mm256_srlv_epi64(_mm256_shuffle_epi8(bytes, spread), shifts));
     found[0] = _mm256_shuffle_epi8(lower, pairs);
     found[1] = _mm256_shuffle_epi8(upper, pairs);

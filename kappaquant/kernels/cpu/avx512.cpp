@@ -93,7 +93,7 @@ struct Book {
 
 // Products are of weights + 128, unsigned, and of x, signed; offsets of inputs make up for it.
 struct Lanes {
-  static constexpr int kCodes = 64, kParts = 1, kStep = 64, kRows = 2;
+  static constexpr int kCodes = 64, kParts = 1, kStep = 64;
   static constexpr int kVector = 64, kTileRows = 4, kTile = 4;
   static constexpr Shifts kShifts = kWeights;
   typedef __m512i Bytes;

@@ -64,7 +64,7 @@ struct Level {
   void (*encode)(const Encoding&, const Tables&, int64_t first, int64_t last);
 };
 
-extern const Level kAvx2, kAvx512, kNeon;
+extern const Level kAvx2, kAvxVnni, kAvx512, kNeon;
 
 // Those of this build, fastest first, then null; whether the processor has them is for `runs` to say.
 const Level* const* levels();

@@ -98,7 +98,7 @@ struct Book {
 };
 
 struct Lanes {
-  static constexpr int kCodes = 16, kParts = 1, kStep = 16, kRows = 2;
+  static constexpr int kCodes = 16, kParts = 1, kStep = 16;
   static constexpr int kVector = 16, kTileRows = 4, kTile = 4;
   static constexpr Shifts kShifts = kNone;
   typedef int8x16_t Bytes;

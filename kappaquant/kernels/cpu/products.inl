@@ -1,11 +1,13 @@
-// Products of int8 inputs by one instruction set. Included, after vectors.inl, by the file that compiles for it and has defined `Lanes`:
+// Products of int8 inputs by one instruction set. Included, after vectors.inl, by the file that compiles for it and has defined
+// `Codes<BITS>`, which unpacks some codes and looks them up in a table of bytes, and `Lanes`:
 //
-//   kCodes, kParts, kStep         codes that are decoded at a time, a step; vectors that they become; bytes of a token's input for them
-//   kRows, kTile                  rows that one token is multiplied by at a time; tokens of a tile
-//   Bytes, Values, Ints, Floats   a vector of weights, of an input, of their products' sums, and of those scaled
-//   Codes<BITS>                   unpacks a step and looks it up in a table of bytes
-//   arrange<BITS, kPairs>         brings an input into the order that Codes<BITS> decodes in
-//   load, store, input, dot, zero, none, add, sum, halves
+//   Bytes, Ints, Floats       a vector of weights or inputs, of sums of products, and of sums that are scaled
+//   kCodes, kParts            codes that are decoded at a time, a step, and the vectors that they become
+//   kStep, arrange            a step's bytes in an input that is in the order of Codes<BITS>
+//   keep, Kept, kVector       a row as it is decoded for tiles, in its own order; what is loaded of it at a time, for so many inputs
+//   kTileRows, kTile          rows and tokens of a tile
+//   kShifts                   which factor is shifted
+//   dot, dot_arranged, dot_in_turn, input, kept, zero, none, add, times, add_times, sum, halves
 //
 // A group is some steps; or, where it is smaller than a step, a step is a pair of groups, of which each has half of a vector's lanes.
 
