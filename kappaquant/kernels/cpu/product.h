@@ -8,7 +8,7 @@
 
 namespace kq {
 
-constexpr int64_t kChunkBytes = 1 << 14;  // of codes that one job reads at least
+constexpr int64_t kChunkBytes = 1 << 15;  // of codes that one job reads at least
 constexpr int64_t kMostRows = 256;        // of one job
 constexpr int64_t kJobs = 8;              // for each thread, where there are rows enough
 
