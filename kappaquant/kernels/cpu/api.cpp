@@ -9,7 +9,7 @@ namespace kq {
 const Level* const* levels() {
   static const Level* const all[] = {
 #if defined(__x86_64__) || defined(_M_X64)
-      &kAvx512, &kAvx2,
+      &kAvx512, &kAvxVnni, &kAvx2,
 #elif defined(__aarch64__)
       &kNeon,
 #endif

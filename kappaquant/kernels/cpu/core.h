@@ -15,7 +15,6 @@
 namespace kq {
 
 constexpr int kMostCodes = 256;  // of the largest codebook, and weights of the largest group
-constexpr int kAtOnce = 8;       // tokens that a row is multiplied by while it is decoded
 
 struct Weight {
   const uint8_t* codes;  // [experts, rows, groups * group * bits / 8]
@@ -78,10 +77,10 @@ struct Level {
   void (*rotate)(const float* x, int64_t in, int64_t groups, int group, const float* signs, float* out);
   // one rotated token -> int8, scales and offsets
   void (*narrow)(const float* rotated, int64_t groups, int group, int8_t* values, float* scales, float* offsets);
-  // out[t][row - first] for up to kAtOnce tokens
-  void (*few)(const Weight&, int64_t matrix, int64_t first, int64_t last, const Table&, const Input* inputs, int tokens,
-              float* const* out);
-  // the same for any number of tokens: rows are decoded once, into `room` of `many_room` bytes
+  // out[t][row - first] for up to kFew tokens: rows are decoded as they are multiplied. `room` has `few_room` bytes
+  void (*few)(const Weight&, int64_t matrix, int64_t first, int64_t last, const Table&, const Input* inputs, int64_t tokens,
+              float* const* out, int8_t* room);
+  // the same for any number of tokens: some rows are decoded, into `room` of `many_room` bytes, before they are multiplied
   void (*many)(const Weight&, int64_t matrix, int64_t first, int64_t last, const Table&, const Input* inputs, int64_t tokens,
                float* const* out, int8_t* room);
   // the same in float32, for inputs that have `floats`; `room` has `exact_room` bytes
@@ -92,19 +91,31 @@ struct Level {
   Steps steps;
 };
 
-extern const Level kAvx2, kAvx512, kNeon;
+extern const Level kAvx2, kAvxVnni, kAvx512, kNeon;
 
 // Those of this build, fastest first, then null; whether the processor has them is for `runs` to say.
 const Level* const* levels();
 
-constexpr int kRowsAtOnce = 4;  // that `many` decodes
+constexpr int kFew = 4;       // tokens that rows are decoded for as they are multiplied, at most
+constexpr int kDecoded = 8;   // rows that `many` decodes at once
+constexpr int kExact = 8;     // that `exact` does
 
 inline int64_t padded_groups(int64_t groups) { return (groups + 15) / 16 * 16; }
 
-// Bytes: the decoded rows, and their norms.
-inline int64_t many_room(const Weight& w) { return kRowsAtOnce * (w.groups * w.group + 4 * padded_groups(w.groups)); }
+inline int64_t up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-inline int64_t exact_room(const Weight& w) { return 4 * w.groups * w.group; }
+// A row of weights, or of an input, as an instruction set likes it best: up to two bytes for each value.
+inline int64_t kept_bytes(const Weight& w) { return 2 * up(w.groups * w.group); }
+
+// An input, and its offsets.
+inline int64_t arranged_room(const Weight& w) { return kept_bytes(w) + 4 * padded_groups(w.groups); }
+
+inline int64_t few_room(const Weight& w) { return kFew * arranged_room(w); }
+
+// The decoded rows, their norms, and sums of each group.
+inline int64_t many_room(const Weight& w) { return kDecoded * (kept_bytes(w) + 2 * 4 * padded_groups(w.groups)); }
+
+inline int64_t exact_room(const Weight& w) { return kExact * 4 * w.groups * w.group; }
 
 inline int64_t row_bytes(const Weight& w) { return w.groups * w.group * w.bits / 8; }
 

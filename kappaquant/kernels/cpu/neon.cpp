@@ -20,75 +20,131 @@
 namespace kq {
 namespace {
 
+#include "vectors.inl"
+
+template <int BITS>
+struct Unpack {
+  uint8x16_t spread[2];
+  int16x8_t down[2];
+
+  Unpack() {
+    for (int part = 0; part < 2; ++part) {
+      uint8_t from[16];
+      int16_t by[8];
+      for (int i = 0; i < 8; ++i) {  // a code lies in two bytes
+        const int bit = (8 * part + i) * BITS;
+        from[2 * i] = static_cast<uint8_t>(bit / 8);
+        from[2 * i + 1] = static_cast<uint8_t>(bit / 8 + 1);  // beyond the 16 that were loaded: 0
+        by[i] = static_cast<int16_t>(-(bit % 8));
+      }
+      spread[part] = vld1q_u8(from);
+      down[part] = vld1q_s16(by);
+    }
+  }
+
+  uint8x16_t operator()(const uint8_t* p) const {
+    if constexpr (BITS == 8) return vld1q_u8(p);
+    uint8_t some[16] = {};
+    std::memcpy(some, p, 2 * BITS);
+    const uint8x16_t packed = vld1q_u8(some);
+    uint8x8_t half[2];
+    for (int part = 0; part < 2; ++part)
+      half[part] = vmovn_u16(vshlq_u16(vreinterpretq_u16_u8(vqtbl1q_u8(packed, spread[part])), down[part]));
+    return vandq_u8(vcombine_u8(half[0], half[1]), vdupq_n_u8((1 << BITS) - 1));
+  }
+};
+
+template <int BITS>
+struct Codes {
+  static constexpr int kTables = BITS <= 4 ? 1 : 1 << (BITS - 4);  // of 16 entries
+  const Unpack<BITS> unpack;
+  uint8x16_t table[kTables];
+
+  explicit Codes(const int8_t* bytes) {
+    uint8_t entries[16 * kTables];
+    for (int i = 0; i < 16 * kTables; ++i) entries[i] = static_cast<uint8_t>(bytes[i & ((1 << BITS) - 1)]);
+    for (int i = 0; i < kTables; ++i) table[i] = vld1q_u8(entries + 16 * i);
+  }
+
+  void operator()(const uint8_t* p, int8x16_t* weights) const {
+    const uint8x16_t codes = unpack(p);
+    uint8x16_t found;
+    if constexpr (BITS <= 4) {
+      found = vqtbl1q_u8(table[0], codes);
+    } else if constexpr (BITS == 5) {
+      found = vqtbl2q_u8({{table[0], table[1]}}, codes);
+    } else {
+      found = vqtbl4q_u8({{table[0], table[1], table[2], table[3]}}, codes);
+      for (int i = 4; i < kTables; i += 4)  // an index that is out of the table leaves what was found
+        found = vqtbx4q_u8(found, {{table[i], table[i + 1], table[i + 2], table[i + 3]}}, vsubq_u8(codes, vdupq_n_u8(16 * i)));
+    }
+    *weights = vreinterpretq_s8_u8(found);
+  }
+};
+
+// 16 codes looked up in a codebook of floats.
+template <int BITS>
+struct Book {
+  const Unpack<BITS> unpack;
+  const float* entries;
+
+  explicit Book(const float* book) : entries(book) {}
+
+  void operator()(const uint8_t* p, float norm, float* to) const {
+    uint8_t codes[16];
+    vst1q_u8(codes, unpack(p));
+    for (int i = 0; i < 16; ++i) to[i] = entries[codes[i]] * norm;
+  }
+};
+
 struct Lanes {
-  static constexpr int kWidth = 16, kTile = 4;
-  static constexpr bool kUnsigned = false;
+  static constexpr int kCodes = 16, kParts = 1, kStep = 16;
+  static constexpr int kVector = 16, kTileRows = 4, kTile = 4;
+  static constexpr Shifts kShifts = kNone;
   typedef int8x16_t Bytes;
+  typedef int8x16_t Kept;
   typedef int32x4_t Ints;
   typedef float32x4_t Floats;
 
-  template <int BITS, bool kHalf>
-  struct Codes {
-    static constexpr int kTables = BITS <= 4 ? 1 : 1 << (BITS - 4);  // of 16 entries
-    uint8x16_t spread[2];
-    int16x8_t down[2];
-    uint8x16_t table[kTables];
+  template <int BITS>
+  static Arranged arrange(const Weight&, const Input& in, int8_t*) {
+    return {in.values, in.scales, nullptr};
+  }
 
-    explicit Codes(const int8_t* bytes) {
-      for (int part = 0; part < 2; ++part) {
-        uint8_t from[16];
-        int16_t by[8];
-        for (int i = 0; i < 8; ++i) {  // a code lies in two bytes
-          const int bit = (8 * part + i) * BITS;
-          from[2 * i] = static_cast<uint8_t>(bit / 8);
-          from[2 * i + 1] = static_cast<uint8_t>(bit / 8 + 1);  // beyond the 16 that were loaded: 0
-          by[i] = static_cast<int16_t>(-(bit % 8));
-        }
-        spread[part] = vld1q_u8(from);
-        down[part] = vld1q_s16(by);
-      }
-      for (int i = 0; i < kTables; ++i) table[i] = vld1q_u8(reinterpret_cast<const uint8_t*>(bytes) + 16 * i);
+  template <int BITS>
+  static void keep(const Codes<BITS>& codes, const Weight& w, const uint8_t* p, int8_t* to, float*) {
+    for (int64_t at = 0; at < w.groups * w.group; at += kCodes) {
+      int8x16_t found;
+      codes(p + at * BITS / 8, &found);
+      vst1q_s8(to + at, found);
     }
-
-    int8x16_t operator()(const uint8_t* p) const {
-      uint8x16_t codes;
-      if constexpr (BITS == 8) {
-        codes = vld1q_u8(p);
-      } else {
-        uint8_t some[16] = {};
-        std::memcpy(some, p, 2 * BITS);
-        const uint8x16_t packed = vld1q_u8(some);
-        uint8x8_t half[2];
-        for (int part = 0; part < 2; ++part)
-          half[part] = vmovn_u16(vshlq_u16(vreinterpretq_u16_u8(vqtbl1q_u8(packed, spread[part])), down[part]));
-        codes = vandq_u8(vcombine_u8(half[0], half[1]), vdupq_n_u8((1 << BITS) - 1));
-      }
-      uint8x16_t found;
-      if constexpr (BITS <= 4) {
-        found = vqtbl1q_u8(table[0], codes);
-      } else if constexpr (BITS == 5) {
-        found = vqtbl2q_u8({{table[0], table[1]}}, codes);
-      } else {
-        found = vqtbl4q_u8({{table[0], table[1], table[2], table[3]}}, codes);
-        for (int i = 4; i < kTables; i += 4)  // an index that is out of the table leaves what was found
-          found = vqtbx4q_u8(found, {{table[i], table[i + 1], table[i + 2], table[i + 3]}}, vsubq_u8(codes, vdupq_n_u8(16 * i)));
-      }
-      return vreinterpretq_s8_u8(found);
-    }
-  };
+  }
 
   template <bool kHalf>
-  static Bytes load(const int8_t* p) {
-    return vld1q_s8(p);
+  static Bytes input(const int8_t* p, int64_t part) {
+    return vld1q_s8(p + 16 * part);
   }
   template <bool kHalf>
-  static void store(int8_t* p, Bytes v) {
-    vst1q_s8(p, v);
+  static Kept kept(const int8_t* p, int64_t part) {
+    return vld1q_s8(p + 16 * part);
   }
+  static Ints dot(Ints acc, Kept weights, Bytes x) { return vdotq_s32(acc, weights, x); }
+  static Ints dot_arranged(Ints acc, Bytes weights, const int8_t* x, int part) { return dot(acc, weights, input<false>(x, part)); }
+  static Ints dot_in_turn(Ints acc, Kept weights, Bytes x) { return dot(acc, weights, x); }
   static Ints zero() { return vdupq_n_s32(0); }
   static Floats none() { return vdupq_n_f32(0); }
-  static Ints dot(Ints acc, Bytes weights, Bytes x) { return vdotq_s32(acc, weights, x); }
-  static Floats add(Floats acc, Ints dots, float scale) { return vfmaq_n_f32(acc, vcvtq_f32_s32(dots), scale); }
+  template <bool kPairs>
+  static Floats add(Floats acc, Ints dots, const float* scale) {
+    return vfmaq_n_f32(acc, vcvtq_f32_s32(dots), *scale);
+  }
+  // of 16 numbers
+  static void times(const float* a, const float* b, float* to) {
+    for (int i = 0; i < 16; i += 4) vst1q_f32(to + i, vmulq_f32(vld1q_f32(a + i), vld1q_f32(b + i)));
+  }
+  static Floats add_times(Floats acc, const float* a, const float* b) {
+    for (int i = 0; i < 16; i += 4) acc = vfmaq_f32(acc, vld1q_f32(a + i), vld1q_f32(b + i));
+    return acc;
+  }
   static float sum(Floats v) { return vaddvq_f32(v); }
   static void halves(const uint16_t* from, float* to) {
     for (int i = 0; i < 16; i += 4) vst1q_f32(to + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + i))));
@@ -122,7 +178,9 @@ struct Across {
   static Whole whole(Reals v) { return vcvtq_s32_f32(v); }
 };
 
+#include "rotation.inl"
 #include "products.inl"
+#include "exact.inl"
 #include "finder.inl"
 #include "encode.inl"
 #include "step.inl"

@@ -8,11 +8,9 @@
 
 namespace kq {
 
-constexpr int64_t kChunkBytes = 1 << 14;  // of a matrix that one job reads at least
+constexpr int64_t kChunkBytes = 1 << 15;  // of a matrix that one job reads at least
 constexpr int64_t kMostRows = 256;        // of one job
 constexpr int64_t kJobs = 8;              // for each thread, where there are rows enough
-
-inline int64_t up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 inline Table table_of(const Weight& w) {
   Table made = {};
@@ -42,7 +40,7 @@ struct Prepared {
 // Rows of a job of a matrix, where `fair` bytes are each job's share.
 inline int64_t rows_of_a_job(int64_t row_bytes, int64_t fair) {
   int64_t rows = ((fair > kChunkBytes ? fair : kChunkBytes) + row_bytes - 1) / row_bytes;
-  rows = (rows + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
+  rows = (rows + 3) / 4 * 4;
   return rows < kMostRows ? rows : kMostRows;
 }
 
@@ -51,14 +49,14 @@ inline void product(const Level& level, const Weight& w, int64_t matrix, int64_t
              int64_t tokens, float* const* out, int8_t* room) {
   if (in->floats)
     level.exact(w, matrix, first, last, in, tokens, out, room);
-  else if (tokens <= kAtOnce)
-    level.few(w, matrix, first, last, table, in, static_cast<int>(tokens), out);
+  else if (tokens <= kFew)
+    level.few(w, matrix, first, last, table, in, tokens, out, room);
   else
     level.many(w, matrix, first, last, table, in, tokens, out, room);
 }
 
 inline int64_t product_room(const Weight& w, const Input* in, int64_t tokens) {
-  return in->floats ? exact_room(w) : tokens <= kAtOnce ? 0 : many_room(w);
+  return in->floats ? exact_room(w) : tokens <= kFew ? few_room(w) : many_room(w);
 }
 
 }  // namespace kq

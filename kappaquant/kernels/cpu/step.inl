@@ -220,7 +220,7 @@ void delta_columns(float* state, int64_t dk, int64_t dv, int64_t at, int64_t lef
 // One token of the gated delta rule, in the state [dk, dv] of one head: of decay and k, v what is missing in the state is added, and q reads
 // it.
 void delta(float* state, int64_t dk, int64_t dv, const float* q, const float* k, const float* v, float decay, float beta, float* out) {
-  constexpr int kVectors = Lanes::kWidth == 64 ? 8 : 2;  // as many as stay in registers, twice
+  constexpr int kVectors = sizeof(Lanes::Floats) == 64 ? 8 : 2;  // as many as stay in registers, twice
   for (int64_t i = 0; i < dk * dv; i += 16) __builtin_prefetch(state + i, 1, 2);  // in order, as columns are not
   F16 product = {};
   for (int64_t i = 0; i < dk; i += 16) {

@@ -66,13 +66,43 @@ def test_products_are_the_codecs(native: Native, fmt: CodebookFormat) -> None:
     for rows, inputs in ((37, 3 * fmt.group_size - 5), (9, 17 * fmt.group_size)):
         weight, decoded = packed(fmt, rows, inputs)
         bias = numbers(rows, seed=1)
-        for tokens in (1, 3, 8, 9, 23):
+        for tokens in (1, 2, 3, 4, 5, 23):
             x = numbers(tokens, inputs, seed=tokens)
             exact = native.linear(x, [], ("float32", fmt.step), weight, bias)
             torch.testing.assert_close(exact, F.linear(x, decoded, bias), rtol=1e-5, atol=1e-5 * inputs**0.5)
             found = native.linear(x, [], ("int8", fmt.step), weight, None)
             torch.testing.assert_close(found.double(), by_bytes(x, weight, native), rtol=1e-5, atol=1e-5 * inputs**0.5)
             assert error(found, x, decoded) < INT8_ERROR
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.id)
+def test_the_largest_products_do_not_overflow(native: Native, fmt: CodebookFormat) -> None:
+    """Nothing but weights and inputs of almost 127 in size, in any order and all alike, against whole numbers."""
+    half = 1 << (fmt.bits - 1)
+    book = [1 - 1e-4 * i for i in range(half)]
+    fmt = CodebookFormat(fmt.bits, fmt.group_size, (*(-value for value in book), *reversed(book)), "F32")
+    rows, groups, tokens = 13, 19, 11
+    generator = torch.Generator().manual_seed(fmt.bits)
+    packed = torch.randint(256, fmt.packed_shape((rows, groups * fmt.group_size)), generator=generator).byte()
+    packed[0], packed[1] = 0, 255
+    norms = torch.rand(rows, groups, generator=generator) + 0.5
+    weight = Arranged(fmt, (rows, groups * fmt.group_size), (packed, norms))
+    values = torch.randint(2, (tokens, groups * fmt.group_size), generator=generator) * 254 - 127
+    values[0], values[4], values[8], values[9] = 127, -127, -127, 127
+    scales = torch.zeros(tokens, 32)
+    scales[:, :groups] = torch.rand(tokens, groups, generator=generator) + 0.5
+    sums = values.view(tokens, groups, -1).sum(-1)
+    offsets = torch.zeros_like(scales)
+    offsets[:, :groups] = -128 * scales[:, :groups] * sums
+    decoded = torch.tensor([round(value * 127) for value in fmt.codebook])[codec.unpack(packed, fmt.bits).long()]
+    dots = torch.einsum("tgi,rgi->trg", *(part.view(-1, groups, fmt.group_size).double() for part in (values, decoded)))
+    expected = torch.einsum("trg,tg,rg->tr", dots, scales[:, :groups].double(), norms.double()) / 127
+    size = float(expected.abs().max())
+    for first, last in ((0, 1), (4, 5), (1, 3), (0, 3), (4, 8), (0, 5), (0, 11)):
+        prepared = [part[first:last].contiguous() for part in (values.to(torch.int8), scales, offsets)]
+        x = torch.zeros(last - first, groups * fmt.group_size)
+        found = native.linear(x, prepared, ("int8", fmt.step), weight, None)
+        torch.testing.assert_close(found.double(), expected[first:last], rtol=1e-5, atol=1e-5 * size)
 
 
 @pytest.mark.parametrize("group", GROUP_SIZES)

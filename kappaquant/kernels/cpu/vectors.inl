@@ -1,0 +1,38 @@
+// What the parts of one instruction set share. Included first, in an unnamed namespace, by the file that compiles for it.
+
+typedef float F16 __attribute__((vector_size(64)));
+typedef int32_t I16 __attribute__((vector_size(64)));
+
+// no templates of the standard library: the linker would keep one copy for all instruction sets
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline F16 load16(const float* p) {
+  F16 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store16(float* p, F16 v) { std::memcpy(p, &v, sizeof v); }
+
+// Which factor of a product is shifted, so that sums lack something.
+enum Shifts { kNone, kWeights, kInputs };
+
+// An input in an order of the instruction set's own, with zeros up to the end of the last step. `offsets` are added to sums, in proportion
+// to norms: they make up for products of shifted numbers.
+struct Arranged {
+  const int8_t* values;
+  const float* scales;   // [padded groups]
+  const float* offsets;  // likewise, or null
+};
+
+// 64 codes' weights, or fewer of an instruction set that decodes fewer at a time; of the first half `alone` where a row ends with it.
+template <int BITS, class Codes, class Bytes>
+inline void decode(const Codes& codes, const uint8_t* p, bool alone, Bytes* weights) {
+  if (alone) {
+    uint8_t half[8 * BITS] = {};
+    std::memcpy(half, p, 4 * BITS);
+    codes(half, weights);
+  } else {
+    codes(p, weights);
+  }
+}
