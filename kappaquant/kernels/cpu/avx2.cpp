@@ -1,6 +1,7 @@
 // AVX2: bytes are looked up 16 at a time, and multiplied as |weight| * (sign(weight) * input), whose pairs fit 16 bits.
 #include "core.h"
 #include "encode.h"
+#include "feedback.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -142,12 +143,13 @@ struct Across {
 #include "products.inl"
 #include "finder.inl"
 #include "encode.inl"
+#include "feedback.inl"
 
 bool runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
 }  // namespace
 
-const Level kAvx2 = {"avx2", runs, rotate, narrow, few, many, exact, encode};
+const Level kAvx2 = {"avx2", runs, rotate, narrow, few, many, exact, encode, feedback::feed_back};
 
 }  // namespace kq
 

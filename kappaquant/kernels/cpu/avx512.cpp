@@ -2,6 +2,7 @@
 // permutation looks them up, and one instruction multiplies and adds.
 #include "core.h"
 #include "encode.h"
+#include "feedback.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -103,6 +104,7 @@ struct Across {
 #include "products.inl"
 #include "finder.inl"
 #include "encode.inl"
+#include "feedback.inl"
 
 bool runs() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -111,7 +113,7 @@ bool runs() {
 
 }  // namespace
 
-const Level kAvx512 = {"avx512", runs, rotate, narrow, few, many, exact, encode};
+const Level kAvx512 = {"avx512", runs, rotate, narrow, few, many, exact, encode, feedback::feed_back};
 
 }  // namespace kq
 

@@ -43,6 +43,7 @@ struct Table {
 
 struct Encoding;  // of encode.h
 struct Tables;
+struct Feedback;  // of feedback.h
 
 // One instruction set. Functions take rows [first, last) of one matrix.
 struct Level {
@@ -63,6 +64,8 @@ struct Level {
                 float* const* out, int8_t* room);
   // groups [first, last) of a weight as codes
   void (*encode)(const Encoding&, const Tables&, int64_t first, int64_t last);
+  // one group of inputs of a matrix; `room` has `feedback_room` bytes
+  void (*feed_back)(const Encoding&, const Tables&, const Feedback&, int64_t matrix, int64_t first, int64_t last, int8_t* room);
 };
 
 extern const Level kAvx2, kAvx512, kNeon;

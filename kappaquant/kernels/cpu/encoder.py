@@ -95,7 +95,7 @@ def _run(
     rows = weight.numel() // width if width else 0
     energies, errors = torch.empty(rows * per_row), torch.empty(len(books), rows * per_row)
     if errors.numel():
-        book, magnitudes, scales, steps = _tables(books, SCALES if effort == "best" else ())
+        book, magnitudes, scales, steps = tables(books, SCALES if effort == "best" else ())
         native = core(level)
         native.library.kq_encode(
             native.level, torch.get_num_threads(),
@@ -110,7 +110,7 @@ def _run(
 
 
 @cache
-def _tables(books: tuple[tuple[float, ...], ...], scales: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tables(books: tuple[tuple[float, ...], ...], scales: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codebooks one after another; of the first one the centroids by cell; scales and their cells for each unit of magnitude."""
     table = nearest(books[0], torch.device("cpu"))
     every = torch.tensor([value for book in books for value in book], dtype=torch.float32)

@@ -41,6 +41,16 @@ class Encoding(Structure):
     )  # fmt: skip
 
 
+class Feedback(Structure):
+    """``kq::Feedback`` of feedback.h: a group of inputs to be rounded, and where its parts go."""
+
+    _fields_ = (
+        ("first", c_void_p), ("now", c_void_p), ("across", c_void_p), ("inverses", c_void_p), ("scales", c_void_p),
+        ("norms", c_void_p), ("codes", c_void_p), ("values", c_void_p), ("spread", c_void_p), ("matrices", c_int64),
+        ("rows", c_int64), ("first_matrix", c_int64), ("now_matrix", c_int64), ("tried", c_int32), ("unused", c_int32),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Core:
     """The library, and the instruction set that it is asked to use.
@@ -131,11 +141,13 @@ def _library() -> ctypes.CDLL:
         ),
         "kq_encoding_bytes": (c_int32, []),
         "kq_encode": (None, [*call, POINTER(Encoding)]),
+        "kq_feedback_bytes": (c_int32, []),
+        "kq_feedback": (None, [*call, POINTER(Encoding), POINTER(Feedback)]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    sizes = library.kq_weight_bytes(), library.kq_encoding_bytes()
-    if sizes != (ctypes.sizeof(Weight), ctypes.sizeof(Encoding)):
+    sizes = library.kq_weight_bytes(), library.kq_encoding_bytes(), library.kq_feedback_bytes()
+    if sizes != tuple(map(ctypes.sizeof, (Weight, Encoding, Feedback))):
         raise OSError(f"{_path()} is of another version of kappaquant; install the package again")
     return library

@@ -1,6 +1,7 @@
 // NEON with dot products (ARMv8.2): tables of 16 to 64 bytes, and four products at once.
 #include "core.h"
 #include "encode.h"
+#include "feedback.h"
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
@@ -125,6 +126,7 @@ struct Across {
 #include "products.inl"
 #include "finder.inl"
 #include "encode.inl"
+#include "feedback.inl"
 
 bool runs() {
 #if defined(__linux__)
@@ -136,7 +138,7 @@ bool runs() {
 
 }  // namespace
 
-const Level kNeon = {"neon", runs, rotate, narrow, few, many, exact, encode};
+const Level kNeon = {"neon", runs, rotate, narrow, few, many, exact, encode, feedback::feed_back};
 
 }  // namespace kq
 

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from kappaquant.errors import NonFiniteError
-from kappaquant.formats import codec
+from kappaquant.formats import codec, trials
 from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat
-from kappaquant.formats.search import Assignment, nearest
 from kappaquant.kernels import dispatch
 from kappaquant.quantizing.rounding import groups
 
@@ -206,32 +205,14 @@ def _feed_back(aim: _Aim, inputs: Inputs) -> _State:
     rest = grouped.gather(1, inputs.order[..., None, None].expand_as(grouped)).view_as(target)
     codes = torch.empty(grouped.shape, dtype=torch.uint8, device=target.device)
     norms = torch.empty(count, width // size, rows, device=target.device)
-    scales = torch.tensor(_SCALES, device=target.device)[:, None, None]
     for start in range(0, width, size):
         stop = start + size
-        block, upper = rest[:, start:stop], inputs.upper[:, start:stop]
-        tried = _stored(scales * _plain_norms(block, fmt), fmt)
-        found, errors = groups.feed(block, tried, upper[:, :, start:stop], fmt)
-        best = errors.square().sum(0).argmin(0, keepdim=True)
-        each = best.expand(size, 1, count, rows)
-        codes[:, start // size] = found.gather(1, each).squeeze(1).transpose(0, 1)
-        norms[:, start // size] = tried.gather(0, best).squeeze(0)
-        rest[:, stop:] -= upper[:, :, stop:].mT @ errors.gather(1, each).squeeze(1).transpose(0, 1)
+        upper, at = inputs.upper[:, start:stop], start // size
+        codes[:, at], norms[:, at], errors = groups.choose(rest[:, start:stop], upper[:, :, start:stop], _SCALES, fmt)
+        rest[:, stop:] -= upper[:, :, stop:].mT @ errors
     back = inputs.order.argsort(1)[..., None]
     codes = codes.gather(1, back[..., None].expand_as(codes))
     return aim.state(codes.view_as(target), norms.gather(1, back.expand_as(norms)))
-
-
-def _plain_norms(block: Tensor, fmt: CodebookFormat) -> Tensor:
-    """float32 [B, N]: the least-squares norm of each row of [B, size, N] at the scale that explains most of it, as effort best."""
-    columns = block.transpose(0, 1).reshape(fmt.group_size, -1)
-    table = nearest(fmt.codebook, block.device)
-    assignment = Assignment(fmt.group_size, columns.shape[1], block.device)
-    norm = assignment.dot(columns, columns).sqrt()
-    unit = columns / torch.where(norm == 0, 1.0, norm)
-    assignment.assign(unit * assignment.search_scale(unit, table), table)
-    dot = assignment.dot(unit, assignment.centroids).clone()
-    return (norm * (dot / assignment.dot(assignment.centroids, assignment.centroids))).view(len(block), -1)
 
 
 def _refit(state: _State, aim: _Aim) -> _State:
@@ -250,7 +231,7 @@ def _refit(state: _State, aim: _Aim) -> _State:
         wanted = (weighted * target[:, None, :, some]).sum(2).mT
         system.diagonal(dim1=2, dim2=3).mul_(1 + 1e-6)
         solved, _ = torch.linalg.solve_ex(system, wanted[..., None])
-        norms[..., some] = _stored(solved.squeeze(-1).mT, fmt)
+        norms[..., some] = trials.stored(solved.squeeze(-1).mT, fmt)
     usable = (norms.isfinite() & (norms > 0)).all(1, keepdim=True)
     return aim.state(state.codes, torch.where(usable, norms, state.norms))
 
@@ -259,7 +240,6 @@ def _descend(state: _State, aim: _Aim) -> _State:
     """Codes changed one input at a time to what is nearest to the best value of it, all others as they are."""
     target, fmt, gram = aim.target, aim.fmt, aim.gram
     size = fmt.group_size
-    book = codec.centroids(fmt, target.device)
     codes, values = state.codes.clone(), _values(state.codes, state.norms, fmt)
     inverses = 1 / gram.diagonal(dim1=1, dim2=2)
     left = gram @ (target - values)
@@ -267,15 +247,8 @@ def _descend(state: _State, aim: _Aim) -> _State:
         for start in range(0, target.shape[1], size):
             some = slice(start, start + size)
             norms = state.norms[:, start // size]
-            found, changes = groups.descend(
+            codes[:, some], values[:, some], changes = groups.descend(
                 left[:, some], values[:, some], norms, gram[:, some, some], inverses[:, some], fmt
             )
-            codes[:, some] = found.transpose(0, 1)
-            values[:, some] = book[codes[:, some].int()] * norms[:, None]
-            left -= gram[:, :, some] @ changes.transpose(0, 1)
+            left -= gram[:, :, some] @ changes
     return aim.state(codes, state.norms)
-
-
-def _stored(norms: Tensor, fmt: CodebookFormat) -> Tensor:
-    """As the stored dtype holds them, float32; chosen before the codes, which then make up for the rounding."""
-    return norms.to(codec.NORMS_TORCH[fmt.norms]).float()

@@ -135,7 +135,7 @@ def told(
         codes,
     )
     bits = struct.pack(f"<{len(books)}i", *(len(book).bit_length() - 1 for book in books))
-    parts = (weight.view(torch.uint8), library.signs_of(group), *encoder._tables(tuple(books), scales))
+    parts = (weight.view(torch.uint8), library.signs_of(group), *encoder.tables(tuple(books), scales))
     return b"encoding" + struct.pack("<9q", *sizes) + bits + b"".join(part.numpy().tobytes() for part in parts)
 
 
