@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -25,21 +24,26 @@ def tried_norms(block: Tensor, scales: Sequence[float], fmt: CodebookFormat) -> 
     columns = block.transpose(0, 1).reshape(fmt.group_size, -1)
     table = nearest(fmt.codebook, block.device)
     assignment = Assignment(fmt.group_size, columns.shape[1], block.device)
-    norm = assignment.dot(columns, columns).double().sqrt().float()  # as the codec does it: the root of a CPU may be a digit off
+    norm = (
+        assignment.dot(columns, columns).double().sqrt().float()
+    )  # as the codec does it: the root of a CPU may be a digit off
     unit = columns / torch.where(norm == 0, 1.0, norm)
     assignment.assign(unit * assignment.search_scale(unit, table), table)
     dot = assignment.dot(unit, assignment.centroids).clone()
-    plain = (norm * (dot / assignment.dot(assignment.centroids, assignment.centroids))).view(len(block), -1)
+    plain = (norm * (dot / assignment.dot(assignment.centroids, assignment.centroids))).view(
+        block.shape[0], block.shape[2]
+    )
     return stored(torch.tensor(scales, device=block.device)[:, None, None] * plain, fmt)
 
 
 def stored(norms: Tensor, fmt: CodebookFormat) -> Tensor:
-    """As the stored dtype holds them, float32."""
-    return norms.to(codec.NORMS_TORCH[fmt.norms]).float()
+    """As the stored dtype holds them, float32; what is larger than its largest number becomes that."""
+    dtype = codec.NORMS_TORCH[fmt.norms]
+    return norms.clamp(max=torch.finfo(dtype).max).to(dtype).float()
 
 
 def kept(codes: Tensor, norms: Tensor, errors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row the trial that left least, the first of equals; one whose errors are no numbers leaves infinitely much.
+    """Of each row the trial that left least, the first of equals.
 
     Args:
         codes: uint8 [size, tried, B, N].
@@ -51,7 +55,7 @@ def kept(codes: Tensor, norms: Tensor, errors: Tensor) -> tuple[Tensor, Tensor, 
     """
     flat = errors.view(len(errors), -1)
     left = Products(*flat.shape, flat.device).dot(flat, flat).view(norms.shape)
-    best = torch.where(left.isnan(), math.inf, left).argmin(0, keepdim=True)
+    best = left.argmin(0, keepdim=True)
     each = best.expand(len(errors), *best.shape)
     of_codes, of_errors = (x.gather(1, each).squeeze(1).transpose(0, 1).contiguous() for x in (codes, errors))
     return of_codes, norms.gather(0, best).squeeze(0), of_errors

@@ -6,6 +6,7 @@ namespace feedback {
 typedef Reals Line[kTogether];   // a number of each row
 typedef Whole Codes[kTogether];  // a code of each row
 constexpr int kRows = kTogether * kAcross;
+constexpr float kLargest = 3.40282347e38f, kLargestHalf = 65504;  // norms
 
 // Numbers of `count` rows; zeros behind them.
 inline void take(const float* from, int count, Line& to) {
@@ -85,10 +86,12 @@ void choose(const Encoding& e, const Tables& tables, const Block& b) {
   Codes *codes = reinterpret_cast<Codes*>(b.line(3)), *kept_codes = reinterpret_cast<Codes*>(b.line(4));
   for (int i = 0; i < b.group; ++i) take(b.first + i * b.f.rows, b.count, x[i]);
   for (int v = 0; v < kTogether; ++v) plain[v] = plain_norm<BITS>(e, tables, finder, x, v);
+  const Reals largest = all(e.wide_norms ? kLargest : kLargestHalf);
   for (int trial = 0; trial < b.f.tried; ++trial) {
     Line inverse;
     for (int v = 0; v < kTogether; ++v) {
-      norm[v] = stored(e, all(b.f.scales[trial]) * plain[v], 0, kAcross);
+      const Reals wanted = all(b.f.scales[trial]) * plain[v];
+      norm[v] = stored(e, Across::either(Across::exceeds(largest, wanted), wanted, largest), 0, kAcross);
       inverse[v] = inverse_of(norm[v]);
     }
     for (int i = 0; i < b.group; ++i) {
@@ -102,14 +105,19 @@ void choose(const Encoding& e, const Tables& tables, const Block& b) {
     }
     for (int v = 0; v < kTogether; ++v) {
       const Reals left = total_of<Reals>(b.group, [&](int64_t i) { return rounded(spread[i][v] * spread[i][v]); });
-      if (trial == 0) best[v] = all(__builtin_inff());
-      const Mask less = Across::exceeds(best[v], left);  // no sum that is no number is less
+      if (trial == 0) {
+        best[v] = left;
+        kept_norm[v] = norm[v];
+        for (int i = 0; i < b.group; ++i) kept[i][v] = spread[i][v], kept_codes[i][v] = codes[i][v];
+        continue;
+      }
+      const Mask less = Across::exceeds(best[v], left);
       best[v] = Across::either(less, left, best[v]);
-      kept_norm[v] = trial == 0 ? norm[v] : Across::either(less, norm[v], kept_norm[v]);
+      kept_norm[v] = Across::either(less, norm[v], kept_norm[v]);
       for (int i = 0; i < b.group; ++i) {
-        kept[i][v] = trial == 0 ? spread[i][v] : Across::either(less, spread[i][v], kept[i][v]);
-        kept_codes[i][v] = trial == 0 ? codes[i][v] : reinterpret_cast<Whole>(Across::either(
-            less, reinterpret_cast<Reals>(codes[i][v]), reinterpret_cast<Reals>(kept_codes[i][v])));
+        kept[i][v] = Across::either(less, spread[i][v], kept[i][v]);
+        kept_codes[i][v] = reinterpret_cast<Whole>(
+            Across::either(less, reinterpret_cast<Reals>(codes[i][v]), reinterpret_cast<Reals>(kept_codes[i][v])));
       }
     }
   }

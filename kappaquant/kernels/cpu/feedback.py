@@ -79,7 +79,9 @@ def _run(
         return
     first, now, across = _of_whole_inputs(first), None if now is None else _of_whole_inputs(now), across.mT.contiguous()
     book, magnitudes, trials, steps = tables((fmt.codebook,), SCALES if now is None else ())
-    places = [tensor.data_ptr() if tensor is not None else None for tensor in (inverses, scales, norms, codes, values, spread)]
+    places = [
+        tensor.data_ptr() if tensor is not None else None for tensor in (inverses, scales, norms, codes, values, spread)
+    ]
     native = core(level)
     native.library.kq_feedback(
         native.level, torch.get_num_threads(),

@@ -43,9 +43,7 @@ def refusal(block: Tensor) -> str | None:
     return gpu.refusal(block.device)
 
 
-def choose(
-    block: Tensor, upper: Tensor, scales: Sequence[float], fmt: CodebookFormat
-) -> tuple[Tensor, Tensor, Tensor]:
+def choose(block: Tensor, upper: Tensor, scales: Sequence[float], fmt: CodebookFormat) -> tuple[Tensor, Tensor, Tensor]:
     """What ``groups.choose`` gives, whose arguments these are.
 
     Raises:

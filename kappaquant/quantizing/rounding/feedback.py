@@ -157,12 +157,11 @@ def encode(weight: Tensor, fmt: CodebookFormat, inputs: Inputs, name: str = "wei
     plain = dispatch.encode(weight, fmt, "best", name=name)  # refuses what cannot be stored
     target = fmt.rotate(weight).mT.contiguous()
     aim = _Aim(target, fmt, inputs.gram)
-    free = aim.state(*_unpacked(plain.parts[PACKED_SUFFIX], plain.parts[NORMS_SUFFIX], fmt))
     found = _feed_back(aim, inputs)
     found = _better(found, _refit(found, aim))
     found = _better(found, _descend(found, aim))
     found = _better(found, _refit(found, aim))
-    found = _better(found, free)
+    found = _better(found, aim.state(*_unpacked(plain.parts[PACKED_SUFFIX], plain.parts[NORMS_SUFFIX], fmt)))
     norms = found.norms.mT.to(codec.NORMS_TORCH[fmt.norms]).contiguous()
     return Rounded(
         {PACKED_SUFFIX: codec.pack(found.codes.mT.contiguous(), fmt.bits), NORMS_SUFFIX: norms},
@@ -223,8 +222,8 @@ def _unit(codes: Tensor, fmt: CodebookFormat) -> Tensor:
 
 
 def _better(a: _State, b: _State) -> _State:
-    """Of each row the state that loses less, the first where they are equal; norms beyond what is stored lose no number."""
-    take = (b.lost < a.lost) | a.lost.isnan()
+    """Of each row the state that loses less, the first where they are equal."""
+    take = b.lost < a.lost
     pairs = ((a.codes, b.codes), (a.norms, b.norms), (a.left, b.left))
     return _State(*(torch.where(take[:, None], y, x) for x, y in pairs), torch.where(take, b.lost, a.lost))
 
@@ -267,7 +266,7 @@ def _refit(state: _State, aim: _Aim) -> _State:
         system.diagonal(dim1=2, dim2=3).mul_(1 + 1e-6)
         solved, _ = torch.linalg.solve_ex(system, wanted[..., None])
         norms[..., some] = trials.stored(solved.squeeze(-1).mT, fmt)
-    usable = (norms.isfinite() & (norms > 0)).all(1, keepdim=True)
+    usable = (norms > 0).all(1, keepdim=True)
     return aim.state(state.codes, torch.where(usable, norms, state.norms))
 
 

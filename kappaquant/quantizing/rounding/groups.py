@@ -17,9 +17,7 @@ from kappaquant.formats.search import Assignment, nearest
 from kappaquant.kernels import dispatch
 
 
-def choose(
-    block: Tensor, upper: Tensor, scales: Sequence[float], fmt: CodebookFormat
-) -> tuple[Tensor, Tensor, Tensor]:
+def choose(block: Tensor, upper: Tensor, scales: Sequence[float], fmt: CodebookFormat) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and norms; of each row the norm, of those tried, whose rounding leaves least to spread over inputs of other groups.
 
     Args:
