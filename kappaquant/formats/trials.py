@@ -54,7 +54,7 @@ def kept(codes: Tensor, norms: Tensor, errors: Tensor) -> tuple[Tensor, Tensor, 
         Codes [B, size, N], norms [B, N] and errors [B, size, N].
     """
     flat = errors.view(len(errors), -1)
-    left = Products(*flat.shape, flat.device).dot(flat, flat).view(norms.shape)
+    left = Products(len(flat), flat.shape[1], flat.device).dot(flat, flat).view(norms.shape)
     best = left.argmin(0, keepdim=True)
     each = best.expand(len(errors), *best.shape)
     of_codes, of_errors = (x.gather(1, each).squeeze(1).transpose(0, 1).contiguous() for x in (codes, errors))

@@ -34,14 +34,13 @@ inline void subtract(const float* line, const Line* spread, int i, Line& rest) {
   }
 }
 
-inline Reals inverse_of(Reals norm) {
-  Reals divisor = norm;
-  for (int n = 0; n < kAcross; ++n) divisor[n] = norm[n] == 0 ? 1.0f : norm[n];
-  const Reals inverse = all(1.0f) / divisor;
-  Reals found;
-  for (int n = 0; n < kAcross; ++n) found[n] = norm[n] == 0 ? 0.0f : inverse[n];
-  return found;
+// A value, but another one where the norm is zero.
+inline Reals unless_zero(Reals norm, Reals other, Reals value) {
+  for (int n = 0; n < kAcross; ++n) value[n] = norm[n] == 0 ? other[n] : value[n];
+  return value;
 }
+
+inline Reals inverse_of(Reals norm) { return unless_zero(norm, Reals{}, all(1.0f) / norm); }
 
 // The least-squares norm of one group of each lane at the scale that explains most of it, as effort "best".
 template <int BITS>
@@ -49,11 +48,9 @@ Reals plain_norm(const Encoding& e, const Tables& tables, const Finder<BITS, fal
   Reals y[kMostCodes], c[kMostCodes];
   for (int i = 0; i < e.group; ++i) y[i] = x[i][v];
   const Reals square = dot(e.group, y, y);
-  Reals norm, divisor;
-  for (int n = 0; n < kAcross; ++n) {
-    norm[n] = __builtin_sqrtf(square[n]);
-    divisor[n] = norm[n] == 0 ? 1.0f : norm[n];
-  }
+  Reals norm;
+  for (int n = 0; n < kAcross; ++n) norm[n] = __builtin_sqrtf(square[n]);
+  const Reals divisor = unless_zero(norm, all(1.0f), norm);
   for (int i = 0; i < e.group; ++i) y[i] = y[i] / divisor;
   Whole codes[kMostCodes];
   assign(e.group, finder, y, searched(e, tables, y), codes, c);

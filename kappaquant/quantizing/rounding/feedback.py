@@ -225,7 +225,8 @@ def _better(a: _State, b: _State) -> _State:
     """Of each row the state that loses less, the first where they are equal."""
     take = b.lost < a.lost
     pairs = ((a.codes, b.codes), (a.norms, b.norms), (a.left, b.left))
-    return _State(*(torch.where(take[:, None], y, x) for x, y in pairs), torch.where(take, b.lost, a.lost))
+    codes, norms, left = (torch.where(take[:, None], y, x) for x, y in pairs)
+    return _State(codes, norms, left, torch.where(take, b.lost, a.lost))
 
 
 def _feed_back(aim: _Aim, inputs: Inputs) -> _State:
