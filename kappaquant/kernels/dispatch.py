@@ -23,9 +23,11 @@ from kappaquant.formats.base import Effort, Encoded, Format
 from kappaquant.formats.codebook import BITS, CodebookFormat
 from kappaquant.kernels.base import Arranged, Kernel, Use
 from kappaquant.kernels.cpu import encoder as native_encoder
+from kappaquant.kernels.cpu import feedback as native_feedback
 from kappaquant.kernels.cpu.library import absence
 from kappaquant.kernels.cpu.native import Native
 from kappaquant.kernels.cuda import encoder as cuda_encoder
+from kappaquant.kernels.cuda import feedback as cuda_feedback
 from kappaquant.kernels.cuda.tiled import Tiled
 from kappaquant.kernels.torch import AnyFormat, Lookups
 
@@ -34,6 +36,7 @@ logger = logging.getLogger("kappaquant")
 # Fastest first: of those that serve a use, the first that does not refuse runs.
 _KERNELS: list[Kernel] = [Tiled(), Native(), Lookups(), AnyFormat()]
 _ENCODERS = (cuda_encoder, native_encoder)
+_FEEDBACKS = (cuda_feedback, native_feedback)
 _SERVED: dict[str, tuple[Kernel, Format]] = {}
 """What a spec stands for: "<kernel>/<format key>", the same in every process that has chosen it."""
 _LIBRARY = torch.library.Library("kappaquant", "FRAGMENT")
@@ -326,3 +329,8 @@ def squared_errors(
 
 def _encoder(weight: Tensor, effort: str) -> ModuleType | None:
     return next((encoder for encoder in _ENCODERS if encoder.refusal(weight, effort) is None), None)
+
+
+def feedback(block: Tensor) -> ModuleType | None:
+    """What rounds a group [B, size, N] as ``quantizing.rounding.groups`` does, by ``choose`` and ``descend``; None where torch has to."""
+    return next((kernel for kernel in _FEEDBACKS if kernel.refusal(block) is None), None)

@@ -1,6 +1,6 @@
 // Runs the native core on what it reads, for builds that Python cannot load: another processor's, or one with sanitizers. From stdin come
-// "products", with numbers, signs, and two weights of experts with a bias for the first, or "encoding", with a weight and tables; to
-// stdout goes what the functions made of them. Each array is allocated at its exact size, so that a byte read beyond it is seen.
+// "products", with numbers, signs, and two weights of experts with a bias for the first, "encoding", with a weight and tables, or
+// "feedback", with tables and a group of inputs; to stdout goes what the functions made of them. Each array is allocated at its exact size, so that a byte read beyond it is seen.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -10,9 +10,11 @@
 
 #include "core.h"
 #include "encode.h"
+#include "feedback.h"
 
 extern "C" {
 void kq_encode(int32_t, int32_t, const kq::Encoding*);
+void kq_feedback(int32_t, int32_t, const kq::Encoding*, const kq::Feedback*);
 int32_t kq_levels();
 int32_t kq_level_runs(int32_t);
 void kq_prepare(int32_t, int32_t, const void*, int32_t, int64_t, int64_t, int64_t, int32_t, const float*, float*, int8_t*, float*, float*);
@@ -87,6 +89,35 @@ int encode(int32_t level) {
   return 0;
 }
 
+int feed_back(int32_t level) {
+  const auto n = take<int64_t>(7);  // matrices, group, rows, bits, wide norms, trials, norms that are tried; 0: values of before
+  kq::Encoding e = {};
+  e.group = static_cast<int32_t>(n[1]), e.bits[0] = static_cast<int32_t>(n[3]), e.wide_norms = static_cast<int32_t>(n[4]);
+  e.trials = static_cast<int32_t>(n[5]), e.count = 1;
+  const auto books = take<float>(1 << n[3]), magnitudes = take<float>(kq::kMagnitudes);
+  const auto scales = take<float>(e.trials), steps = take<float>(e.trials);
+  e.books = books.get(), e.magnitudes = magnitudes.get(), e.scales = scales.get(), e.steps = steps.get();
+  kq::Feedback f = {};
+  f.matrices = n[0], f.rows = n[2], f.tried = static_cast<int32_t>(n[6]), f.first_matrix = f.now_matrix = n[1] * n[2];
+  const int64_t all = n[0] * n[1] * n[2];
+  const bool again = f.tried == 0;
+  const auto first = take<float>(all), across = take<float>(n[0] * n[1] * n[1]), tried = take<float>(f.tried);
+  const auto now = take<float>(again ? all : 0), inverses = take<float>(again ? n[0] * n[1] : 0);
+  std::vector<float> norms(n[0] * n[2]), values(again ? all : 0), spread(all);
+  std::vector<uint8_t> codes(all);
+  if (again) {
+    const auto given = take<float>(n[0] * n[2]);
+    norms.assign(given.get(), given.get() + n[0] * n[2]);
+  }
+  f.first = first.get(), f.now = again ? now.get() : nullptr, f.across = across.get(), f.inverses = inverses.get();
+  f.scales = tried.get(), f.norms = norms.data(), f.codes = codes.data(), f.values = values.data(), f.spread = spread.data();
+  kq_feedback(level, 2, &e, &f);
+  give(codes);
+  give(again ? values : norms);
+  give(spread);
+  return 0;
+}
+
 int multiply(int32_t level) {
   const Held first = take_weight(), second = take_weight();
   const auto n = take<int64_t>(2);  // tokens, experts of each
@@ -122,5 +153,7 @@ int main() {
   int32_t level = 0;
   while (level < kq_levels() && !kq_level_runs(level)) ++level;
   if (level == kq_levels()) return 3;
-  return std::memcmp(take<char>(8).get(), "encoding", 8) == 0 ? encode(level) : multiply(level);
+  const auto what = take<char>(8);
+  if (std::memcmp(what.get(), "encoding", 8) == 0) return encode(level);
+  return std::memcmp(what.get(), "feedback", 8) == 0 ? feed_back(level) : multiply(level);
 }

@@ -1,6 +1,7 @@
 // AVX2: bytes are looked up 16 at a time in each lane, and multiplied as |input| * (weight with input's sign), whose pairs fit 16 bits.
 #include "core.h"
 #include "encode.h"
+#include "feedback.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -46,13 +47,14 @@ struct Across {
 #include "exact.inl"
 #include "finder.inl"
 #include "encode.inl"
+#include "feedback.inl"
 #include "step.inl"
 
 bool runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
 }  // namespace
 
-const Level kAvx2 = {"avx2", runs, rotate, narrow, few, many, exact, encode, {norm, gated<true>, gated<false>, dense, attend, delta}};
+const Level kAvx2 = {"avx2", runs, rotate, narrow, few, many, exact, encode, feedback::feed_back, {norm, gated<true>, gated<false>, dense, attend, delta}};
 
 }  // namespace kq
 

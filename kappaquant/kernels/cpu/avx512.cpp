@@ -2,6 +2,7 @@
 // permutation looks them up, and one instruction multiplies and adds.
 #include "core.h"
 #include "encode.h"
+#include "feedback.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -177,6 +178,7 @@ struct Across {
 #include "exact.inl"
 #include "finder.inl"
 #include "encode.inl"
+#include "feedback.inl"
 #include "step.inl"
 
 bool runs() {
@@ -186,7 +188,7 @@ bool runs() {
 
 }  // namespace
 
-const Level kAvx512 = {"avx512", runs, rotate, narrow, few, many, exact, encode, {norm, gated<true>, gated<false>, dense, attend, delta}};
+const Level kAvx512 = {"avx512", runs, rotate, narrow, few, many, exact, encode, feedback::feed_back, {norm, gated<true>, gated<false>, dense, attend, delta}};
 
 }  // namespace kq
 

@@ -37,7 +37,7 @@ bool runs() {
 
 }  // namespace
 
-const Level kAvxVnni = {"avxvnni", runs, kAvx2.rotate, kAvx2.narrow, few, many, kAvx2.exact, kAvx2.encode, kAvx2.steps};
+const Level kAvxVnni = {"avxvnni", runs, kAvx2.rotate, kAvx2.narrow, few, many, kAvx2.exact, kAvx2.encode, kAvx2.feed_back, kAvx2.steps};
 
 }  // namespace kq
 

@@ -42,6 +42,7 @@ struct Table {
 
 struct Encoding;  // of encode.h
 struct Tables;
+struct Feedback;  // of feedback.h
 
 // Slots of a cache that a new token attends to, for one head of keys and values.
 struct Slots {
@@ -88,6 +89,8 @@ struct Level {
                 float* const* out, int8_t* room);
   // groups [first, last) of a weight as codes
   void (*encode)(const Encoding&, const Tables&, int64_t first, int64_t last);
+  // one group of inputs of a matrix; `room` has `feedback_room` bytes
+  void (*feed_back)(const Encoding&, const Tables&, const Feedback&, int64_t matrix, int64_t first, int64_t last, int8_t* room);
   Steps steps;
 };
 

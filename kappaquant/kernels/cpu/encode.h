@@ -46,4 +46,7 @@ struct Tables {
   int searched;  // bits of `trials`, or 0: centroids are looked up by cell
 };
 
+// The tables, zero before, of an encoding's codebooks and trials.
+void prepare(const Encoding&, Tables&);
+
 }  // namespace kq

@@ -18,7 +18,8 @@ from kappaquant.formats import codec
 from kappaquant.formats.base import EFFORTS, Effort
 from kappaquant.formats.codebook import BITS, NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat
 from kappaquant.formats.search import SCALES, nearest
-from kappaquant.kernels.cpu.library import DTYPES, Encoding, absence, core, signs_of
+from kappaquant.kernels.cpu.library import DTYPES, absence, core, signs_of
+from kappaquant.kernels.cpu.structures import Encoding
 
 NAME = "native encoder"
 
@@ -95,7 +96,7 @@ def _run(
     rows = weight.numel() // width if width else 0
     energies, errors = torch.empty(rows * per_row), torch.empty(len(books), rows * per_row)
     if errors.numel():
-        book, magnitudes, scales, steps = _tables(books, SCALES if effort == "best" else ())
+        book, magnitudes, scales, steps = tables(books, SCALES if effort == "best" else ())
         native = core(level)
         native.library.kq_encode(
             native.level, torch.get_num_threads(),
@@ -110,7 +111,7 @@ def _run(
 
 
 @cache
-def _tables(books: tuple[tuple[float, ...], ...], scales: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tables(books: tuple[tuple[float, ...], ...], scales: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codebooks one after another; of the first one the centroids by cell; scales and their cells for each unit of magnitude."""
     table = nearest(books[0], torch.device("cpu"))
     every = torch.tensor([value for book in books for value in book], dtype=torch.float32)

@@ -66,6 +66,14 @@ void prepare_trials(const Encoding& e, Tables& tables) {
 }
 
 }  // namespace
+
+void prepare(const Encoding& e, Tables& tables) {
+  const float* book = e.books;
+  for (int b = 0; b < e.count; book += 1 << e.bits[b++])
+    arrange(e.bits[b], book, [&](int i) { return (book[i] + book[i - 1]) / 2; }, tables.books[b]);
+  if (e.trials) prepare_trials(e, tables);
+}
+
 }  // namespace kq
 
 using namespace kq;
@@ -77,10 +85,7 @@ KQ_API void kq_encode(int32_t level, int32_t threads, const Encoding* encoding) 
   const Encoding& e = *encoding;
   const Level& with = *levels()[level];
   const std::unique_ptr<Tables> tables(new Tables());
-  const float* book = e.books;
-  for (int b = 0; b < e.count; book += 1 << e.bits[b++])
-    arrange(e.bits[b], book, [&](int i) { return (book[i] + book[i - 1]) / 2; }, tables->books[b]);
-  if (e.trials) prepare_trials(e, *tables);
+  prepare(e, *tables);
   const int64_t groups = e.rows * e.groups;
   parallel(threads, (groups + kGroupsOfAJob - 1) / kGroupsOfAJob, [&](int64_t job, int) {
     const int64_t first = job * kGroupsOfAJob, last = first + kGroupsOfAJob;

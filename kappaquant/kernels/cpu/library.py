@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats.signs import signs
-from kappaquant.kernels.cpu.structures import STRUCTURES, Encoding, Weight
+from kappaquant.kernels.cpu.structures import STRUCTURES, Encoding, Feedback, Weight
 
 NAME = "_core"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -119,15 +119,14 @@ def _library() -> ctypes.CDLL:
         "kq_moe": (None, [*call, *[c_void_p] * 2]),
         "kq_encoding_bytes": (c_int32, []),
         "kq_encode": (None, [*call, POINTER(Encoding)]),
+        "kq_feedback_bytes": (c_int32, []),
+        "kq_feedback": (None, [*call, POINTER(Encoding), POINTER(Feedback)]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    sizes = [
-        library.kq_weight_bytes(),
-        library.kq_encoding_bytes(),
-        *map(library.kq_step_bytes, range(len(STRUCTURES))),
-    ]
-    if sizes != [ctypes.sizeof(each) for each in (Weight, Encoding, *STRUCTURES)]:
+    mine = [ctypes.sizeof(each) for each in (Weight, Encoding, Feedback, *STRUCTURES)]
+    its = [library.kq_weight_bytes(), library.kq_encoding_bytes(), library.kq_feedback_bytes()]
+    if its + [library.kq_step_bytes(number) for number in range(len(STRUCTURES))] != mine:
         raise OSError(f"{_path()} is of another version of kappaquant; install the package again")
     return library

@@ -1,6 +1,7 @@
 // NEON with dot products (ARMv8.2): tables of 16 to 64 bytes, and four products at once.
 #include "core.h"
 #include "encode.h"
+#include "feedback.h"
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
@@ -183,6 +184,7 @@ struct Across {
 #include "exact.inl"
 #include "finder.inl"
 #include "encode.inl"
+#include "feedback.inl"
 #include "step.inl"
 
 bool runs() {
@@ -195,7 +197,7 @@ bool runs() {
 
 }  // namespace
 
-const Level kNeon = {"neon", runs, rotate, narrow, few, many, exact, encode, {norm, gated<true>, gated<false>, dense, attend, delta}};
+const Level kNeon = {"neon", runs, rotate, narrow, few, many, exact, encode, feedback::feed_back, {norm, gated<true>, gated<false>, dense, attend, delta}};
 
 }  // namespace kq
 

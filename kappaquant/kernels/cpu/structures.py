@@ -25,6 +25,16 @@ class Encoding(Structure):
     )  # fmt: skip
 
 
+class Feedback(Structure):
+    """``kq::Feedback`` of feedback.h: a group of inputs to be rounded, and where its parts go."""
+
+    _fields_ = (
+        ("first", c_void_p), ("now", c_void_p), ("across", c_void_p), ("inverses", c_void_p), ("scales", c_void_p),
+        ("norms", c_void_p), ("codes", c_void_p), ("values", c_void_p), ("spread", c_void_p), ("matrices", c_int64),
+        ("rows", c_int64), ("first_matrix", c_int64), ("now_matrix", c_int64), ("tried", c_int32), ("unused", c_int32),
+    )  # fmt: skip
+
+
 class Matrix(Structure):
     """A linear layer's weight [rows, in], packed or as it is; this and what follows are those of step.h."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
+from kappaquant.formats import codec, trials
 from kappaquant.formats.codebook import CodebookFormat
 from kappaquant.formats.search import nearest
 from kappaquant.kernels.cuda import device as gpu
@@ -41,6 +43,18 @@ def refusal(block: Tensor) -> str | None:
     return gpu.refusal(block.device)
 
 
+def choose(block: Tensor, upper: Tensor, scales: Sequence[float], fmt: CodebookFormat) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``groups.choose`` gives, whose arguments these are.
+
+    Raises:
+        UnsupportedError: see ``refusal``.
+    """
+    _check(block)
+    norms = trials.tried_norms(block, scales, fmt)
+    codes, errors = feed(block, norms, upper, fmt)
+    return trials.kept(codes, norms, errors)
+
+
 def feed(block: Tensor, norms: Tensor, upper: Tensor, fmt: CodebookFormat) -> tuple[Tensor, Tensor]:
     """What ``groups.feed`` gives, whose arguments these are.
 
@@ -52,21 +66,25 @@ def feed(block: Tensor, norms: Tensor, upper: Tensor, fmt: CodebookFormat) -> tu
 
 def descend(
     left: Tensor, values: Tensor, norms: Tensor, gram: Tensor, inverses: Tensor, fmt: CodebookFormat
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What ``groups.descend`` gives, whose arguments these are.
 
     Raises:
         UnsupportedError: see ``refusal``.
     """
-    codes, changes = _run(left, values, gram, inverses, norms[None], fmt)
-    return codes.squeeze(1), changes.squeeze(1)
+    codes, changes = (x.squeeze(1).transpose(0, 1) for x in _run(left, values, gram, inverses, norms[None], fmt))
+    return codes, codec.centroids(fmt, codes.device)[codes.int()] * norms[:, None], changes
+
+
+def _check(block: Tensor) -> None:
+    if reason := refusal(block):
+        raise UnsupportedError(f"{NAME}: {reason}")
 
 
 def _run(
     first: Tensor, now: Tensor | None, across: Tensor, inverses: Tensor | None, norms: Tensor, fmt: CodebookFormat
 ) -> tuple[Tensor, Tensor]:
-    if reason := refusal(first):
-        raise UnsupportedError(f"{NAME}: {reason}")
+    _check(first)
     norms = norms.contiguous()
     tried, matrices, rows = norms.shape
     size, device = first.shape[1], first.device

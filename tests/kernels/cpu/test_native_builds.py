@@ -18,7 +18,9 @@ from kappaquant.formats.base import EFFORTS, Effort
 from kappaquant.formats.codebook import BITS, CodebookFormat
 from kappaquant.formats.search import SCALES
 from kappaquant.formats.signs import GROUP_SIZES, signs
+from kappaquant.kernels import dispatch
 from kappaquant.kernels.cpu import encoder, library
+from kappaquant.quantizing.rounding import groups
 
 pytestmark = pytest.mark.slow
 
@@ -135,7 +137,7 @@ def told(
         codes,
     )
     bits = struct.pack(f"<{len(books)}i", *(len(book).bit_length() - 1 for book in books))
-    parts = (weight.view(torch.uint8), library.signs_of(group), *encoder._tables(tuple(books), scales))
+    parts = (weight.view(torch.uint8), library.signs_of(group), *encoder.tables(tuple(books), scales))
     return b"encoding" + struct.pack("<9q", *sizes) + bits + b"".join(part.numpy().tobytes() for part in parts)
 
 
@@ -177,3 +179,53 @@ def test_numbers_that_are_none_are_survived(command: list[str]) -> None:
         found = driven(command, told(weight, 64, [fmt.codebook], "best", True, False))
         energies = torch.frombuffer(bytearray(found[-4 * 15 :]), dtype=torch.float32)
         assert (~energies.isfinite()).nonzero().flatten().tolist() == [3, 7, 14]
+
+
+def told_to_feed_back(
+    fmt: CodebookFormat, first: Tensor, across: Tensor, scales: Sequence[float], *now: Tensor
+) -> bytes:
+    """A group to be rounded as the driver reads it: with scales to be tried, or with values of before, inverses and norms."""
+    matrices, group, rows = first.shape
+    trials = SCALES if scales else ()
+    wide = fmt.norms == "F32"
+    sizes = struct.pack("<7q", matrices, group, rows, fmt.bits, wide, len(trials), len(scales))
+    parts = (*encoder.tables((fmt.codebook,), trials), first, across.mT, torch.tensor(scales), *now)
+    return b"feedback" + sizes + b"".join(part.contiguous().numpy().tobytes() for part in parts)
+
+
+@pytest.mark.parametrize("fmt", [CodebookFormat(b, g) for b in BITS for g in GROUP_SIZES], ids=lambda fmt: fmt.id)
+def test_feedback(command: list[str], fmt: CodebookFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes are those of torch, whatever a compiler may fuse."""
+    monkeypatch.setattr(dispatch, "_FEEDBACKS", ())
+    fmt = CodebookFormat(fmt.bits, fmt.group_size, norms="F32" if fmt.bits % 2 else "F16")
+    size, rows, scales = fmt.group_size, 67 if fmt.bits % 3 else 16, (1.0, 0.88, 1.12)
+    block, values, norms = (
+        numbers(2, size, rows),
+        numbers(2, size, rows, seed=1),
+        numbers(2, rows, seed=2).abs() * size**0.5,
+    )
+    block[1, :, 0] = norms[0, 3] = 0
+    x = numbers(2, 4 * size, size, seed=3)
+    gram = x.mT @ x
+    upper, left, inverses = (
+        torch.linalg.cholesky(gram).mT / size,
+        gram @ (block - values),
+        1 / gram.diagonal(dim1=1, dim2=2),
+    )
+    chosen = driven(command, told_to_feed_back(fmt, block, upper, scales))
+    assert chosen == b"".join(part.numpy().tobytes() for part in groups.choose(block, upper, scales, fmt))
+    changed = driven(command, told_to_feed_back(fmt, left, gram, (), values, inverses, norms))
+    expected = groups.descend(left, values, norms, gram, inverses, fmt)
+    assert changed == b"".join(part.contiguous().numpy().tobytes() for part in expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+def test_a_group_with_numbers_that_are_none_is_survived(command: list[str], value: float) -> None:
+    for bits in (3, 8):
+        fmt, block, upper = CodebookFormat(bits, 64), numbers(1, 64, 5), torch.eye(64)[None]
+        block[0, 7, 3] = value
+        for given in (
+            told_to_feed_back(fmt, block, upper, (1.0,)),
+            told_to_feed_back(fmt, block, upper, (), block, torch.ones(1, 64), torch.ones(1, 5)),
+        ):
+            assert max(driven(command, given)[: 64 * 5]) < 1 << bits

@@ -33,6 +33,8 @@ def test_refusals_say_why() -> None:
     with pytest.raises(UnsupportedError, match="cuda feedback: needs an NVIDIA GPU"):
         feedback.feed(block, torch.zeros(1, 1, 4), torch.eye(32)[None], fmt)
     with pytest.raises(UnsupportedError, match="cuda feedback: needs an NVIDIA GPU"):
+        feedback.choose(block, torch.eye(32)[None], (1.0,), fmt)
+    with pytest.raises(UnsupportedError, match="cuda feedback: needs an NVIDIA GPU"):
         feedback.descend(block, block, torch.zeros(1, 4), torch.eye(32)[None], torch.ones(1, 32), fmt)
 
 
@@ -53,12 +55,14 @@ class Inputs:
         self.left = self.gram @ (self.block - self.values)
 
 
-def close(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """The same codes, and spread to a float's digits, but for rows with a value at a threshold: there all that comes after differs."""
-    assert a[0].shape == b[0].shape == a[1].shape == b[1].shape
-    rows = (a[0] == b[0]).all(0)
+def close(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...], inputs: int = 1) -> None:
+    """The same codes, and the rest to a float's digits, but for rows with a value at a threshold: there all that comes after differs."""
+    assert [x.shape for x in a] == [x.shape for x in b]
+    rows = (a[0] == b[0]).all(inputs, keepdim=True)
     assert rows.float().mean() > 0.95
-    torch.testing.assert_close(a[1][:, rows], b[1][:, rows], rtol=1e-4, atol=1e-4 * float(b[1].abs().max()))
+    for x, y in zip(a[1:], b[1:], strict=True):
+        same = rows.expand_as(x) if x.dim() == rows.dim() else rows.squeeze(inputs)
+        torch.testing.assert_close(x[same], y[same], rtol=1e-4, atol=1e-4 * float(y.abs().max()))
 
 
 @pytest.mark.gpu
@@ -66,9 +70,11 @@ def close(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Ten
 def test_the_codes_are_those_of_torch(fmt: CodebookFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     given = Inputs(fmt)
     fed = feedback.feed(given.block, given.norms, given.upper, fmt)
+    chosen = feedback.choose(given.block, given.upper, (1.0, 0.9, 1.1), fmt)
     descended = feedback.descend(given.left, given.values, given.norms[0], given.gram, given.inverses, fmt)
     monkeypatch.setattr(feedback, "refusal", lambda block: "not now")
-    close(fed, groups.feed(given.block, given.norms, given.upper, fmt))
+    close(fed, groups.feed(given.block, given.norms, given.upper, fmt), inputs=0)
+    close(chosen, groups.choose(given.block, given.upper, (1.0, 0.9, 1.1), fmt))
     close(descended, groups.descend(given.left, given.values, given.norms[0], given.gram, given.inverses, fmt))
 
 

@@ -134,3 +134,42 @@ def test_matrices_of_a_stack_are_rounded_as_each_alone() -> None:
         torch.testing.assert_close(together.weighted_errors[at], alone.weighted_errors[0], rtol=0.05, atol=0)
         same = together.parts[".tq_packed"][at] == alone.parts[".tq_packed"][0]
         assert same.float().mean() > 0.98  # products of more rows may be rounded otherwise
+
+
+def test_refitted_norms_are_least_squares() -> None:
+    """Against a solution in float64 of each row by itself, rows in several pieces; what is lost is what the state says."""
+    fmt, x = CodebookFormat(3, 32), correlated(96)
+    inputs = prepared(x, fmt)
+    target = fmt.rotate(torch.randn(20, 96, generator=torch.Generator().manual_seed(1))).t().contiguous()[None]
+    aim = feedback._Aim(target, fmt, inputs.gram)
+    found = feedback._feed_back(aim, inputs)
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr(feedback, "_REFITTED", {"cpu": 7 * 96})
+        refitted = feedback._refit(found, aim)
+    book, root = torch.tensor(fmt.codebook).double(), torch.linalg.cholesky(inputs.gram[0].double()).mT
+    for row in range(20):
+        unit = torch.block_diag(*book[found.codes[0, :, row].int()].view(3, 32, 1))
+        wanted = torch.linalg.lstsq(root @ unit, root @ target[0, :, row, None].double()).solution.flatten()
+        torch.testing.assert_close(refitted.norms[0, :, row].double(), wanted, rtol=1e-3, atol=0)
+    for state in (refitted, feedback._descend(refitted, aim)):
+        again = aim.state(state.codes, state.norms)
+        torch.testing.assert_close(state.lost, again.lost, rtol=1e-4, atol=0)
+        torch.testing.assert_close(state.left, again.left, rtol=1e-3, atol=1e-3 * float(again.left.abs().max()))
+
+
+def test_triangles_are_inverted_by_halves() -> None:
+    for width in (1, 256, 257, 700):
+        lower = torch.randn(width, width, generator=torch.Generator().manual_seed(width)).double().tril()
+        lower += 3 * width**0.5 * torch.eye(width)
+        found = feedback._inverse(lower)
+        assert not found.triu(1).any()
+        torch.testing.assert_close(found @ lower, torch.eye(width).double())
+
+
+def test_norms_at_the_end_of_what_is_stored() -> None:
+    """A tried norm that float16 cannot hold is not tried, rather than making numbers that are none of everything."""
+    fmt, weight = CodebookFormat(3, 32), torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    weight *= 64000 / weight.view(8, 2, 32).norm(dim=2).max()
+    made = feedback.encode(weight[None], fmt, prepared(correlated(64), fmt))
+    assert made.weighted_errors.isfinite().all()
+    assert made.parts[".tq_norms"].isfinite().all()

@@ -1,0 +1,61 @@
+"""Norms that calibrated rounding tries for a group, and which of them is kept: in torch, for every device to give the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kappaquant.formats import codec
+from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.formats.search import Assignment, Products, nearest
+
+
+def tried_norms(block: Tensor, scales: Sequence[float], fmt: CodebookFormat) -> Tensor:
+    """Multiples of each row's least-squares norm at the scale that explains most of it, as effort "best" finds it.
+
+    Args:
+        block: float32 [B, size, N], one group of rotated inputs of B matrices.
+
+    Returns:
+        float32 [scales, B, N], of values that the stored dtype holds: chosen before the codes, which then make up for the rounding.
+    """
+    columns = block.transpose(0, 1).reshape(fmt.group_size, -1)
+    table = nearest(fmt.codebook, block.device)
+    assignment = Assignment(fmt.group_size, columns.shape[1], block.device)
+    norm = (
+        assignment.dot(columns, columns).double().sqrt().float()
+    )  # as the codec does it: the root of a CPU may be a digit off
+    unit = columns / torch.where(norm == 0, 1.0, norm)
+    assignment.assign(unit * assignment.search_scale(unit, table), table)
+    dot = assignment.dot(unit, assignment.centroids).clone()
+    plain = (norm * (dot / assignment.dot(assignment.centroids, assignment.centroids))).view(
+        block.shape[0], block.shape[2]
+    )
+    return stored(torch.tensor(scales, device=block.device)[:, None, None] * plain, fmt)
+
+
+def stored(norms: Tensor, fmt: CodebookFormat) -> Tensor:
+    """As the stored dtype holds them, float32; what is larger than its largest number becomes that."""
+    dtype = codec.NORMS_TORCH[fmt.norms]
+    return norms.clamp(max=torch.finfo(dtype).max).to(dtype).float()
+
+
+def kept(codes: Tensor, norms: Tensor, errors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row the trial that left least, the first of equals.
+
+    Args:
+        codes: uint8 [size, tried, B, N].
+        norms: float32 [tried, B, N].
+        errors: float32 [size, tried, B, N].
+
+    Returns:
+        Codes [B, size, N], norms [B, N] and errors [B, size, N].
+    """
+    flat = errors.view(len(errors), -1)
+    left = Products(len(flat), flat.shape[1], flat.device).dot(flat, flat).view(norms.shape)
+    best = left.argmin(0, keepdim=True)
+    each = best.expand(len(errors), *best.shape)
+    of_codes, of_errors = (x.gather(1, each).squeeze(1).transpose(0, 1).contiguous() for x in (codes, errors))
+    return of_codes, norms.gather(0, best).squeeze(0), of_errors
