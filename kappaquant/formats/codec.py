@@ -144,6 +144,12 @@ def indices(packed: Tensor, fmt: GroupedFormat) -> Tensor:
     return fmt.unpack_block(groups.t()).t().reshape(*packed.shape[:-1], -1)
 
 
+def packed(indices: Tensor, fmt: GroupedFormat) -> Tensor:
+    """Inverse of ``indices``."""
+    groups = indices.reshape(-1, fmt.group_size)
+    return fmt.pack_block(groups.t()).t().reshape(*indices.shape[:-1], -1)
+
+
 @cache
 def centroids(fmt: GroupedFormat, device: torch.device) -> Tensor:
     """The codebook, float32, one-dimensional; made once a device, so that nothing waits for a GPU later."""

@@ -79,6 +79,21 @@ def test_it_loses_less_than_a_codebook_of_its_bits(source: Path, quantized: Path
     assert json.loads((quantized / "kappaquant.json").read_text())["tensors"][EXPERTS]["relative_mse"] < 0.75 * scalar
 
 
+def test_it_is_calibrated(source: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("ab cd ef gh " * 40)
+    manifests = []
+    for name, more in (("free", ()), ("calibrated", ("--calibration", text))):
+        command("quantize", source, "-o", tmp_path / name, "--policy", "uniform", "--bits", 4, "--set", "*o_proj.weight=t2g64",
+                "--jobs", 1, "--device", "cpu", *more)  # fmt: skip
+        assert "all hashes match" in command("verify", tmp_path / name)
+        manifests.append(json.loads((tmp_path / name / "kappaquant.json").read_text()))
+    weight = "model.layers.0.self_attn.o_proj.weight"
+    free, calibrated = (manifest["tensors"][weight]["relative_mse"] for manifest in manifests)
+    assert free < calibrated < 1  # for its inputs, not for itself
+    assert manifests[1]["effort"] == "calibrated"
+
+
 def test_a_version_without_it_refuses_it_by_its_id(
     quantized: Path, planned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from kappaquant.errors import NonFiniteError
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat
-from kappaquant.formats.search import Assignment, nearest
+from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat, GroupedFormat
+from kappaquant.formats.trellis import TrellisFormat
 from kappaquant.kernels import dispatch
-from kappaquant.quantizing.rounding import groups
+from kappaquant.quantizing.rounding import groups, rings
 
 logger = logging.getLogger("kappaquant")
 
@@ -32,6 +32,7 @@ logger = logging.getLogger("kappaquant")
 DAMPING = 0.01
 _MOST_DAMPING = 1.0
 _SCALES = (1.0, 0.88, 0.94, 1.06, 1.12)  # of a group's norm without H, tried by what is left of its error under H
+_FEW_SCALES = (1.0, 0.94, 1.06)  # where each takes a search; one alone loses 3 %
 _SWEEPS = 2  # of coordinate descent; a third gains less than 0.3 %
 _REFITTED = {"cpu": 1 << 24, "cuda": 1 << 28}  # floats that refitting holds at once
 
@@ -69,7 +70,7 @@ class Rounded:
     weighted_errors: Tensor
 
 
-def rotated(gram: Tensor, fmt: CodebookFormat) -> Tensor:
+def rotated(gram: Tensor, fmt: GroupedFormat) -> Tensor:
     """The sums of rotate(x) rotate(x)^T, [..., K, K] with K padded to whole groups, from those of x x^T, [..., in, in]."""
     return fmt.rotate(fmt.rotate(gram).mT.contiguous())
 
@@ -136,7 +137,7 @@ def _inverse_factor(gram: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     return upper, fine
 
 
-def encode(weight: Tensor, fmt: CodebookFormat, inputs: Inputs, name: str = "weight") -> Rounded:
+def encode(weight: Tensor, fmt: GroupedFormat, inputs: Inputs, name: str = "weight") -> Rounded:
     """Quantize weights [B, N, in] of any float dtype for such inputs.
 
     Raises:
@@ -148,12 +149,15 @@ def encode(weight: Tensor, fmt: CodebookFormat, inputs: Inputs, name: str = "wei
     free = aim.state(*_unpacked(plain.parts[PACKED_SUFFIX], plain.parts[NORMS_SUFFIX], fmt))
     found = _feed_back(aim, inputs)
     found = _better(found, _refit(found, aim))
-    found = _better(found, _descend(found, aim))
-    found = _better(found, _refit(found, aim))
+    if isinstance(
+        fmt, CodebookFormat
+    ):  # of trellis codes the search has found them: less than 0.5 % would be left to gain
+        found = _better(found, _descend(found, aim))
+        found = _better(found, _refit(found, aim))
     found = _better(found, free)
     norms = found.norms.mT.to(codec.NORMS_TORCH[fmt.norms]).contiguous()
     return Rounded(
-        {PACKED_SUFFIX: codec.pack(found.codes.mT.contiguous(), fmt.bits), NORMS_SUFFIX: norms},
+        {PACKED_SUFFIX: codec.packed(found.codes.mT.contiguous(), fmt), NORMS_SUFFIX: norms},
         (target - _values(found.codes, found.norms, fmt)).square().sum(1), target.square().sum(1), found.lost,
     )  # fmt: skip
 
@@ -172,7 +176,7 @@ class _Aim:
     """What codes and norms are to come close to: rotated weights float32 [B, K, N] under H [B, K, K]."""
 
     target: Tensor
-    fmt: CodebookFormat
+    fmt: GroupedFormat
     gram: Tensor
 
     def state(self, codes: Tensor, norms: Tensor) -> _State:
@@ -181,11 +185,11 @@ class _Aim:
         return _State(codes, norms, ((self.gram @ error) * error).sum(1))
 
 
-def _unpacked(packed: Tensor, norms: Tensor, fmt: CodebookFormat) -> tuple[Tensor, Tensor]:
-    return codec.unpack(packed, fmt.bits).mT.contiguous(), norms.float().mT.contiguous()
+def _unpacked(packed: Tensor, norms: Tensor, fmt: GroupedFormat) -> tuple[Tensor, Tensor]:
+    return codec.indices(packed, fmt).mT.contiguous(), norms.float().mT.contiguous()
 
 
-def _values(codes: Tensor, norms: Tensor, fmt: CodebookFormat) -> Tensor:
+def _values(codes: Tensor, norms: Tensor, fmt: GroupedFormat) -> Tensor:
     """float32 [B, K, N], still rotated."""
     return codec.centroids(fmt, codes.device)[codes.int()] * norms.repeat_interleave(fmt.group_size, 1)
 
@@ -206,12 +210,17 @@ def _feed_back(aim: _Aim, inputs: Inputs) -> _State:
     rest = grouped.gather(1, inputs.order[..., None, None].expand_as(grouped)).view_as(target)
     codes = torch.empty(grouped.shape, dtype=torch.uint8, device=target.device)
     norms = torch.empty(count, width // size, rows, device=target.device)
-    scales = torch.tensor(_SCALES, device=target.device)[:, None, None]
+    tries = _FEW_SCALES if isinstance(fmt, TrellisFormat) else _SCALES
+    scales = torch.tensor(tries, device=target.device)[:, None, None]
     for start in range(0, width, size):
         stop = start + size
         block, upper = rest[:, start:stop], inputs.upper[:, start:stop]
         tried = _stored(scales * _plain_norms(block, fmt), fmt)
-        found, errors = groups.feed(block, tried, upper[:, :, start:stop], fmt)
+        if isinstance(fmt, TrellisFormat):
+            found, errors = rings.feed(block, tried, upper[:, :, start:stop], fmt)
+        else:
+            assert isinstance(fmt, CodebookFormat)
+            found, errors = groups.feed(block, tried, upper[:, :, start:stop], fmt)
         best = errors.square().sum(0).argmin(0, keepdim=True)
         each = best.expand(size, 1, count, rows)
         codes[:, start // size] = found.gather(1, each).squeeze(1).transpose(0, 1)
@@ -222,16 +231,15 @@ def _feed_back(aim: _Aim, inputs: Inputs) -> _State:
     return aim.state(codes.view_as(target), norms.gather(1, back.expand_as(norms)))
 
 
-def _plain_norms(block: Tensor, fmt: CodebookFormat) -> Tensor:
+def _plain_norms(block: Tensor, fmt: GroupedFormat) -> Tensor:
     """float32 [B, N]: the least-squares norm of each row of [B, size, N] at the scale that explains most of it, as effort best."""
     columns = block.transpose(0, 1).reshape(fmt.group_size, -1)
-    table = nearest(fmt.codebook, block.device)
-    assignment = Assignment(fmt.group_size, columns.shape[1], block.device)
-    norm = assignment.dot(columns, columns).sqrt()
+    rounding = fmt.rounding(columns.shape[1], block.device)
+    norm = rounding.dot(columns, columns).sqrt()
     unit = columns / torch.where(norm == 0, 1.0, norm)
-    assignment.assign(unit * assignment.search_scale(unit, table), table)
-    dot = assignment.dot(unit, assignment.centroids).clone()
-    return (norm * (dot / assignment.dot(assignment.centroids, assignment.centroids))).view(len(block), -1)
+    rounding.choose(unit * rounding.best_scale(unit))
+    dot = rounding.dot(unit, rounding.centroids).clone()
+    return (norm * (dot / rounding.dot(rounding.centroids, rounding.centroids))).view(len(block), -1)
 
 
 def _refit(state: _State, aim: _Aim) -> _State:
@@ -258,6 +266,7 @@ def _refit(state: _State, aim: _Aim) -> _State:
 def _descend(state: _State, aim: _Aim) -> _State:
     """Codes changed one input at a time to what is nearest to the best value of it, all others as they are."""
     target, fmt, gram = aim.target, aim.fmt, aim.gram
+    assert isinstance(fmt, CodebookFormat)
     size = fmt.group_size
     book = codec.centroids(fmt, target.device)
     codes, values = state.codes.clone(), _values(state.codes, state.norms, fmt)
@@ -276,6 +285,6 @@ def _descend(state: _State, aim: _Aim) -> _State:
     return aim.state(codes, state.norms)
 
 
-def _stored(norms: Tensor, fmt: CodebookFormat) -> Tensor:
+def _stored(norms: Tensor, fmt: GroupedFormat) -> Tensor:
     """As the stored dtype holds them, float32; chosen before the codes, which then make up for the rounding."""
     return norms.to(codec.NORMS_TORCH[fmt.norms]).float()
