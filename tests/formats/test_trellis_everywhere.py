@@ -14,6 +14,7 @@ import kappaquant
 from kappaquant.cli import app
 from kappaquant.errors import FormatError, PlanError
 from kappaquant.formats import registry
+from kappaquant.kernels import dispatch
 from kappaquant.runtime.packed import PackedWeight
 
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
@@ -124,3 +125,39 @@ def test_mlx_gets_it_decoded_or_says_so(quantized: Path, tmp_path: Path) -> None
     entry = kappaquant.open_checkpoint(quantized).entry(EXPERTS)
     with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj: is stored as .*t3g64.*; MLX modules here take"):
         codebook_format(entry)
+
+
+def test_plans_choose_it_where_they_may(source: Path, tmp_path: Path) -> None:
+    plan, evidence = tmp_path / "plan.json", tmp_path / "evidence.json"
+
+    def chosen(*options: object) -> set[str]:
+        command("plan", source, "-o", plan, "--formats", "k,t", *options)
+        return {entry["format"] for entry in json.loads(plan.read_text())["tensors"].values()}
+
+    assert chosen("--policy", "uniform", "--bits", 2, "--group-size", 32) == {"kept", "t2g32"}
+    command("calibrate", source, "-o", evidence, "--data-free", "--formats", "k,t", "--jobs", 1, "--device", "cpu")
+    assert any(fmt.startswith("t3g") for fmt in chosen("--evidence", evidence, "--bits-per-weight", 4))
+    refused = CliRunner().invoke(
+        app, ["calibrate", str(source), "-o", str(tmp_path / "e.json"), "--data-free", "--formats", "t"]
+    )
+    assert "parts are tried in codebooks; add k" in str(refused.exception)
+    page = [
+        "plan",
+        str(source),
+        "--formats",
+        "t",
+        "--evidence",
+        str(evidence),
+        "--explore",
+        str(tmp_path / "page.html"),
+    ]
+    assert "the page of --explore chooses from codebooks" in str(CliRunner().invoke(app, page).exception)
+
+
+def test_kernels_of_codebooks_leave_it_to_the_slow_one() -> None:
+    fmt = registry.format_by_id("t3g64", "w")
+    parts = fmt.encode(torch.ones(2, 64)).parts
+    reasons = {kernel.name: kernel.refusal(fmt, parts) for kernel in dispatch.kernels()}
+    assert reasons.pop("any format") is None
+    assert reasons
+    assert all(reason and "codebook formats, not t3g64" in reason for reason in reasons.values())
