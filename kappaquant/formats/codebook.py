@@ -42,9 +42,6 @@ class GroupedFormat(Format):
         format_id: such as "tq3g128".
         codebook: ascending values, float32 numbers symmetric about 0; ``usual`` is that which needs no word in ``key``.
         norms: dtype of the norms, "F16" or "F32".
-
-    Raises:
-        PlanError: the group size is out of range.
     """
 
     def __init__(
@@ -56,7 +53,6 @@ class GroupedFormat(Format):
         usual: tuple[float, ...],
         norms: str,
     ) -> None:
-        check_group_size(group_size)
         self.id, self.bits = format_id, bits
         self.group_size = self.step = group_size
         self.rotation = f"signs-wht-signs/{group_size}"

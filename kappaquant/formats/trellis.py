@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from kappaquant.errors import PlanError
 from kappaquant.formats.codebook import GroupedFormat, codebook_data, float32, symmetric
-from kappaquant.formats.signs import GROUP_SIZES
+from kappaquant.formats.signs import GROUP_SIZES, check_group_size
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,7 @@ class TrellisFormat(GroupedFormat):
     def __init__(self, bits: int, group_size: int, levels: tuple[float, ...] | None = None, norms: str = "F16") -> None:
         if isinstance(bits, bool) or bits not in TRELLIS_BITS:
             raise PlanError(f"bits = {bits!r}: a trellis code has {', '.join(map(str, TRELLIS_BITS))} bits")
+        check_group_size(group_size)
         usual = gaussian_levels(bits, group_size)
         super().__init__(f"t{bits}g{group_size}", bits, group_size, usual if levels is None else levels, usual, norms)
 

@@ -24,19 +24,22 @@ class RingRounding(Rounding):
     """Codes of whole rings: level indices on a path of least squared error that closes, or nearly the least.
 
     An open search goes round twice, after which its best path has forgotten where it began; the state in which that path enters the
-    second round is then held at both ends of one last round. Among all states none is better in 97 of 100 rings of 128.
+    second round is then held at both ends of one last round. Of rings of 128 nine in ten are the best there are.
     """
 
-    def __init__(self, group_size: int, count: int, device: torch.device, levels: tuple[float, ...]) -> None:
+    def __init__(
+        self, group_size: int, count: int, device: torch.device, levels: tuple[float, ...], code: Trellis = TRELLIS
+    ) -> None:
         super().__init__(group_size, count, device)
         self.codes = torch.empty(group_size, count, dtype=torch.uint8, device=device)
         self.centroids = torch.empty(group_size, count, device=device)
         self._levels = torch.tensor(levels, dtype=torch.float32, device=device)
+        self._code = code
 
     def choose(self, y: Tensor) -> None:
         for start in range(0, y.shape[1], rings_at_once(y.device)):
             some = slice(start, start + rings_at_once(y.device))
-            self.codes[:, some] = closest(y[:, some].contiguous(), self._levels)
+            self.codes[:, some] = closest(y[:, some].contiguous(), self._levels, self._code)
         torch.index_select(self._levels, 0, self.codes.view(-1).int(), out=self.centroids.view(-1))
 
     def best_scale(self, y: Tensor) -> Tensor:
@@ -46,7 +49,7 @@ class RingRounding(Rounding):
             some = slice(start, start + rings_at_once(y.device))
             for candidate in SCALES:
                 squares, _ = subset_levels(y[:, some] * candidate, self._levels)
-                lost = walk(no_cost(squares), squares).amin(0) / (candidate * candidate)
+                lost = walk(no_cost(squares, self._code), squares, self._code).amin(0) / (candidate * candidate)
                 better = lost < best[some]
                 best[some] = torch.where(better, lost, best[some])
                 scale[some] = torch.where(better, candidate, scale[some])
@@ -55,7 +58,7 @@ class RingRounding(Rounding):
 
 def rings_at_once(device: torch.device) -> int:
     """How many rings a search takes at once; more change no code."""
-    return _RINGS[device.type]
+    return _RINGS["cpu" if device.type == "cpu" else "cuda"]
 
 
 def closest(x: Tensor, levels: Tensor, code: Trellis = TRELLIS) -> Tensor:

@@ -101,5 +101,11 @@ def test_other_widths_are_refused(bits: int) -> None:
         format_by_id(f"t{int(bits)}g128", "w")
 
 
+@pytest.mark.parametrize("size", [0, 16, 96])
+def test_other_groups_are_refused(size: int) -> None:
+    with pytest.raises(PlanError, match=f"group size {size}: the Hadamard rotation needs a power of two"):
+        TrellisFormat(3, size)
+
+
 def test_all_groups_have_all_widths() -> None:
     assert list(TRELLIS_FORMATS) == [f"t{bits}g{size}" for bits in TRELLIS_BITS for size in GROUP_SIZES]
