@@ -16,15 +16,16 @@ from rich.table import Table
 from benchmarks.environment import environment, save
 from kappaquant.formats import codec
 from kappaquant.formats.base import EFFORTS, Effort
-from kappaquant.formats.codebook import BITS, CodebookFormat
+from kappaquant.formats.codebook import BITS, CodebookFormat, GroupedFormat
+from kappaquant.formats.trellis import TRELLIS_BITS, TrellisFormat
 
 GROUP_SIZE = 128
 BOUNDS = {3: 0.0320, 4: 0.0080, 5: 0.0020}  # of effort "best"
+TRELLIS_BOUNDS = {2: 0.0815, 3: 0.0230, 4: 0.0060}
 
 
-def measure(bits: int, effort: Effort, rows: int, seed: int = 0) -> dict[str, float]:
+def measure(fmt: GroupedFormat, effort: Effort, rows: int, seed: int = 0) -> dict[str, float]:
     """Error of weights decoded from what is stored, and seconds per GB of the same weights in bf16 on one thread."""
-    fmt = CodebookFormat(bits, GROUP_SIZE)
     weight = torch.randn(rows, 2048, generator=torch.Generator().manual_seed(seed))
     codec.encode(weight[:64], fmt, effort)  # builds the tables
     start = time.perf_counter()
@@ -43,17 +44,24 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     about = environment()
-    table = Table("bits", "bits/weight", "fast", "best", "bound (best)", "fast s/GB", "best s/GB", title="relative MSE")
+    table = Table(
+        "format", "bits/weight", "fast", "best", "bound (best)", "fast s/GB", "best s/GB", title="relative MSE"
+    )
     results, missed = [], []
-    for bits in BITS:
-        fast, best = (measure(bits, effort, args.rows) for effort in EFFORTS)
-        bound = BOUNDS.get(bits)
+    kinds: list[tuple[GroupedFormat, float | None]] = [
+        *((CodebookFormat(bits, GROUP_SIZE), BOUNDS.get(bits)) for bits in BITS),
+        *((TrellisFormat(bits, GROUP_SIZE), TRELLIS_BOUNDS[bits]) for bits in TRELLIS_BITS),
+    ]
+    for fmt, bound in kinds:
+        fast, best = (measure(fmt, effort, args.rows) for effort in EFFORTS)
         if bound is not None and best["relative_mse"] > bound:
-            missed.append(f"{bits} bits: {best['relative_mse']} is above {bound}")
-        bits_per_weight = 8 * CodebookFormat(bits, GROUP_SIZE).bytes_per_group / GROUP_SIZE + 16 / GROUP_SIZE
-        results.append({"bits": bits, "bits_per_weight": bits_per_weight, "bound": bound, "fast": fast, "best": best})
+            missed.append(f"{fmt.id}: {best['relative_mse']} is above {bound}")
+        bits_per_weight = 8 * fmt.bytes_per_group / GROUP_SIZE + 16 / GROUP_SIZE
+        results.append(
+            {"format": fmt.id, "bits": fmt.bits, "bits_per_weight": bits_per_weight, "bound": bound, "fast": fast, "best": best}
+        )  # fmt: skip
         table.add_row(
-            str(bits), f"{bits_per_weight:.3f}", f"{fast['relative_mse']:.5f}", f"{best['relative_mse']:.5f}",
+            fmt.id, f"{bits_per_weight:.3f}", f"{fast['relative_mse']:.5f}", f"{best['relative_mse']:.5f}",
             "" if bound is None else f"{bound:.4f}", f"{fast['seconds_per_gb']}", f"{best['seconds_per_gb']}",
         )  # fmt: skip
     console = Console()

@@ -77,13 +77,13 @@ def codec() -> str:
     """Relative squared error on Gaussian weights."""
     rows = [
         [
-            str(e["bits"]),
+            f"`{e['format']}`",
             str(e["bits_per_weight"]),
             *(f"{e[effort]['relative_mse']:.5f}" for effort in ("fast", "best")),
         ]
         for e in result("codec_error")["results"]
     ]
-    return _table(["bits", "bits/weight", "fast", "best"], rows)
+    return _table(["format", "bits/weight", "fast", "best"], rows)
 
 
 def gpu_kernels() -> str:

@@ -61,6 +61,11 @@ CALIBRATED |= {
     }
     for bits in (3, 4, 5, 6)
 }  # fmt: skip
+# without a prediction: the evidence is of codebooks
+TRELLIS: dict[str, dict[str, Any]] = {
+    f"calibrated trellis {bits} g64": {"policy": "uniform", "bits": bits, "group_size": GROUP, "kinds": ("t",)}
+    for bits in (2, 3, 4)
+}
 OWN_TEXT = {f"own text {bits} g64": {"policy": "uniform", "bits": bits, "group_size": 64} for bits in (3, 4)}
 PACKAGES = ("gguf", "llama-cpp-python", "bitsandbytes", "hqq", "llmcompressor", "auto-round")
 
@@ -118,6 +123,9 @@ def variants() -> list[Variant]:
     found += [
         Variant(n, "kappaquant", json.dumps(o), partial(calibrated, n, o), True, partial(planned, o))
         for n, o in CALIBRATED.items()
+    ]
+    found += [
+        Variant(n, "kappaquant", json.dumps(o), partial(calibrated, n, o), calibrated=True) for n, o in TRELLIS.items()
     ]
     found += [
         Variant(n, "kappaquant", json.dumps(o), partial(on_own_text, n, o), calibrated=True)

@@ -1,4 +1,4 @@
-"""Compute the converged Lloyd-Max codebooks of a unit Gaussian and write them to ``kappaquant/codebooks.json``.
+"""Compute the converged Lloyd-Max codebooks of a unit Gaussian and write them to ``kappaquant/formats/codebooks.json``.
 
 A Lloyd-Max quantizer satisfies two conditions at once (Lloyd 1982, Max 1960): each boundary is the midpoint of its
 neighbouring centroids, and each centroid is the conditional mean of the density between its boundaries,
@@ -8,7 +8,7 @@ neighbouring centroids, and each centroid is the conditional mean of the density
 The plain fixed-point iteration creeps at 8 bits, so the equations are solved by Newton's method on the symmetric half
 (a tridiagonal system), started from the high-resolution density ~ N(0, 3) of optimal centroids.
 
-    python scripts/make_codebooks.py            # rewrites the "gaussian" entry, leaves "tq3_native" as it is
+    python scripts/make_codebooks.py            # rewrites the "gaussian" entry, leaves the others as they are
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 from pathlib import Path
 from statistics import NormalDist
 
-PATH = Path(__file__).parent.parent / "kappaquant" / "codebooks.json"
+PATH = Path(__file__).parent.parent / "kappaquant" / "formats" / "codebooks.json"
 NORMAL = NormalDist()
 
 

@@ -40,12 +40,12 @@ def test_pages_show_the_results() -> None:
 
 def test_codec_error_keeps_its_bounds() -> None:
     entries = result("codec_error")["results"]
-    assert [entry["bits"] for entry in entries] == list(BITS)
+    assert [entry["format"] for entry in entries] == [*(f"tq{b}g128" for b in BITS), "t2g128", "t3g128", "t4g128"]
     for entry in entries:
         best = entry["best"]["relative_mse"]
         assert best < entry["fast"]["relative_mse"]
         assert entry["bound"] is None or best <= entry["bound"]
-    assert [entry["bound"] for entry in entries] == [None, 0.032, 0.008, 0.002, None, None, None]
+    assert [entry["bound"] for entry in entries] == [None, 0.032, 0.008, 0.002, None, None, None, 0.0815, 0.023, 0.006]
 
 
 def test_cost_keeps_its_bound_on_memory() -> None:

@@ -10,6 +10,7 @@ import typer
 
 from kappaquant.commands.options import (
     DeviceOpt,
+    FormatsOpt,
     GroupOpt,
     JobsOpt,
     RevisionOpt,
@@ -21,6 +22,7 @@ from kappaquant.commands.terminal import console, progress
 from kappaquant.errors import OutputError, PlanError, SourceError
 from kappaquant.files.documents import check_file
 from kappaquant.formats.base import EFFORTS
+from kappaquant.formats.kinds import CODEBOOK, check_kinds
 
 if TYPE_CHECKING:
     from kappaquant.checkpoints.checkpoint import Checkpoint
@@ -77,6 +79,7 @@ def calibrate(
         bool, typer.Option("--data-free", help="Without text: errors of weights, and κ; cruder by far, and fast.")
     ] = False,
     group_size: GroupOpt = "auto",
+    formats: FormatsOpt = CODEBOOK,
     jobs: JobsOpt = None,
     device: DeviceOpt = None,
     revision: RevisionOpt = None,
@@ -95,17 +98,19 @@ def calibrate(
     if data_free:
         refuse_unused({"--bits": bits, "--effort": effort}, "with --data-free, which tries nothing; leave it out")
     check_file(output)
-    group = group_choice(group_size)
+    group, kinds = group_choice(group_size), check_kinds(formats.split(","))
+    if CODEBOOK not in kinds:
+        raise PlanError(f"--formats {formats}: parts are tried in codebooks; add {CODEBOOK}")
     opened = open_source(source, revision)
     if data_free:
         with progress("weights") as report:
-            found = of_weights(opened, group, jobs, device, lambda done, total: report("weights", done, total))
+            found = of_weights(opened, group, jobs, device, lambda done, total: report("weights", done, total), kinds)
     else:
         tokens = sensitivity.TOKENS if calibration_tokens is None else calibration_tokens
         text = calibration_of(opened, output, calibration, tokens, device)
         with progress("layers", "layers") as report:
             found = sensitivity.sensitivities(
-                opened, text, Trial(3 if bits is None else bits, effort or "calibrated", group), device, jobs,
+                opened, text, Trial(3 if bits is None else bits, effort or "calibrated", group, kinds), device, jobs,
                 lambda done, total: report("layers", done, total),
             )  # fmt: skip
     found.save(output)

@@ -54,6 +54,12 @@ SetOpt = Annotated[
     list[str] | None,
     typer.Option("--set", help="PATTERN=BITS or PATTERN=FORMAT, e.g. '*.o_proj.weight=4'; last match wins."),
 ]
+FormatsOpt = Annotated[
+    str,
+    typer.Option(
+        help="Kinds of formats: k (codebooks), t (trellis codes of 2 to 4 bits: less error in the same bytes), or k,t."
+    ),
+]
 FuseOpt = Annotated[
     bool,
     typer.Option(

@@ -11,6 +11,7 @@ import typer
 
 from kappaquant.commands.options import group_choice, implied_policy, kurtosis_of, policy_of
 from kappaquant.errors import BudgetError, PlanError
+from kappaquant.formats.kinds import CODEBOOK
 from kappaquant.planning.policies.base import Policy
 from kappaquant.planning.policies.registry import policies
 
@@ -104,6 +105,7 @@ class PlanSettings:
     limits: Limits
     group_size: str
     overrides: list[str] | None
+    kinds: str = CODEBOOK
 
     def plan(self, source: Source, fuse: bool, target: str | None = None) -> Plan:
         from kappaquant.planning.make import make_plan, parse_override
@@ -115,7 +117,7 @@ class PlanSettings:
             return make_plan(
                 source.tensors, source.config, policy, profile=kurtosis_of(self.profile, policy),
                 sensitivity=evidence_of(self.evidence, source, policy), size=size, active=active, shards=source.shards,
-                group_size=group_choice(self.group_size), overrides=[parse_override(text) for text in self.overrides or []],
+                group_size=group_choice(self.group_size), kinds=self.kinds.split(","), overrides=[parse_override(text) for text in self.overrides or []],
                 fuse=fuse, target=target,
             )  # fmt: skip
         except BudgetError as problem:

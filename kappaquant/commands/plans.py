@@ -12,6 +12,7 @@ from kappaquant.commands.calibrating import calibration_of, check_calibration, k
 from kappaquant.commands.exploring import ExploreOpt, MeasuredOpt, check_explore, write_page
 from kappaquant.commands.options import (
     DeviceOpt,
+    FormatsOpt,
     FuseOpt,
     GroupOpt,
     JobsOpt,
@@ -42,6 +43,7 @@ from kappaquant.commands.planning import (
 from kappaquant.commands.terminal import console, progress, show
 from kappaquant.errors import PlanError
 from kappaquant.files.documents import check_file
+from kappaquant.formats.kinds import CODEBOOK
 
 if TYPE_CHECKING:
     from kappaquant.planning.plan import Plan
@@ -102,6 +104,7 @@ def plan(
     fit: FitOpt = None,
     context: ContextOpt = None,
     group_size: GroupOpt = "auto",
+    formats: FormatsOpt = CODEBOOK,
     overrides: SetOpt = None,
     fuse: FuseOpt = False,
     target: Annotated[
@@ -126,12 +129,14 @@ def plan(
     if output:
         check_file(output)
     check_explore(explore, evidence, measured)
+    if explore and formats != CODEBOOK:
+        raise PlanError(f"--formats {formats}: the page of --explore chooses from codebooks; leave out one of them")
     opened = open_source(source, revision, stream=True)
     limits = Limits(size, bits_per_weight, active, fit, context)
     of_plan = evidence
     if explore and policy != "sensitivity" and (policy or limits == Limits()):
         of_plan = None  # the page has it, and begins with the plan of another policy
-    settings = PlanSettings(policy, policy_options, profile, of_plan, limits, group_size, overrides)
+    settings = PlanSettings(policy, policy_options, profile, of_plan, limits, group_size, overrides, formats)
     made = settings.plan(opened, fuse, target)
     sizes = summary(made, opened.tensors, opened.config)
     container = container_by_id("kappaquant")
@@ -174,6 +179,7 @@ def quantize(
     fit: FitOpt = None,
     context: ContextOpt = None,
     group_size: Annotated[str | None, typer.Option(help="As for plan; 128 for tq3_native unless given.")] = None,
+    formats: Annotated[str | None, typer.Option(help="As for plan.")] = None,
     overrides: SetOpt = None,
     fuse: FuseOpt = False,
     effort: Annotated[
@@ -225,6 +231,7 @@ def quantize(
         "--fit": fit,
         "--context": context,
         "--group-size": group_size,
+        "--formats": formats,
         "--set": overrides,
     }
     given |= {f"--{name.replace('_', '-')}": text for name, text in policy_options.items()} | {
@@ -250,7 +257,9 @@ def quantize(
         one = container_by_id(container).one_group_size  # which is 128 where nothing else is asked for
         group = group_size or ("128" if one else "auto")
         limits = Limits(size, bits_per_weight, active, fit, context)
-        made = PlanSettings(policy, policy_options, profile, evidence, limits, group, overrides).plan(opened, fuse)
+        made = PlanSettings(
+            policy, policy_options, profile, evidence, limits, group, overrides, formats or CODEBOOK
+        ).plan(opened, fuse)
         check_files(made, opened, container)
     check(opened, made, options, calibrated)
     if not calibrated:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import struct
+from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
@@ -17,7 +18,10 @@ from kappaquant.formats.base import Effort, Encoded, Format, Part
 from kappaquant.formats.signs import GROUP_SIZES, check_group_size
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from kappaquant.formats.search import Rounding
 
 PACKED_SUFFIX = ".tq_packed"
 NORMS_SUFFIX = ".tq_norms"
@@ -29,39 +33,37 @@ GroupSize = int | Literal["auto"]
 _AUTO_SIZES = (128, 64, 32)
 
 
-class CodebookFormat(Format):
-    """Groups of rotated weights, each replaced by a code for one of 2**bits centroids, times the group's norm.
+class GroupedFormat(Format):
+    """Groups of rotated weights, each stored as an index into ascending values for every weight, times the group's norm.
+
+    Which index a weight may have, and how the indices of a group lie in its bytes, is the kind's own: see ``pack_block``.
 
     Args:
-        codebook: ascending centroids, float32 values symmetric about 0; by default the unit Gaussian's Lloyd-Max
-            centroids over sqrt(group_size).
+        format_id: such as "tq3g128".
+        codebook: ascending values, float32 numbers symmetric about 0; ``usual`` is that which needs no word in ``key``.
         norms: dtype of the norms, "F16" or "F32".
-
-    Raises:
-        PlanError: bits or group size out of range.
     """
 
     def __init__(
-        self, bits: int, group_size: int, codebook: tuple[float, ...] | None = None, norms: str = "F16"
+        self,
+        format_id: str,
+        bits: int,
+        group_size: int,
+        codebook: tuple[float, ...],
+        usual: tuple[float, ...],
+        norms: str,
     ) -> None:
-        check_bits(bits)
-        check_group_size(group_size)
-        self.bits = bits
+        self.id, self.bits = format_id, bits
         self.group_size = self.step = group_size
-        self.id = f"tq{bits}g{group_size}"
         self.rotation = f"signs-wht-signs/{group_size}"
         self.norms = norms
-        self.codebook = gaussian_codebook(bits, group_size) if codebook is None else codebook
-        own = "" if self.codebook == gaussian_codebook(bits, group_size) else f"+{_digest(self.codebook)}"
+        self.codebook = codebook
+        own = "" if codebook == usual else f"+{_digest(codebook)}"
         self._key = f"{self.id}{own}" + ("" if norms == "F16" else f"+{norms}")
 
     @property
     def key(self) -> str:
         return self._key
-
-    @property
-    def code_bits(self) -> int:
-        return (len(set(self.codebook)) - 1).bit_length()
 
     @property
     def bytes_per_group(self) -> int:
@@ -79,6 +81,22 @@ class CodebookFormat(Format):
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
         return {PACKED_SUFFIX: ("U8", self.packed_shape(shape)), NORMS_SUFFIX: (self.norms, self.norms_shape(shape))}
+
+    @abstractmethod
+    def variant(self, codebook: tuple[float, ...], norms: str) -> GroupedFormat:
+        """The format of this id with another codebook of as many values, and norms of this dtype."""
+
+    @abstractmethod
+    def pack_block(self, indices: Tensor) -> Tensor:
+        """uint8 indices [group_size, M] of M groups, as they may be, -> their bytes [bytes_per_group, M]."""
+
+    @abstractmethod
+    def unpack_block(self, packed: Tensor) -> Tensor:
+        """Inverse of ``pack_block``."""
+
+    @abstractmethod
+    def rounding(self, count: int, device: torch.device) -> Rounding:
+        """What finds the indices of blocks of ``count`` groups."""
 
     def encode(self, weight: Tensor, effort: Effort = "best", *, name: str = "weight") -> Encoded:
         from kappaquant.formats import codec
@@ -108,14 +126,59 @@ class CodebookFormat(Format):
     def settings(self) -> dict[str, Any]:
         return {"codebook": list(self.codebook), "norms": self.norms}
 
-    def restored(self, settings: Mapping[str, Any]) -> CodebookFormat:
-        book, norms = settings.get("codebook"), settings.get("norms", "F16")
-        if not isinstance(book, list) or len(book) != 2**self.bits or not _ascending(book):
-            raise ValueError(f"no codebook of {2**self.bits} ascending values for {self.id}")
-        return CodebookFormat(self.bits, self.group_size, tuple(book), norms)
+    def restored(self, settings: Mapping[str, Any]) -> GroupedFormat:
+        book, norms, count = settings.get("codebook"), settings.get("norms", "F16"), len(self.codebook)
+        if not isinstance(book, list) or len(book) != count or not _ascending(book):
+            raise ValueError(f"no codebook of {count} ascending values for {self.id}")
+        return self.variant(tuple(book), norms)
 
-    def __reduce__(self) -> tuple[type[CodebookFormat], tuple[Any, ...]]:
-        return CodebookFormat, (self.bits, self.group_size, self.codebook, self.norms)
+    def __reduce__(self) -> tuple[type[GroupedFormat], tuple[Any, ...]]:
+        return type(self), (self.bits, self.group_size, self.codebook, self.norms)
+
+
+class CodebookFormat(GroupedFormat):
+    """Each weight has its own code for one of 2**bits centroids.
+
+    Args:
+        codebook: ascending centroids, float32 values symmetric about 0; by default the unit Gaussian's Lloyd-Max
+            centroids over sqrt(group_size).
+        norms: dtype of the norms, "F16" or "F32".
+
+    Raises:
+        PlanError: bits or group size out of range.
+    """
+
+    def __init__(
+        self, bits: int, group_size: int, codebook: tuple[float, ...] | None = None, norms: str = "F16"
+    ) -> None:
+        check_bits(bits)
+        check_group_size(group_size)
+        usual = gaussian_codebook(bits, group_size)
+        super().__init__(
+            f"tq{bits}g{group_size}", bits, group_size, usual if codebook is None else codebook, usual, norms
+        )
+
+    @property
+    def code_bits(self) -> int:
+        return (len(set(self.codebook)) - 1).bit_length()
+
+    def variant(self, codebook: tuple[float, ...], norms: str) -> CodebookFormat:
+        return CodebookFormat(self.bits, self.group_size, codebook, norms)
+
+    def pack_block(self, indices: Tensor) -> Tensor:
+        from kappaquant.formats import codec
+
+        return codec.pack_block(indices, self.bits)
+
+    def unpack_block(self, packed: Tensor) -> Tensor:
+        from kappaquant.formats import codec
+
+        return codec.unpack_block(packed, self.bits)
+
+    def rounding(self, count: int, device: torch.device) -> Rounding:
+        from kappaquant.formats.search import NearestRounding
+
+        return NearestRounding(self.group_size, count, device, self.codebook)
 
 
 @cache

@@ -24,11 +24,13 @@ from torch import Tensor
 
 from kappaquant.errors import NonFiniteError, PlanError
 from kappaquant.formats.base import EFFORTS, Effort, Encoded
-from kappaquant.formats.codebook import BITS, NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat
+from kappaquant.formats.codebook import BITS, NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat, GroupedFormat
 from kappaquant.formats.hadamard import Rotation
-from kappaquant.formats.search import Assignment, nearest
+from kappaquant.formats.search import Assignment, Products, Rounding, nearest
 
 T = TypeVar("T")
+B = TypeVar("B", bound=Products)
+Chosen = Assignment | Rounding
 NORMS_TORCH = {"F16": torch.float16, "F32": torch.float32}
 CPU_BLOCK = 2048
 """Groups that are encoded together on a CPU: their arrays stay in its cache."""
@@ -62,10 +64,10 @@ def unrotate(y: Tensor, group_size: int) -> Tensor:
     return _over_groups(y, group_size, Rotation.inverse)
 
 
-def encode(weight: Tensor, fmt: CodebookFormat, effort: Effort = "best", *, name: str = "weight") -> CodebookEncoded:
+def encode(weight: Tensor, fmt: GroupedFormat, effort: Effort = "best", *, name: str = "weight") -> CodebookEncoded:
     """Quantize a weight [..., out, in] of any float dtype; rows are zero-padded to whole groups.
 
-    Effort "fast" takes the nearest centroid at the group norm; "best" first searches the scale of each group. Both end
+    Effort "fast" takes what is closest at the group norm; "best" first searches the scale of each group. Both end
     with the least-squares norm for the chosen centroids, and take the same bytes.
 
     Args:
@@ -77,22 +79,21 @@ def encode(weight: Tensor, fmt: CodebookFormat, effort: Effort = "best", *, name
     """
     if effort not in EFFORTS:
         raise PlanError(f"effort {effort!r}: must be one of {', '.join(EFFORTS)}")
-    table = nearest(fmt.codebook, weight.device)
     count, norm_dtype = math.prod(fmt.norms_shape(tuple(weight.shape))), NORMS_TORCH[fmt.norms]
     packed = torch.empty(count, fmt.bytes_per_group, dtype=torch.uint8, device=weight.device)
     norms = torch.empty(count, dtype=norm_dtype, device=weight.device)
     errors = torch.empty(count, device=weight.device)
     energies = torch.empty(count, device=weight.device)
-    for block, y, norm, assignment in _unit_blocks(weight, fmt.group_size, name):
-        assignment.assign(y if effort == "fast" else y * assignment.search_scale(y, table), table)
-        stored = _stored_norm(y, assignment, norm, norm_dtype, name)
+    for block, y, norm, rounding in _unit_blocks(weight, fmt.group_size, name, fmt.rounding):
+        rounding.choose(y if effort == "fast" else y * rounding.best_scale(y))
+        stored = _stored_norm(y, rounding, norm, norm_dtype, name)
         if effort == "best":
             # the norm is settled: take the nearest centroids at exactly that norm, which can only help
             ratio = norm / stored.float()
-            assignment.assign(y * torch.where(ratio.isfinite(), ratio, 1.0), table)
-        packed[block] = _pack_block(assignment.codes, fmt.bits).t()
+            rounding.choose(y * torch.where(ratio.isfinite(), ratio, 1.0))
+        packed[block] = fmt.pack_block(rounding.codes).t()
         norms[block] = stored
-        errors[block] = _error(y, assignment, norm, stored)
+        errors[block] = _error(y, rounding, norm, stored)
         energies[block] = norm * norm
     shape = tuple(weight.shape)
     return CodebookEncoded(
@@ -108,7 +109,7 @@ def squared_errors(
     """Sum of squared errors of effort "fast" at each bit width, from one rotation of the weight [..., out, in]."""
     tables = {b: nearest(CodebookFormat(b, group_size).codebook, weight.device) for b in bits}
     totals = dict.fromkeys(tables, 0.0)
-    for _, y, norm, assignment in _unit_blocks(weight, group_size, name):
+    for _, y, norm, assignment in _unit_blocks(weight, group_size, name, partial(Assignment, group_size)):
         for b, table in tables.items():
             assignment.assign(y, table)
             stored = _stored_norm(y, assignment, norm, torch.float16, name)
@@ -116,7 +117,7 @@ def squared_errors(
     return totals
 
 
-def decode(packed: Tensor, norms: Tensor, fmt: CodebookFormat, in_features: int) -> Tensor:
+def decode(packed: Tensor, norms: Tensor, fmt: GroupedFormat, in_features: int) -> Tensor:
     """The weight, float32 [..., out, in_features], from packed [..., out, G * bytes_per_group] and norms [..., out, G]."""
     book = centroids(fmt, packed.device)
     lead = packed.shape[:-1]
@@ -125,21 +126,33 @@ def decode(packed: Tensor, norms: Tensor, fmt: CodebookFormat, in_features: int)
     out = torch.empty(len(scales), fmt.group_size, device=packed.device)
     make = partial(Rotation, fmt.group_size, device=packed.device)
     for block, rotation in _blocks(len(scales), packed.device, make):
-        codes = _unpack_block(rows[block].t(), fmt.bits)
+        codes = fmt.unpack_block(rows[block].t())
         torch.index_select(book, 0, codes.view(-1).to(torch.int32), out=rotation.input.view(-1))
         out[block] = rotation.inverse().mul_(scales[block]).t()
     return out.view(*lead, -1)[..., :in_features].contiguous()
 
 
-def decode_rotated(packed: Tensor, norms: Tensor, fmt: CodebookFormat) -> Tensor:
+def decode_rotated(packed: Tensor, norms: Tensor, fmt: GroupedFormat) -> Tensor:
     """norm * c[code], still rotated: float32 [..., out, G * group_size]; its product with ``rotate(x)`` is that of w and x."""
-    values = centroids(fmt, packed.device)[unpack(packed, fmt.bits).to(torch.int32)].view(*norms.shape, fmt.group_size)
+    values = centroids(fmt, packed.device)[indices(packed, fmt).to(torch.int32)].view(*norms.shape, fmt.group_size)
     return values.mul_(norms.float().unsqueeze(-1)).flatten(-2)
 
 
+def indices(packed: Tensor, fmt: GroupedFormat) -> Tensor:
+    """uint8 [..., G * bytes_per_group] -> uint8 indices into the codebook [..., G * group_size]."""
+    groups = packed.reshape(-1, fmt.bytes_per_group)
+    return fmt.unpack_block(groups.t()).t().reshape(*packed.shape[:-1], -1)
+
+
+def packed(indices: Tensor, fmt: GroupedFormat) -> Tensor:
+    """Inverse of ``indices``."""
+    groups = indices.reshape(-1, fmt.group_size)
+    return fmt.pack_block(groups.t()).t().reshape(*indices.shape[:-1], -1)
+
+
 @cache
-def centroids(fmt: CodebookFormat, device: torch.device) -> Tensor:
-    """The codebook, float32 [2**bits]; made once a device, so that nothing waits for a GPU later."""
+def centroids(fmt: GroupedFormat, device: torch.device) -> Tensor:
+    """The codebook, float32, one-dimensional; made once a device, so that nothing waits for a GPU later."""
     return torch.tensor(fmt.codebook, dtype=torch.float32, device=device)
 
 
@@ -158,12 +171,12 @@ def norms_refusal(norms: Tensor) -> str | None:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [..., 8 * n] -> uint8 [..., n * bits], a dense little-endian stream: code i fills bits [i*bits, (i+1)*bits)."""
-    return _pack_block(codes.reshape(-1, 8).t(), bits).t().reshape(*codes.shape[:-1], -1)
+    return pack_block(codes.reshape(-1, 8).t(), bits).t().reshape(*codes.shape[:-1], -1)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """Inverse of ``pack``: uint8 [..., n * bits] -> uint8 codes [..., 8 * n]."""
-    return _unpack_block(packed.reshape(-1, bits).t(), bits).t().reshape(*packed.shape[:-1], -1)
+    return unpack_block(packed.reshape(-1, bits).t(), bits).t().reshape(*packed.shape[:-1], -1)
 
 
 def _over_groups(x: Tensor, group_size: int, transform: Callable[[Rotation], Tensor]) -> Tensor:
@@ -193,12 +206,14 @@ def _blocks(count: int, device: torch.device, make: Callable[[int], T]) -> Itera
         yield slice(start, stop), buffers
 
 
-def _unit_blocks(weight: Tensor, group_size: int, name: str) -> Iterator[tuple[slice, Tensor, Tensor, Assignment]]:
-    """(which groups, their rotated unit vectors [D, M], their norms [M], buffers of that shape) for a weight [..., in]."""
+def _unit_blocks(
+    weight: Tensor, group_size: int, name: str, buffers: Callable[[int, torch.device], B]
+) -> Iterator[tuple[slice, Tensor, Tensor, B]]:
+    """(which groups, their rotated unit vectors [D, M], their norms [M], buffers for M groups) for a weight [..., in]."""
     groups = _pad(weight, group_size).reshape(-1, group_size)
 
-    def make(count: int) -> tuple[Rotation, Assignment]:
-        return Rotation(group_size, count, weight.device), Assignment(group_size, count, weight.device)
+    def make(count: int) -> tuple[Rotation, B]:
+        return Rotation(group_size, count, weight.device), buffers(count, weight.device)
 
     for block, (rotation, assignment) in _blocks(len(groups), weight.device, make):
         x = rotation.input.copy_(groups[block].t().contiguous())
@@ -218,7 +233,7 @@ def _non_finite_message(x: Tensor, name: str) -> str:
     )
 
 
-def _stored_norm(y: Tensor, assignment: Assignment, norm: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def _stored_norm(y: Tensor, assignment: Chosen, norm: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The least-squares norm norm * <y, c> / <c, c> in its stored precision, [M]."""
     c = assignment.centroids
     dot = assignment.dot(y, c).clone()
@@ -231,14 +246,14 @@ def _stored_norm(y: Tensor, assignment: Assignment, norm: Tensor, dtype: torch.d
     return stored
 
 
-def _error(y: Tensor, assignment: Assignment, norm: Tensor, stored: Tensor) -> Tensor:
+def _error(y: Tensor, assignment: Chosen, norm: Tensor, stored: Tensor) -> Tensor:
     """Squared error of each group, [M]; consumes the centroids."""
     difference = assignment.centroids.mul_(stored.float())
     difference -= torch.mul(y, norm, out=assignment.scratch)
     return assignment.dot(difference, difference)
 
 
-def _pack_block(codes: Tensor, bits: int) -> Tensor:
+def pack_block(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [D, M] -> bytes [D * bits / 8, M]: eight codes fill ``bits`` bytes."""
     codes = codes.reshape(-1, 8, codes.shape[1])
     out = codes.new_empty(codes.shape[0], bits, codes.shape[2])
@@ -253,8 +268,8 @@ def _pack_block(codes: Tensor, bits: int) -> Tensor:
     return out.view(-1, codes.shape[2])
 
 
-def _unpack_block(packed: Tensor, bits: int) -> Tensor:
-    """Inverse of ``_pack_block``: bytes [D * bits / 8, M] -> uint8 codes [D, M]."""
+def unpack_block(packed: Tensor, bits: int) -> Tensor:
+    """Inverse of ``pack_block``: bytes [D * bits / 8, M] -> uint8 codes [D, M]."""
     packed = packed.reshape(-1, bits, packed.shape[1])
     out = torch.empty(packed.shape[0], 8, packed.shape[2], dtype=torch.uint8, device=packed.device)
     for i in range(8):

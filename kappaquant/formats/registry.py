@@ -10,8 +10,9 @@ from kappaquant.files.safetensors import DTYPE_BYTES
 from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import FORMATS
 from kappaquant.formats.transposed import MARK, Transposed
+from kappaquant.formats.trellis import TRELLIS_FORMATS
 
-_FORMATS: dict[str, Format] = {**FORMATS}
+_FORMATS: dict[str, Format] = {**FORMATS, **TRELLIS_FORMATS}
 _OTHER_WORDS = ("kept", *DTYPE_BYTES)  # stand in plans and checkpoints where an id could
 
 

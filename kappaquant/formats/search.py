@@ -6,6 +6,7 @@ Sums run in a fixed tree order and all else is elementwise, so that codes depend
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from functools import cache
 
 import torch
@@ -33,6 +34,26 @@ class Products:
         for low, high in self._halves:
             low.add_(high)
         return self.scratch[0]
+
+
+class Rounding(Products, ABC):
+    """What a format's encoder does with blocks [group_size, M] of M groups.
+
+    Attributes:
+        codes: uint8 [group_size, M], indices into the format's codebook that ``choose`` found.
+        centroids: float32 [group_size, M], the values they stand for.
+    """
+
+    codes: Tensor
+    centroids: Tensor
+
+    @abstractmethod
+    def choose(self, y: Tensor) -> None:
+        """Set ``codes`` and ``centroids`` to what is closest to y, which must not be the scratch."""
+
+    @abstractmethod
+    def best_scale(self, y: Tensor) -> Tensor:
+        """[M] by what unit vectors y are best multiplied before ``choose``."""
 
 
 class Nearest:
@@ -111,3 +132,17 @@ class Assignment(Products):
 
     def _look_up(self, table: Tensor, out: Tensor) -> None:
         torch.index_select(table, 0, self._cell.view(-1), out=out.view(-1))
+
+
+class NearestRounding(Rounding, Assignment):
+    """Each coordinate's nearest of one codebook."""
+
+    def __init__(self, group_size: int, count: int, device: torch.device, codebook: tuple[float, ...]) -> None:
+        super().__init__(group_size, count, device)
+        self._table = nearest(codebook, device)
+
+    def choose(self, y: Tensor) -> None:
+        self.assign(y, self._table)
+
+    def best_scale(self, y: Tensor) -> Tensor:
+        return self.search_scale(y, self._table)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kappaquant.formats.base import Effort, Encoded, Format, Part
 from kappaquant.formats.codebook import GroupSize, fitting
+from kappaquant.formats.kinds import CODEBOOK, KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +75,9 @@ def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2])
 
 
-def fitting_weight(bits: int, shape: tuple[int, ...], group_size: GroupSize, transposed: bool) -> Format:
-    """``fitting`` for a weight [..., out, in], or [..., in, out] where it is ``transposed``."""
-    found = fitting(bits, shape[-2 if transposed else -1], group_size)
+def fitting_weight(
+    bits: int, shape: tuple[int, ...], group_size: GroupSize, transposed: bool, kind: str = CODEBOOK
+) -> Format:
+    """``fitting`` for a weight [..., out, in], or [..., in, out] where it is ``transposed``; of another kind, with the same groups."""
+    found: Format = KINDS[kind].make(bits, fitting(bits, shape[-2 if transposed else -1], group_size).group_size)
     return Transposed(found) if transposed else found

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import CodebookFormat
-from kappaquant.formats.search import Assignment, Products, nearest
+from kappaquant.formats.codebook import GroupedFormat
+from kappaquant.formats.search import Products
 
 
-def tried_norms(block: Tensor, scales: Sequence[float], fmt: CodebookFormat) -> Tensor:
+def tried_norms(block: Tensor, scales: Sequence[float], fmt: GroupedFormat) -> Tensor:
     """Multiples of each row's least-squares norm at the scale that explains most of it, as effort "best" finds it.
 
     Args:
@@ -22,21 +22,18 @@ def tried_norms(block: Tensor, scales: Sequence[float], fmt: CodebookFormat) -> 
         float32 [scales, B, N], of values that the stored dtype holds: chosen before the codes, which then make up for the rounding.
     """
     columns = block.transpose(0, 1).reshape(fmt.group_size, -1)
-    table = nearest(fmt.codebook, block.device)
-    assignment = Assignment(fmt.group_size, columns.shape[1], block.device)
-    norm = (
-        assignment.dot(columns, columns).double().sqrt().float()
-    )  # as the codec does it: the root of a CPU may be a digit off
+    rounding = fmt.rounding(columns.shape[1], block.device)
+    # as the codec does it: the root of a CPU may be a digit off
+    norm = rounding.dot(columns, columns).double().sqrt().float()
     unit = columns / torch.where(norm == 0, 1.0, norm)
-    assignment.assign(unit * assignment.search_scale(unit, table), table)
-    dot = assignment.dot(unit, assignment.centroids).clone()
-    plain = (norm * (dot / assignment.dot(assignment.centroids, assignment.centroids))).view(
-        block.shape[0], block.shape[2]
-    )
+    rounding.choose(unit * rounding.best_scale(unit))
+    dot = rounding.dot(unit, rounding.centroids).clone()
+    plain = norm * (dot / rounding.dot(rounding.centroids, rounding.centroids))
+    plain = plain.view(block.shape[0], block.shape[2])
     return stored(torch.tensor(scales, device=block.device)[:, None, None] * plain, fmt)
 
 
-def stored(norms: Tensor, fmt: CodebookFormat) -> Tensor:
+def stored(norms: Tensor, fmt: GroupedFormat) -> Tensor:
     """As the stored dtype holds them, float32; what is larger than its largest number becomes that."""
     dtype = codec.NORMS_TORCH[fmt.norms]
     return norms.clamp(max=torch.finfo(dtype).max).to(dtype).float()

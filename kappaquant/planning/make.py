@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,6 +12,7 @@ from kappaquant.errors import BudgetError, PlanError
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.codebook import AUTO, BITS, GroupSize, check_group_choice, fitting
 from kappaquant.formats.entry import KEPT_BITS
+from kappaquant.formats.kinds import USUAL, check_kinds, usual_kind
 from kappaquant.formats.registry import formats
 from kappaquant.formats.transposed import MARK, Transposed, fitting_weight
 from kappaquant.models.architectures.base import union
@@ -44,6 +45,7 @@ def make_plan(
     active: int | None = None,
     shards: Mapping[str, Mapping[str, TensorInfo]] | None = None,
     group_size: GroupSize = AUTO,
+    kinds: Iterable[str] = USUAL,
     overrides: Iterable[tuple[str, Setting]] = (),
     fuse: bool = False,
     target: str | None = None,
@@ -62,6 +64,7 @@ def make_plan(
         active: bytes of weights that decoding a token may read, for policies that keep to this one too.
         shards: file name -> its tensors, as ``source.shards`` has them; their headers count. One file unless given.
         group_size: weights per norm, a power of two from 32 to 256, or "auto": for each tensor what suits its input axis.
+        kinds: of formats to choose from: "k" (codebooks), "t" (trellis codes of 2 to 4 bits), or both: then the one of less error.
         overrides: (glob over tensor names, bits or format id) pairs, case-sensitive; the last that matches wins over policy and
             defaults.
         fuse: raise tensors that serving engines fuse (q/k/v, gate/up, ...) to the most bits among them.
@@ -76,7 +79,7 @@ def make_plan(
     check_group_choice(group_size)
     if target is not None and target not in ENGINES:
         raise PlanError(f"target {target!r} is unknown; the targets are {', '.join(ENGINES)}")
-    overrides = list(overrides)
+    overrides, kinds = list(overrides), check_kinds(kinds)
     chosen = policy if isinstance(policy, Policy) else policy_by_name(policy, options)
     for what, limit, taken in (("size", size, chosen.takes_size), ("active size", active, chosen.takes_active)):
         if limit is not None and not taken:
@@ -89,11 +92,19 @@ def make_plan(
     inventory, evidence = Inventory(tensors, config), Evidence(profile, sensitivity)
     claimed = frozenset(chosen.claims(inventory, evidence))
     fixed = {n: Choice(KEPT, why) for n in tensors if (why := why_kept(inventory, n, group_size, claimed, target))}
-    forced = _overridden(inventory, overrides, group_size)
+    forced = _overridden(inventory, overrides, group_size, kinds)
     fixed |= forced
     shards = {SINGLE_NAME: tensors} if shards is None else shards
     budget = Budget(
-        fixed, size, active, group_size, shards, frozenset(forced), fuse or target is not None, inventory.transposed
+        fixed,
+        size,
+        active,
+        group_size,
+        shards,
+        frozenset(forced),
+        fuse or target is not None,
+        inventory.transposed,
+        kinds,
     )
     decision = chosen.choose(inventory, evidence, budget)
     if not isinstance(decision, Decision):
@@ -104,6 +115,7 @@ def make_plan(
     _check_budgets(chosen, choices, inventory, budget)
     inputs = {**chosen.inputs(), **decision.inputs}
     inputs |= {name: limit for name, limit in (("size", size), ("active", active)) if limit is not None}
+    inputs |= {} if kinds == USUAL else {"formats": list(kinds)}
     inputs |= {"overrides": [list(pair) for pair in overrides], "fuse": fuse} | ({"target": target} if target else {})
     warnings = decision.warnings + _warnings(inventory, choices)
     if target:
@@ -169,7 +181,7 @@ def _check_budgets(policy: Policy, choices: Mapping[str, Choice], inventory: Inv
 
 
 def _overridden(
-    inventory: Inventory, overrides: Iterable[tuple[str, Setting]], group_size: GroupSize
+    inventory: Inventory, overrides: Iterable[tuple[str, Setting]], group_size: GroupSize, kinds: Sequence[str] = USUAL
 ) -> dict[str, Choice]:
     last: dict[str, tuple[str, Setting]] = {}
     for pattern, setting in overrides:
@@ -194,19 +206,20 @@ def _overridden(
             f"narrow the pattern, or keep the tensor with a later override of 16"
         )
     return {
-        name: Choice(_format_id(setting, inventory, name, group_size), f"set by {pattern!r}")
+        name: Choice(_format_id(setting, inventory, name, group_size, kinds), f"set by {pattern!r}")
         for name, (pattern, setting) in last.items()
     }
 
 
-def _format_id(setting: Setting, inventory: Inventory, name: str, group_size: GroupSize) -> str:
+def _format_id(setting: Setting, inventory: Inventory, name: str, group_size: GroupSize, kinds: Sequence[str]) -> str:
     transposed = inventory.kinds[name].transposed
     if isinstance(setting, str):
         fmt = format_of(Choice(setting, ""), name)
         return Transposed(fmt).id if fmt and transposed and not fmt.transposed else setting
     if setting == KEPT_BITS:
         return KEPT
-    return fitting_weight(setting, inventory.tensors[name].shape, group_size, transposed).id
+    kind = usual_kind(kinds, setting)
+    return fitting_weight(setting, inventory.tensors[name].shape, group_size, transposed, kind).id
 
 
 def _level(choices: dict[str, Choice], inventory: Inventory) -> None:

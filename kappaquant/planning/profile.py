@@ -20,6 +20,7 @@ from kappaquant.files.processes import ItemError, choose_device, choose_jobs, ea
 from kappaquant.files.tensors import FLOATS, ranges
 from kappaquant.formats.codebook import BITS, check_bits
 from kappaquant.formats.entry import Entry
+from kappaquant.formats.kinds import CODEBOOK, KINDS, check_kinds, usual_kind
 from kappaquant.formats.signs import check_group_size
 from kappaquant.kernels import dispatch as ops
 from kappaquant.models.roles import kinds_of, layer_of
@@ -152,6 +153,7 @@ def scan(
     *,
     group_size: int = 128,
     bits: Iterable[int] = BITS,
+    kind: str = CODEBOOK,
     jobs: int | None = None,
     device: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -161,6 +163,7 @@ def scan(
     Args:
         group_size: of the rotation before the error is measured.
         bits: widths to measure the error at; none makes the scan several times faster.
+        kind: of the formats whose error is measured, a letter of ``formats.kinds``.
         jobs: processes; None takes one per core (up to 8).
         device: where to measure; None takes CUDA if there is one.
         progress: called with the source bytes done and in all.
@@ -169,9 +172,11 @@ def scan(
         SourceError: a shard can not be read.
     """
     check_group_size(group_size)
+    check_kinds([kind])
     widths = tuple(bits)
     for b in widths:
         check_bits(b)
+        usual_kind([kind], b)
     device = choose_device(device)
     total, done = sum(info.nbytes for info in source.tensors.values()), 0
     kinds = kinds_of(source.tensors, source.config)
@@ -187,6 +192,7 @@ def scan(
                     stop,
                     group_size,
                     widths if len(info.shape) >= 2 else (),
+                    kind,
                     device,
                     kinds[name].transposed,
                 )
@@ -219,6 +225,7 @@ class _Task:
     stop: int
     group_size: int
     bits: tuple[int, ...]
+    kind: str
     device: str
     transposed: bool
 
@@ -289,10 +296,19 @@ def _measure(task: _Task) -> _Part:
         if task.transposed:
             rows = weight.view(-1, *info.shape[-2:]).mT.reshape(-1, info.shape[-2])
         try:
-            errors = ops.squared_errors(rows, task.group_size, task.bits, info.name)
+            errors = _errors(task, rows)
         except NonFiniteError:  # finite weights whose norms are not: quantize refuses them, a scan reports what it can
             errors = {}
     return _Part(moments, errors, Magnitudes.of(weight))
+
+
+def _errors(task: _Task, rows: torch.Tensor) -> dict[int, float]:
+    """Sums of squared errors of effort "fast", by bits."""
+    name = task.entry.info.name
+    if task.kind == CODEBOOK:
+        return ops.squared_errors(rows, task.group_size, task.bits, name)
+    formats = {bits: KINDS[task.kind].make(bits, task.group_size) for bits in task.bits}
+    return {bits: ops.encode(rows, fmt, "fast", name=name).squared_error for bits, fmt in formats.items()}
 
 
 def _finish(part: _Part, shape: tuple[int, ...], dtype: str, family: str, layer: int | None) -> TensorStats:

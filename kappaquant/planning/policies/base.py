@@ -15,6 +15,7 @@ from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import AUTO, GroupSize
 from kappaquant.formats.entry import KEPT_BITS
+from kappaquant.formats.kinds import USUAL, usual_kind
 from kappaquant.formats.transposed import fitting_weight
 from kappaquant.models.inventory import Inventory
 from kappaquant.planning.plan import KEPT, Choice, check_bits_or_kept, format_of
@@ -63,6 +64,7 @@ class Budget:
         overridden: names of the fixed tensors that an override set.
         fuse: tensors that serving engines fuse must have one width.
         transposed: names of tensors that are stored [..., in, out].
+        kinds: of formats that may be chosen, letters of ``formats.kinds``.
     """
 
     fixed: Mapping[str, Choice] = field(default_factory=dict)
@@ -73,17 +75,26 @@ class Budget:
     overridden: frozenset[str] = frozenset()
     fuse: bool = False
     transposed: frozenset[str] = frozenset()
+    kinds: tuple[str, ...] = USUAL
 
     def free(self, inventory: Inventory) -> list[str]:
         """The tensors that the policy decides."""
         return [name for name in inventory.tensors if name not in self.fixed]
 
-    def choice(self, info: TensorInfo, bits: int, why: str) -> Choice:
-        """A codebook format of so many bits, 2 to 8, in groups that suit the tensor, or 16 to keep it."""
+    def choice(self, info: TensorInfo, bits: int, why: str, kind: str = "") -> Choice:
+        """A format of so many bits, 2 to 8, in groups that suit the tensor, or 16 to keep it.
+
+        Args:
+            kind: of the format; by default that of least error.
+
+        Raises:
+            PlanError: no kind that may be chosen has these bits.
+        """
         check_bits_or_kept(bits, info.name)
         if bits == KEPT_BITS:
             return Choice(KEPT, why)
-        return Choice(fitting_weight(bits, info.shape, self.group_size, info.name in self.transposed).id, why)
+        kind = kind or usual_kind(self.kinds, bits)
+        return Choice(fitting_weight(bits, info.shape, self.group_size, info.name in self.transposed, kind).id, why)
 
     def nbytes(self, choice: Choice, info: TensorInfo) -> int:
         """Bytes of a file that a tensor takes once it is stored as chosen, at most: its place in the header decides a few."""

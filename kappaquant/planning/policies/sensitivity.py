@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from kappaquant.errors import BudgetError, PlanError
 from kappaquant.formats.codebook import BITS
 from kappaquant.formats.entry import KEPT_BITS
+from kappaquant.formats.kinds import CODEBOOK, kinds_of_width
 from kappaquant.models.inventory import Inventory
 from kappaquant.planning.plan import KEPT, Choice
 from kappaquant.planning.policies.base import Budget, Decision, Evidence, Policy, active_bytes, check_limit
@@ -94,7 +95,7 @@ class _Planner:
         for variable, width in zip(variables, widths, strict=True):
             for name in variable.names:
                 why = f"predicted {losses[self._unit_of[name]]:.2g} of {total:.3g} {self._scale_name}"
-                choices[name] = self.budget.choice(self.inventory.tensors[name], width, why)
+                choices[name] = self._choice(name, width, why)
         kind = "kld" if self._measured else "error"
         inputs: dict[str, Any] = {
             "evidence": {key: getattr(self.evidence, key) for key in ("kind", "model", "revision", "sha256", "effort")},
@@ -150,7 +151,7 @@ class _Planner:
         return loss if unit.kld is not None or not self._measured else loss * self._usual
 
     def _format(self, name: str, width: int) -> str | None:
-        choice = self.budget.fixed.get(name) or self.budget.choice(self.inventory.tensors[name], width, "")
+        choice = self.budget.fixed.get(name) or self._choice(name, width)
         return None if choice.format == KEPT else choice.format
 
     def _variables(self) -> Iterator[_Variable]:
@@ -164,16 +165,43 @@ class _Planner:
     def _variable(self, names: tuple[str, ...], units: tuple[Unit, ...]) -> _Variable:
         from kappaquant.planning.allocation import Option
 
-        widths = [width for width in BITS if all(self._has_error(name, width) for name in names)]
+        widths = [w for w in self._kind_of_width if all(self._has_error(name, w) for name in names)]
         # where none is, the loss at any says what there is instead
-        widths = [*(widths or BITS[:1]), KEPT_BITS]
+        widths = [*(widths or list(self._kind_of_width)[:1]), KEPT_BITS]
         options = []
         for width in widths:
-            choices = {name: self.budget.choice(self.inventory.tensors[name], width, "") for name in names}
+            choices = {name: self._choice(name, width) for name in names}
             size = sum(self.budget.nbytes(choice, self.inventory.tensors[name]) for name, choice in choices.items())
             active = active_bytes(choices, self.inventory, self._shares)
             options.append(Option(sum(self._loss(unit, width) for unit in units), size, active))
         return _Variable(names, units, tuple(widths), tuple(options))
+
+    def _choice(self, name: str, width: int, why: str = "") -> Choice:
+        return self.budget.choice(self.inventory.tensors[name], width, why, self._kind_of_width.get(width, ""))
+
+    @cached_property
+    def _kind_of_width(self) -> dict[int, str]:
+        """The kind of formats that all of a width are of: where there are several, the one of less measured error over all tensors."""
+        found = {width: kinds_of_width(self.budget.kinds, width) for width in BITS}
+        return {
+            width: min(kinds, key=partial(self._error, width)) if len(kinds) > 1 else kinds[0]
+            for width, kinds in found.items()
+            if kinds
+        }
+
+    def _error(self, width: int, kind: str) -> float:
+        """Squared errors of the outputs of all free tensors. Raises PlanError where a kind beside codebooks was not measured."""
+        total = 0.0
+        for name in self.budget.free(self.inventory):
+            fmt = self.budget.choice(self.inventory.tensors[name], width, "", kind).format
+            known = self.evidence.tensors[name]
+            if kind != CODEBOOK and fmt not in known.errors:
+                raise PlanError(
+                    f"{name}: the evidence has no error for {fmt}; calibrate with --formats {','.join(self.budget.kinds)}, or plan "
+                    "without --formats"
+                )
+            total += known.energy * known.errors.get(fmt, 0.0)
+        return total
 
     def _has_error(self, name: str, width: int) -> bool:
         return self._format(name, width) in self.evidence.tensors[name].errors
@@ -213,7 +241,7 @@ class _Planner:
 
     def _choices(self, variables: list[_Variable], widths: list[int]) -> dict[str, Choice]:
         made = {
-            name: self.budget.choice(self.inventory.tensors[name], width, "")
+            name: self._choice(name, width)
             for variable, width in zip(variables, widths, strict=True)
             for name in variable.names
         }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from kappaquant.errors import NonFiniteError
 from kappaquant.formats.codebook import BITS, GroupSize, fitting
+from kappaquant.formats.kinds import KINDS, USUAL
 from kappaquant.formats.transposed import fitting_weight
 from kappaquant.models.inventory import Inventory
 from kappaquant.planning.profile import scan
@@ -16,9 +18,9 @@ from kappaquant.sources.source import Source
 
 def of_weights(
     source: Source, group_size: GroupSize = "auto", jobs: int | None = None, device: str | None = None,
-    report: Report = lambda done, total: None,
+    report: Report = lambda done, total: None, formats: Sequence[str] = USUAL,
 ) -> Sensitivities:  # fmt: skip
-    """Relative squared errors of all tensors that plans decide, in every width, by ``scan``; once for each group size they need.
+    """Relative squared errors of all tensors that plans decide, in every width of these kinds, by ``scan``; once for each group size.
 
     Raises:
         PlanError: a group size that there is not.
@@ -29,22 +31,25 @@ def of_weights(
     for name in filter(lambda name: decided(kinds[name]), kinds):
         width = kinds[name].inputs(source.tensors[name].shape)
         sizes.setdefault(fitting(min(BITS), width, group_size).group_size, []).append(name)
-    tensors, kurtosis = {}, {}
-    for number, (size, names) in enumerate(sorted(sizes.items())):
+    errors: dict[str, dict[str, float]] = {}
+    kurtosis, counts = {}, {}
+    passes = [(size, kind) for size in sorted(sizes) for kind in formats]
+    for number, (size, kind) in enumerate(passes):
         profile = scan(
-            source, group_size=size, bits=BITS, jobs=jobs, device=device,
-            progress=partial(_part, report, number, len(sizes)),
+            source, group_size=size, bits=KINDS[kind].bits, kind=kind, jobs=jobs, device=device,
+            progress=partial(_part, report, number, len(passes)),
         )  # fmt: skip
-        for name in names:
+        for name in sizes[size]:
             stats = profile.tensors[name]
             if not stats.relative_mse:
                 raise NonFiniteError(
                     f"{name}: holds NaN or infinity, or values whose norms float16 does not hold; repair the source"
                 )
-            kurtosis[name] = stats.kurtosis
+            kurtosis[name], counts[name] = stats.kurtosis, float(stats.numel)
             crosswise = kinds[name].transposed
-            errors = {fitting_weight(b, stats.shape, size, crosswise).id: e for b, e in stats.relative_mse.items()}
-            tensors[name] = TensorErrors(float(stats.numel), errors)
+            for bits, error in stats.relative_mse.items():
+                errors.setdefault(name, {})[fitting_weight(bits, stats.shape, size, crosswise, kind).id] = error
+    tensors = {name: TensorErrors(counts[name], found) for name, found in errors.items()}
     model = model_of(source)
     units = tuple(units_of(kinds, [name for name in kinds if name in tensors], None))
     return Sensitivities(

@@ -19,7 +19,7 @@ from kappaquant.files.processes import in_order
 from kappaquant.files.safetensors import Stored, write_at
 from kappaquant.files.tensors import read_elements, tensor_bytes
 from kappaquant.formats.base import Format
-from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.formats.codebook import GroupedFormat
 from kappaquant.planning.moments import Moments
 from kappaquant.quantizing.calibration.cards import Cards, devices, followed
 from kappaquant.quantizing.calibration.layers import Layers
@@ -97,7 +97,7 @@ class Pass:
         self._layers = Layers(work.source, device, torch.float32 if device == "cpu" else torch.bfloat16)
         self._work, self._source, self._cards = work, work.source, cards
         self._workers, self._ahead = workers, ahead
-        self._formats = {name: fmt for name, fmt in work.formats.items() if isinstance(fmt, CodebookFormat)}
+        self._formats = {name: fmt for name, fmt in work.formats.items() if isinstance(fmt, GroupedFormat)}
         self._moments: dict[tuple[str, int], Moments] = {}  # of the slices of a layer, by tensor and start
         self._fewest: int | None = None  # tokens of the routed expert that saw fewest
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.formats.codebook import GroupedFormat
 from kappaquant.quantizing.rounding import feedback
 from kappaquant.quantizing.rounding.feedback import Rounded
 
@@ -29,7 +29,7 @@ class Stack:
 
     weight: Tensor
     gram: Tensor
-    fmt: CodebookFormat
+    fmt: GroupedFormat
     names: list[str]
 
 

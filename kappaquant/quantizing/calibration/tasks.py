@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.formats.codebook import GroupedFormat
 from kappaquant.quantizing.calibration.layers import Layers
 from kappaquant.quantizing.calibration.moments import ROUTED, Routed, Sum
 
@@ -25,7 +25,7 @@ class Task:
     """
 
     names: list[str]
-    fmt: CodebookFormat
+    fmt: GroupedFormat
     path: str
     projection: str
     experts: list[int] | None
@@ -45,7 +45,7 @@ class Seen:
     drawn: Tensor
 
 
-def packable(layers: Layers, formats: Mapping[str, CodebookFormat], number: int) -> dict[str, str]:
+def packable(layers: Layers, formats: Mapping[str, GroupedFormat], number: int) -> dict[str, str]:
     """Tensor -> path of its module, of those of a layer that have a format and whose inputs can be seen.
 
     Raises:
@@ -69,7 +69,7 @@ def packable(layers: Layers, formats: Mapping[str, CodebookFormat], number: int)
 
 
 def tasks_of(
-    layers: Layers, formats: Mapping[str, CodebookFormat], packed: Mapping[str, str], sums: Mapping[str, Sum]
+    layers: Layers, formats: Mapping[str, GroupedFormat], packed: Mapping[str, str], sums: Mapping[str, Sum]
 ) -> list[Task]:
     """What is to be rounded of a layer. A layer is rounded whole, for what goes together decides the last digits."""
     together: dict[Any, list[str]] = {}

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kappaquant.formats.codebook import BITS, CodebookFormat, GroupSize, fitting
+from kappaquant.formats.codebook import CodebookFormat, GroupSize, fitting
+from kappaquant.formats.kinds import KINDS, USUAL
 from kappaquant.kernels import dispatch
 from kappaquant.planning.sensitivity import TensorErrors
 from kappaquant.quantizing.calibration.stacks import Stack, one_thread, round_stack
@@ -22,11 +23,13 @@ class Trial:
         bits: of every tensor.
         effort: "calibrated", for what a layer reads, or "best".
         group_size: of all formats, or "auto".
+        kinds: of formats whose errors are measured, letters of ``formats.kinds``; what is tried is a codebook.
     """
 
     bits: int = 3
     effort: str = "calibrated"
     group_size: GroupSize = "auto"
+    kinds: tuple[str, ...] = USUAL
 
     def format(self, inputs: int) -> CodebookFormat:
         """Of matrices with so many inputs."""
@@ -74,8 +77,9 @@ def tried(piece: Piece) -> Tried:
     with one_thread(weight.device):
         plain, errors = weight.float(), {}
         decoded = plain
-        for bits in BITS:
-            fmt = fitting(bits, width, piece.trial.group_size)
+        for fmt in (
+            KINDS[kind].make(bits, chosen.group_size) for kind in piece.trial.kinds for bits in KINDS[kind].bits
+        ):
             back = fmt.decode(dispatch.encode(weight, fmt, "best", name=piece.names[0]).parts, width)
             errors[fmt.id] = _squares(plain - back, piece.own)
             if fmt == chosen:

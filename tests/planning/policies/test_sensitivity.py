@@ -295,3 +295,29 @@ def test_evidence_that_lacks_a_tensor_or_has_another_models() -> None:
 def test_what_is_short_of_a_group_stays_kept() -> None:
     low, _ = ends()
     assert "group size 128" in plan(low).choices[SHARED_DOWN].why
+
+
+def with_trellis(known: Sensitivities, factor: float) -> Sensitivities:
+    """The same evidence with errors of trellis codes, so many times those of codebooks."""
+    tensors = {}
+    for name, each in known.tensors.items():
+        more = {fmt.replace("tq", "t"): factor * error for fmt, error in each.errors.items() if fmt[2] in "234"}
+        tensors[name] = replace(each, errors={**each.errors, **more})
+    return replace(known, tensors=tensors)
+
+
+def test_a_width_gets_the_kind_that_was_measured_to_lose_less() -> None:
+    low, high = ends()
+    size = round(low + 0.2 * (high - low))
+    scalar = plan(size)
+    better, worse = (plan(size, with_trellis(KNOWN, factor), kinds="kt") for factor in (0.64, 1.1))
+    used = {choice.format[:-4] for choice in better.choices.values() if choice.format != "kept"}
+    assert used & {"t2", "t3", "t4"}
+    assert not used & {"tq2", "tq3", "tq4"}
+    assert better.inputs["predicted_kld"] < 0.8 * scalar.inputs["predicted_kld"]
+    assert files(better) <= size
+    assert worse.choices == scalar.choices
+    with pytest.raises(
+        PlanError, match=r"the evidence has no error for t2g128; calibrate with --formats k,t, or plan without"
+    ):
+        plan(size, kinds="kt")

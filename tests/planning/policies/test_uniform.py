@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from planned import DOWN, GATE_UP, OUT, TENSORS, Q, plan, quantized
+from planned import DOWN, GATE_UP, OUT, QWEN, TENSORS, Q, plan, quantized
 
+from kappaquant.errors import PlanError
 from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.planning.make import make_plan
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -20,3 +22,13 @@ def test_uniform(bits: int) -> None:
 
 def test_uniform_16_keeps_everything() -> None:
     assert quantized(plan(bits=16)) == {}
+
+
+def test_trellis_codes_take_the_widths_that_they_have() -> None:
+    for bits, kinds, expected in ((3, "kt", "t3g128"), (3, "t", "t3g128"), (6, "kt", "tq6g128"), (3, "k", "tq3g128")):
+        made = make_plan(TENSORS, QWEN, "uniform", bits=bits, kinds=kinds, group_size=128, overrides=[(OUT, 4)])
+        assert made.choice(Q).format == expected
+        assert made.choice(OUT).format == ("t4g128" if "t" in kinds else "tq4g128")
+        assert made.inputs.get("formats") == (None if kinds == "k" else list(kinds))
+    with pytest.raises(PlanError, match="6 bits: formats t have none of that width"):
+        make_plan(TENSORS, QWEN, "uniform", bits=6, kinds="t")

@@ -9,7 +9,9 @@ import tiny_models
 import torch
 
 import kappaquant
-from kappaquant.errors import NonFiniteError
+from kappaquant.errors import NonFiniteError, PlanError
+from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.formats.trellis import TrellisFormat
 from kappaquant.models.skeleton import load_config, model_class
 from kappaquant.planning.profile import scan
 from kappaquant.quantizing.calibration.data_free import of_weights
@@ -47,3 +49,15 @@ def test_a_tensor_that_no_format_holds_is_named(tmp_path: Path) -> None:
     model.save_pretrained(folder)
     with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: holds NaN or infinity"):
         of_weights(kappaquant.open_source(folder), 32, jobs=1, device="cpu")
+
+
+def test_trellis_codes_are_measured_where_that_is_asked_for(tmp_path: Path) -> None:
+    source = kappaquant.open_source(tiny_models.save_tiny("llama", tmp_path / "source"))
+    found = of_weights(source, 64, jobs=1, device="cpu", formats=("k", "t"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = source.read(name).view(source.tensors[name].shape)
+    for fmt in (TrellisFormat(2, 64), CodebookFormat(4, 64)):
+        assert found.tensors[name].errors[fmt.id] == pytest.approx(fmt.encode(weight, "fast").relative_mse, rel=1e-4)
+    assert found.tensors.keys() == of_weights(source, 64, jobs=1, device="cpu").tensors.keys()
+    with pytest.raises(PlanError, match="5 bits: formats t have none of that width"):
+        scan(source, bits=(5,), kind="t", jobs=1, device="cpu")

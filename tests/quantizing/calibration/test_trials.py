@@ -64,3 +64,10 @@ def test_the_process_keeps_its_threads() -> None:
     before = torch.get_num_threads()
     tried(piece(GRAM, GRAM))
     assert torch.get_num_threads() == before
+
+
+def test_trellis_codes_are_measured_where_that_is_asked_for() -> None:
+    found = tried(piece(None, GRAM, kinds=("k", "t")))
+    assert list(found.errors)[-3:] == ["t2g32", "t3g32", "t4g32"]
+    for bits in (2, 3, 4):
+        assert found.errors[f"t{bits}g32"].sum() < found.errors[f"tq{bits}g32"].sum()

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kappaquant.errors import NonFiniteError
-from kappaquant.formats.codebook import BITS, CodebookFormat
+from kappaquant.formats.codebook import BITS, CodebookFormat, GroupedFormat
+from kappaquant.formats.trellis import TrellisFormat
 from kappaquant.quantizing.rounding import feedback
 
 WIDTH = 192
@@ -26,7 +27,7 @@ def weighted(weight: Tensor, other: Tensor, x: Tensor) -> Tensor:
     return ((weight - other).double() @ x.double().t()).square().sum(1)
 
 
-def prepared(x: Tensor, fmt: CodebookFormat) -> feedback.Inputs:
+def prepared(x: Tensor, fmt: GroupedFormat) -> feedback.Inputs:
     return feedback.prepare(feedback.rotated((x.t() @ x)[None], fmt), fmt.group_size, ["weight"])
 
 
@@ -59,11 +60,18 @@ def test_codes_are_the_textbooks(monkeypatch: pytest.MonkeyPatch) -> None:
     ).float().mean() > 0.99  # a tie in float32 may fall the other way
 
 
-@pytest.mark.parametrize("group", [32, 128])
-@pytest.mark.parametrize("bits", BITS)
-def test_no_row_is_worse_and_all_together_are_much_better(bits: int, group: int) -> None:
-    fmt, x = CodebookFormat(bits, group), correlated(WIDTH)
-    weight = torch.randn(48, WIDTH, generator=torch.Generator().manual_seed(bits))
+EACH = [
+    *(CodebookFormat(bits, group) for bits in BITS for group in (32, 128)),
+    TrellisFormat(2, 32),
+    TrellisFormat(3, 64),
+]
+
+
+@pytest.mark.parametrize("fmt", EACH, ids=lambda f: f.id)
+def test_no_row_is_worse_and_all_together_are_much_better(fmt: GroupedFormat) -> None:
+    x, group = correlated(WIDTH), fmt.group_size
+    rows = 16 if isinstance(fmt, TrellisFormat) else 48
+    weight = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(fmt.bits))
     inputs = prepared(x, fmt)
     made = feedback.encode(weight[None], fmt, inputs)
     parts = {suffix: part[0] for suffix, part in made.parts.items()}
@@ -121,6 +129,13 @@ def test_a_weight_that_is_not_finite() -> None:
     weight[2, 7] = torch.nan
     with pytest.raises(NonFiniteError, match="z: holds nan"):
         feedback.encode(weight[None], fmt, prepared(correlated(64), fmt), "z")
+
+
+def test_trellis_codes_lose_less_than_codes_of_the_same_bytes() -> None:
+    x, weight = correlated(128), torch.randn(1, 16, 128, generator=torch.Generator().manual_seed(0))
+    made = [feedback.encode(weight, fmt, prepared(x, fmt)) for fmt in (CodebookFormat(3, 64), TrellisFormat(3, 64))]
+    scalar, trellis = (each.weighted_errors.sum() for each in made)
+    assert trellis < 0.8 * scalar
 
 
 def test_matrices_of_a_stack_are_rounded_as_each_alone() -> None:
