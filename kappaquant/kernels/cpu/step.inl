@@ -105,11 +105,14 @@ void dense_rows(const void* matrix, int64_t in, int64_t first, int64_t last, con
     F16 acc[T][2] = {};
     const int64_t start = row * in;
     int64_t i = 0;
-    for (; i + 32 <= in; i += 32)
+    for (; i + 32 <= in; i += 32) {
+      constexpr int64_t kSize = DTYPE == 0 ? 4 : 2;
+      __builtin_prefetch(static_cast<const uint8_t*>(matrix) + (start + i) * kSize + kAhead);
       for (int half = 0; half < 2; ++half) {
         const F16 weights = values16<DTYPE>(matrix, start + i + 16 * half);
         for (int t = 0; t < T; ++t) acc[t][half] += weights * load16(x[t] + i + 16 * half);
       }
+    }
     for (; i < in; i += 16) {
       const int64_t left = least(16, in - i);
       const F16 weights = values_left<DTYPE>(matrix, start + i, left);
