@@ -91,7 +91,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where SmolLM2 is kept, or was put before")
     parser.add_argument("--only", nargs="+", help="names of models, or patterns, for want of memory or time")
     parser.add_argument(
-        "--result", default="cpu_decode", help="its name in benchmarks/results; written if everything was measured"
+        "--result",
+        help="a name in benchmarks/results for what is measured; without it cpu_decode, if that is everything",
     )
     options = parser.parse_args()
     if options.layers < 4 or options.layers % 4 or min(options.threads, options.rounds) < 1:
@@ -124,10 +125,10 @@ def main() -> None:
         "read_gb_per_s": round(bandwidth / 1e9, 2),
         "read_gb_per_s_at_times": [round(rate / 1e9, 2) for rate in rates], "rows": rows,
     }  # fmt: skip
-    if options.only or set(options.parts) != set(PARTS):
-        console.print("not everything was measured, so nothing is written")
+    if not options.result and (options.only or set(options.parts) != set(PARTS)):
+        console.print("not everything was measured, so nothing is written without --result")
     else:
-        console.print(f"written: {save(options.result, result)}")
+        console.print(f"written: {save(options.result or 'cpu_decode', result)}")
 
 
 if __name__ == "__main__":

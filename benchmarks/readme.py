@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu_report, real_report
@@ -15,6 +17,7 @@ from benchmarks.environment import RESULTS, ROOT
 
 README = ROOT / "README.md"
 COMPARISON = ROOT / "docs" / "comparison.md"
+CPU = ROOT / "docs" / "cpu.md"
 ARCHITECTURES = ROOT / "docs" / "architectures.md"
 
 
@@ -139,11 +142,11 @@ def gpu_decode() -> str:
     )
 
 
-def cpu_decode() -> str:
-    """CPUs beside llama.cpp."""
-    measured = result("cpu_decode")
+def cpu_decode(name: str = "cpu_decode", root: str = "") -> str:
+    """A CPU beside llama.cpp; ``root`` is the way from the page to the repository."""
+    measured = result(name)
     tables = "\n\n".join(_table(*made(measured["rows"])) for made in (cpu_report.models, cpu_report.products))
-    return f"{tables}\n\n{cpu_report.machine(measured)} ([cpu_decode.json](benchmarks/results/cpu_decode.json))."
+    return f"{tables}\n\n{cpu_report.machine(measured)} ([{name}.json]({root}benchmarks/results/{name}.json))."
 
 
 def reference_table() -> str:
@@ -261,10 +264,11 @@ BLOCKS: Blocks = {
     "demo": demo, "real_model": real_model, "real_pairs": real_pairs, "sizes": sizes, "cost": cost, "codec": codec, "gpu_kernels": gpu_kernels,
     "gpu_decode": gpu_decode, "cpu_decode": cpu_decode, "reference_table": reference_table, "ablation": ablation,
 }  # fmt: skip
-PAGES = {
+PAGES: Mapping[Path, Blocks] = {
     README: BLOCKS,
     COMPARISON: {"reference_calibrated": reference_calibrated},
     ARCHITECTURES: {"architectures": architectures},
+    CPU: {"cpu_decode_avx512": partial(cpu_decode, "cpu_decode_avx512", "../")},
 }
 
 

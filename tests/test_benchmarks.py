@@ -22,6 +22,7 @@ from kappaquant.formats.codebook import BITS
         "cpu_encode",
         "activations",
         "cpu_decode",
+        "cpu_decode_avx512",
     ],
 )
 def test_results_say_what_they_ran_on(name: str) -> None:

@@ -1,6 +1,7 @@
 // Runs the native core on what it reads, for builds that Python cannot load: another processor's, or one with sanitizers. From stdin come
-// "products", with numbers, signs, and two weights of experts with a bias for the first, "encoding", with a weight and tables, or
-// "feedback", with tables and a group of inputs; to stdout goes what the functions made of them. Each array is allocated at its exact size, so that a byte read beyond it is seen.
+// "products", with numbers, signs, and two weights of experts with a bias for the first, "encoding", with a weight and tables, "feedback",
+// with tables and a group of inputs, or "stepping", with the layers of a step; to stdout goes what the functions made of them. Each array is
+// allocated at its exact size, so that a byte read beyond it is seen.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +12,7 @@
 #include "core.h"
 #include "encode.h"
 #include "feedback.h"
+#include "step.h"
 
 extern "C" {
 void kq_encode(int32_t, int32_t, const kq::Encoding*);
@@ -24,6 +26,10 @@ void kq_grouped(int32_t, int32_t, const kq::Weight*, const int8_t*, const float*
                 int64_t, float*);
 void kq_experts(int32_t, int32_t, const kq::Weight*, const kq::Weight*, const int8_t*, const float*, const float*, const float*,
                 const int64_t*, const float*, int64_t, int64_t, const float*, void*, int32_t);
+void kq_attention(int32_t, int32_t, const kq::Hidden*, const kq::Attention*, const kq::Rotary*, const kq::Cache*, int64_t);
+void kq_deltanet(int32_t, int32_t, const kq::Hidden*, const kq::DeltaNet*, void*, int32_t, int64_t, float*);
+void kq_mlp(int32_t, int32_t, const kq::Hidden*, const kq::Mlp*);
+void kq_moe(int32_t, int32_t, const kq::Hidden*, const kq::Moe*);
 }
 
 namespace {
@@ -147,6 +153,67 @@ int multiply(int32_t level) {
   return 0;
 }
 
+template <class T>
+void give(const T* values, int64_t count) {
+  std::fwrite(values, sizeof(T), static_cast<size_t>(count), stdout);
+}
+
+// All of a step, of 16-bit matrices in attention and float32 ones elsewhere, with float32 inputs.
+int step(int32_t level) {
+  const auto n = take<int64_t>(13);
+  const int64_t tokens = n[0], size = n[1], heads = n[2], kv = n[3], dim = n[4], room = n[5], slot = n[6], key_heads = n[7], value_heads = n[8],
+                key_dim = n[9], value_dim = n[10], taps = n[11], k = n[12];
+  const auto x = take<float>(tokens * size), gain = take<float>(size), head_gain = take<float>(dim), value_gain = take<float>(value_dim);
+  std::vector<float> out(static_cast<size_t>(tokens * size));
+  const kq::Hidden hidden = {x.get(), out.data(), tokens, size, kq::kFloat32, 1};
+  const kq::Norm before = {gain.get(), 1e-5f, kq::kFloat32, 0, 0}, over_heads = {head_gain.get(), 1e-5f, kq::kFloat32, 1, 0};
+  std::vector<std::unique_ptr<uint16_t[]>> halves;
+  std::vector<std::unique_ptr<float[]>> wholes;
+  const auto half = [&](int64_t rows, int64_t in) {
+    halves.push_back(take<uint16_t>(rows * in));
+    return kq::Matrix{{}, halves.back().get(), nullptr, nullptr, rows, in, kq::kBfloat16, 0};
+  };
+  const auto whole = [&](int64_t rows, int64_t in) {
+    wholes.push_back(take<float>(rows * in));
+    return kq::Matrix{{}, wholes.back().get(), nullptr, nullptr, rows, in, kq::kFloat32, 0};
+  };
+  {
+    const kq::Matrix q = half(2 * heads * dim, size), key = half(kv * dim, size), value = half(kv * dim, size), last = half(size, heads * dim);
+    const kq::Attention layer = {q, key, value, last, before, over_heads, over_heads, heads, kv, dim, 0.3f, 1};
+    const auto cos = take<float>(dim / 2), sin = take<float>(dim / 2);
+    const auto keys = take<uint16_t>(tokens * kv * room * dim), values = take<uint16_t>(tokens * kv * room * dim);
+    const auto mask = take<float>(tokens * room);
+    const kq::Cache cache = {keys.get(), values.get(), {kv * room * dim, room * dim, dim}, {kv * room * dim, room * dim, dim},
+                             mask.get(), room,         kq::kFloat16,                       kq::kFloat32};
+    const kq::Rotary rotary = {cos.get(), sin.get(), dim / 2, 0};
+    kq_attention(level, 2, &hidden, &layer, &rotary, &cache, slot);
+    give(out);
+  }
+  {
+    const int64_t columns = value_heads * value_dim, channels = 2 * key_heads * key_dim + columns;
+    const kq::Matrix qkv = whole(channels, size), z = whole(columns, size), b = whole(value_heads, size), a = whole(value_heads, size),
+                     last = whole(size, columns);
+    const auto conv = take<float>(channels * taps), a_log = take<float>(value_heads), dt_bias = take<float>(value_heads);
+    const kq::DeltaNet layer = {qkv, z, b, a, last, before, {value_gain.get(), 1e-5f, kq::kFloat32, 0, 0}, conv.get(), nullptr, a_log.get(),
+                                dt_bias.get(), key_heads, value_heads, key_dim, value_dim, taps, kq::kFloat32, kq::kFloat32, kq::kFloat32, 0};
+    const auto window = take<uint16_t>(tokens * channels * taps);
+    const auto state = take<float>(tokens * value_heads * key_dim * value_dim);
+    kq_deltanet(level, 2, &hidden, &layer, window.get(), kq::kBfloat16, taps, state.get());
+    give(out);
+    give(state.get(), tokens * value_heads * key_dim * value_dim);
+  }
+  const Held gate_up = take_weight(), down = take_weight();
+  const int64_t inner = gate_up.weight.rows / 2;
+  kq::Mlp mlp = {whole(inner, size), whole(inner, size), whole(size, inner), before};
+  kq_mlp(level, 2, &hidden, &mlp);
+  give(out);
+  const kq::Matrix router = whole(gate_up.weight.experts, size), one = whole(1, size);
+  const kq::Moe moe = {router, one, mlp, gate_up.weight, down.weight, gate_up.signs.get(), down.signs.get(), k, 1, 0};
+  kq_moe(level, 2, &hidden, &moe);
+  give(out);
+  return 0;
+}
+
 }  // namespace
 
 int main() {
@@ -155,5 +222,6 @@ int main() {
   if (level == kq_levels()) return 3;
   const auto what = take<char>(8);
   if (std::memcmp(what.get(), "encoding", 8) == 0) return encode(level);
-  return std::memcmp(what.get(), "feedback", 8) == 0 ? feed_back(level) : multiply(level);
+  if (std::memcmp(what.get(), "feedback", 8) == 0) return feed_back(level);
+  return std::memcmp(what.get(), "stepping", 8) == 0 ? step(level) : multiply(level);
 }

@@ -9,7 +9,7 @@
 namespace kq {
 
 constexpr int64_t kChunkBytes = 1 << 15;  // of a matrix that one job reads at least
-constexpr int64_t kMostRows = 256;        // of one job
+constexpr int64_t kMostJobRows = 256;     // of one job
 constexpr int64_t kJobs = 8;              // for each thread, where there are rows enough
 
 inline Table table_of(const Weight& w) {
@@ -41,7 +41,7 @@ struct Prepared {
 inline int64_t rows_of_a_job(int64_t row_bytes, int64_t fair) {
   int64_t rows = ((fair > kChunkBytes ? fair : kChunkBytes) + row_bytes - 1) / row_bytes;
   rows = (rows + 3) / 4 * 4;
-  return rows < kMostRows ? rows : kMostRows;
+  return rows < kMostJobRows ? rows : kMostJobRows;
 }
 
 // Rows [first, last) of a matrix times some tokens, into out[token][row - first]; `room` has `product_room` bytes.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Iterator
+from ctypes.util import find_library
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,12 @@ def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
         _fields_ = (("more", library.c_int64),)
 
     monkeypatch.setattr(library, "Weight", Longer)
+    assert "of another version of kappaquant; install the package again" in library.absence()
+
+
+@pytest.mark.skipif(find_library("m") is None, reason="another library is needed")
+def test_a_library_without_its_functions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_path", lambda: find_library("m"))
     assert "of another version of kappaquant; install the package again" in library.absence()
 
 

@@ -19,7 +19,10 @@ from kappaquant.formats.codebook import BITS, CodebookFormat
 from kappaquant.formats.search import SCALES
 from kappaquant.formats.signs import GROUP_SIZES, signs
 from kappaquant.kernels import dispatch
-from kappaquant.kernels.cpu import encoder, library
+from kappaquant.kernels.base import Arranged
+from kappaquant.kernels.cpu import encoder, library, step
+from kappaquant.kernels.cpu.native import weight_of
+from kappaquant.kernels.cpu.structures import Attention, DeltaNet, Matrix, Mlp, Moe
 from kappaquant.quantizing.rounding import groups
 
 pytestmark = pytest.mark.slow
@@ -103,6 +106,69 @@ def test_products(command: list[str], fmt: CodebookFormat) -> None:
         truth = expected[number % 3].flatten()
         error = float((part - truth).norm() / truth.norm())
         assert error < (0.03 if number < 3 else 2e-6 * inputs**0.5), number
+
+
+@pytest.mark.parametrize(("dim", "value_dim", "slot"), [(20, 35, 3), (32, 64, 300)])
+@pytest.mark.skipif(bool(library.absence()), reason=library.absence())
+def test_steps(command: list[str], dim: int, value_dim: int, slot: int) -> None:
+    """Against this processor's core, which is tested against torch."""
+    tokens, size, heads, kv, key_heads, value_heads, key_dim, taps, inner, k = 2, 76, 6, 2, 2, 4, 24, 4, 40, 2
+    room, columns, dtype = slot + 2, value_heads * value_dim, torch.bfloat16
+    channels = 2 * key_heads * key_dim + columns
+    given: list[bytes] = []
+
+    def made(*shape: int, of: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        tensor = (numbers(*shape, seed=len(given)) * scale).to(of)
+        given.append(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return tensor
+
+    def matrix(rows: int, inputs: int, of: torch.dtype = torch.float32) -> Matrix:
+        kept.append(made(rows, inputs, of=of, scale=inputs**-0.5))
+        return step.plain_matrix(kept[-1], None)
+
+    kept: list[Tensor] = []
+    x, gain, head_gain, value_gain = made(tokens, size), made(size), made(dim), made(value_dim)
+    before, over_heads = step.norm(gain, 1e-5, False), step.norm(head_gain, 1e-5, True)
+    rows = (2 * heads * dim, kv * dim, kv * dim)
+    attention = Attention(
+        *(matrix(count, size, dtype) for count in rows), matrix(size, heads * dim, dtype), before, over_heads, over_heads, heads,
+        kv, dim, 0.3, 1,
+    )  # fmt: skip
+    cos, sin = (made(1, 1, dim // 2) for _ in range(2))
+    keys, values = (made(tokens, kv, room, dim, of=torch.float16) for _ in range(2))
+    mask = made(tokens, 1, 1, room)
+    inputs = [matrix(count, size) for count in (channels, columns, value_heads, value_heads)]
+    last, conv, a_log, dt_bias = matrix(size, columns), made(channels, 1, taps), made(value_heads), made(value_heads)
+    delta_net = DeltaNet(
+        *inputs, last, before, step.norm(value_gain, 1e-5, False), conv.data_ptr(), None, a_log.data_ptr(), dt_bias.data_ptr(),
+        key_heads, value_heads, key_dim, value_dim, taps,
+    )  # fmt: skip
+    window, state = made(tokens, channels, taps, of=dtype), made(tokens, value_heads, key_dim, value_dim)
+    packed = []
+    for shape, fmt in (
+        ((EXPERTS, 2 * inner, size), CodebookFormat(3, 64)),
+        ((EXPERTS, size, inner), CodebookFormat(4, 32)),
+    ):
+        weight = numbers(*shape, seed=len(given)) * shape[-1] ** -0.5
+        given.append(stored(fmt, weight)[0])
+        packed.append(Arranged(fmt, shape, tuple(codec.encode(weight, fmt, "fast").parts.values())))
+    mlp = Mlp(matrix(inner, size), matrix(inner, size), matrix(size, inner), before)
+    moe = Moe(
+        matrix(EXPERTS, size), matrix(1, size), mlp, *map(weight_of, packed),
+        *(library.signs_of(each.fmt.step).data_ptr() for each in packed), k, 1,
+    )  # fmt: skip
+    sizes = (tokens, size, heads, kv, dim, room, slot, key_heads, value_heads, key_dim, value_dim, taps, k)
+    found = driven(command, b"stepping" + struct.pack("<13q", *sizes) + b"".join(given))
+
+    stepper, rows_of = step.Stepper(True, library.core()), x[:, None]
+    expected = [
+        stepper.attention(rows_of, attention, (cos, sin), step.cache_of(keys, values), slot, mask),
+        stepper.delta_net(rows_of, delta_net, window, state), state, stepper.mlp_(rows_of.clone(), mlp),
+        stepper.mlp_(rows_of.clone(), moe),
+    ]  # fmt: skip
+    parts = torch.frombuffer(bytearray(found), dtype=torch.float32).split([part.numel() for part in expected])
+    for number, (part, truth) in enumerate(zip(parts, expected, strict=True)):
+        assert float((part - truth.flatten()).norm() / truth.norm()) < 1e-5, number
 
 
 def hard(fmt: CodebookFormat) -> Tensor:
