@@ -9,13 +9,15 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
+from kappaquant.kernels.cpu.threads import core_only
+from kappaquant.runtime.fused.native import NativeLayer
 from kappaquant.runtime.graphs import Graph
 from kappaquant.runtime.own_generate import OwnGenerate
 from kappaquant.runtime.prompts import check_prompt, check_room, check_step, device_of
@@ -104,6 +106,7 @@ class Decoder:
             self._refuse(f"the model is on {self.device}")
         self.cache, self._slots = make_cache(self.config, self.max_length)
         self._masks = Masks(self.config, batch, self.max_length, self._embedded_dtype(), self.device)
+        self._native = any(isinstance(vars(module).get("forward"), NativeLayer) for module in model.modules())
         self._tokens = torch.zeros_like(self._positions)
         self._slot = torch.zeros(1, dtype=torch.int64, device=self.device)
 
@@ -168,7 +171,10 @@ class Decoder:
         if self._want_graph and slots not in self._graphs:
             self._capture(slots)
         self._graph = self._graphs.get(slots)
-        return self._graph.replay() if self._graph else self._step(slots)
+        if self._graph:
+            return self._graph.replay()
+        with core_only() if self._native else nullcontext():
+            return self._step(slots)
 
     def _step(self, slots: int) -> Tensor:
         """What is captured: reads and advances the static tensors only."""

@@ -6,12 +6,14 @@ draws take.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
+from kappaquant.kernels.cpu.threads import core_only
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class Sampler:
     @torch.no_grad()
     def __call__(self, logits: Tensor) -> Tensor:
         """Logits [B, V] -> tokens, int64 [B]."""
+        with core_only() if logits.device.type == "cpu" else nullcontext():
+            return self._drawn(logits)
+
+    def _drawn(self, logits: Tensor) -> Tensor:
         chosen = self.options
         if chosen.temperature == 0:
             return logits.argmax(-1)

@@ -13,6 +13,7 @@ from kappaquant.formats import codec
 from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat
 from kappaquant.kernels.base import Arranged, Kernel, Use
+from kappaquant.kernels.cpu import threads
 from kappaquant.kernels.cpu.library import DTYPES, absence, core, signs_of
 from kappaquant.kernels.cpu.structures import Weight
 
@@ -68,7 +69,7 @@ class Native(Kernel):
             places = (made[0].data_ptr(), None, None, None)
         native = core(self._level)
         native.library.kq_prepare(
-            native.level, torch.get_num_threads(), x.data_ptr(), DTYPES[x.dtype], tokens, inputs, groups, fmt.group_size,
+            native.level, threads.count(), x.data_ptr(), DTYPES[x.dtype], tokens, inputs, groups, fmt.group_size,
             signs_of(fmt.group_size).data_ptr(), *places,
         )  # fmt: skip
         return made
@@ -82,7 +83,7 @@ class Native(Kernel):
         added = None if bias is None else bias.detach().float().contiguous()
         native = core(self._level)
         native.library.kq_linear(
-            native.level, torch.get_num_threads(), byref(held), *_places(prepared), x.shape[0],
+            native.level, threads.count(), byref(held), *_places(prepared), x.shape[0],
             None if added is None else added.data_ptr(), y.data_ptr(), DTYPES[y.dtype],
         )  # fmt: skip
         return y.to(x.dtype)
@@ -93,7 +94,7 @@ class Native(Kernel):
         y = torch.empty(*index.shape, weight.shape[-2])
         native = core(self._level)
         native.library.kq_grouped(
-            native.level, torch.get_num_threads(), byref(held), *_places(prepared), index.data_ptr(), *index.shape,
+            native.level, threads.count(), byref(held), *_places(prepared), index.data_ptr(), *index.shape,
             y.data_ptr(),
         )  # fmt: skip
         return y
@@ -112,7 +113,7 @@ class Native(Kernel):
         y = torch.empty(x.shape, dtype=x.dtype if x.dtype in DTYPES else torch.float32)
         native = core(self._level)
         native.library.kq_experts(
-            native.level, torch.get_num_threads(), byref(first), byref(second), *_places(prepared), index.data_ptr(),
+            native.level, threads.count(), byref(first), byref(second), *_places(prepared), index.data_ptr(),
             weights.data_ptr(), *index.shape, signs_of(down.fmt.step).data_ptr(), y.data_ptr(), DTYPES[y.dtype],
         )  # fmt: skip
         return y.to(x.dtype)

@@ -57,3 +57,16 @@ void leave(int threads, const Hidden& hidden, const float* found) {
 }
 
 }  // namespace kq
+
+using namespace kq;
+
+// x [tokens, in] times a matrix: out [tokens, rows], both of the hidden states' dtype.
+KQ_API void kq_apply(int32_t level, int32_t threads, const Hidden* hidden, const Matrix* matrix) {
+  const Level& with = *levels()[level];
+  std::vector<float> found(static_cast<size_t>(hidden->tokens * matrix->rows));
+  Reading reading(with, threads, floats_of(hidden->x, hidden->dtype, hidden->tokens * hidden->size), hidden->tokens, hidden->exact != 0);
+  Products products(with, threads);
+  reading.add(products, *matrix, found.data());
+  products.run();
+  write(found.data(), hidden->tokens * matrix->rows, hidden->out, static_cast<Dtype>(hidden->dtype), 0);
+}

@@ -9,10 +9,11 @@ inline F16 vector_of(float value) {
   return v;
 }
 
+// in a tree, whose additions do not wait for each other
 inline float total_of(F16 v) {
-  float sum = 0;
-  for (int i = 0; i < 16; ++i) sum += v[i];
-  return sum;
+  for (int h = 8; h > 0; h /= 2)
+    for (int i = 0; i < h; ++i) v[i] += v[i + h];
+  return v[0];
 }
 
 // Values i to i + 15 of an array in a dtype of numbers.h.
@@ -99,26 +100,68 @@ void gated(const float* gate, const float* up, int64_t count, float* out) {
   }
 }
 
+// As many floats as the instruction set's registers hold: compilers keep larger vectors in memory, where whole matrices take too long.
+constexpr int kWide = sizeof(Lanes::Floats) / sizeof(float);
+typedef float Wide __attribute__((vector_size(4 * kWide)));
+typedef int32_t WideInts __attribute__((vector_size(4 * kWide)));
+typedef uint16_t WideHalves __attribute__((vector_size(2 * kWide)));
+
+inline Wide load_wide(const float* p) {
+  Wide v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline float total_of_wide(Wide v) {
+  for (int h = kWide / 2; h > 0; h /= 2)
+    for (int i = 0; i < h; ++i) v[i] += v[i + h];
+  return v[0];
+}
+
+// 32 values of an array
+template <int DTYPE>
+inline void load32(const void* from, int64_t i, Wide* to) {
+  alignas(64) float halves[32];
+  if constexpr (DTYPE == 2)
+    for (int half = 0; half < 32; half += 16) Lanes::halves(static_cast<const uint16_t*>(from) + i + half, halves + half);
+  for (int part = 0; part < 32 / kWide; ++part) {
+    if constexpr (DTYPE == 1) {
+      WideHalves some;
+      std::memcpy(&some, static_cast<const uint16_t*>(from) + i + part * kWide, sizeof some);
+      const WideInts bits = __builtin_convertvector(some, WideInts) << 16;
+      std::memcpy(to + part, &bits, sizeof bits);
+    } else {
+      to[part] = load_wide((DTYPE == 2 ? halves : static_cast<const float*>(from) + i) + part * kWide);
+    }
+  }
+}
+
 template <int DTYPE, int T>
 void dense_rows(const void* matrix, int64_t in, int64_t first, int64_t last, const float* const* x, float* const* out) {
+  constexpr int kParts = 32 / kWide;
   for (int64_t row = first; row < last; ++row) {
-    F16 acc[T][2] = {};
+    Wide acc[T][kParts] = {};
     const int64_t start = row * in;
     int64_t i = 0;
     for (; i + 32 <= in; i += 32) {
       constexpr int64_t kSize = DTYPE == 0 ? 4 : 2;
       __builtin_prefetch(static_cast<const uint8_t*>(matrix) + (start + i) * kSize + kAhead);
-      for (int half = 0; half < 2; ++half) {
-        const F16 weights = values16<DTYPE>(matrix, start + i + 16 * half);
-        for (int t = 0; t < T; ++t) acc[t][half] += weights * load16(x[t] + i + 16 * half);
-      }
+      Wide weights[kParts];
+      load32<DTYPE>(matrix, start + i, weights);
+      for (int t = 0; t < T; ++t)
+        for (int part = 0; part < kParts; ++part) acc[t][part] += weights[part] * load_wide(x[t] + i + part * kWide);
     }
+    float rest[T] = {};
     for (; i < in; i += 16) {
       const int64_t left = least(16, in - i);
       const F16 weights = values_left<DTYPE>(matrix, start + i, left);
-      for (int t = 0; t < T; ++t) acc[t][0] += weights * floats_left(x[t] + i, left);
+      for (int t = 0; t < T; ++t) rest[t] += total_of(weights * floats_left(x[t] + i, left));
     }
-    for (int t = 0; t < T; ++t) out[t][row - first] = total_of(acc[t][0] + acc[t][1]);
+    for (int t = 0; t < T; ++t) {
+      for (int h = kParts / 2; h > 0; h /= 2)
+        for (int part = 0; part < h; ++part) acc[t][part] += acc[t][part + h];
+      out[t][row - first] = total_of_wide(acc[t][0]) + rest[t];
+    }
   }
 }
 
@@ -142,19 +185,24 @@ void attend_heads(const Slots& slots, const float* queries, Attended& to, int he
   float best[R];
   for (int r = 0; r < R; ++r) best[r] = kLowest;
   for (int64_t s = 0; s < count; ++s) {
-    F16 acc[R] = {};
+    Wide acc[R] = {};
+    float rest[R] = {};
     const int64_t at = s * slots.key_stride;
-    for (int64_t i = 0; i < dim; i += 16) {
-      const int64_t left = dim - i;
-      const F16 key = left >= 16 ? values16<DTYPE>(slots.keys, at + i) : values_left<DTYPE>(slots.keys, at + i, left);
-      for (int r = 0; r < R; ++r) {
-        const float* q = queries + (head + r) * dim + i;
-        acc[r] += key * (left >= 16 ? load16(q) : floats_left(q, left));
-      }
+    int64_t i = 0;
+    for (; i + 32 <= dim; i += 32) {
+      Wide key[32 / kWide];
+      load32<DTYPE>(slots.keys, at + i, key);
+      for (int r = 0; r < R; ++r)
+        for (int part = 0; part < 32 / kWide; ++part) acc[r] += key[part] * load_wide(queries + (head + r) * dim + i + part * kWide);
+    }
+    for (; i < dim; i += 16) {
+      const int64_t left = least(16, dim - i);
+      const F16 key = values_left<DTYPE>(slots.keys, at + i, left);
+      for (int r = 0; r < R; ++r) rest[r] += total_of(key * floats_left(queries + (head + r) * dim + i, left));
     }
     const float added = slots.added ? slots.added[s] : 0.0f;
     for (int r = 0; r < R; ++r) {
-      const float score = total_of(acc[r]) + added;
+      const float score = total_of_wide(acc[r]) + rest[r] + added;
       scores[r * count + s] = score;
       best[r] = score > best[r] ? score : best[r];
     }
@@ -172,15 +220,24 @@ void attend_heads(const Slots& slots, const float* queries, Attended& to, int he
     to.best[head + r] = best[r];
     to.totals[head + r] = total_of(sum);
   }
-  for (int64_t i = 0; i < slots.value_dim; i += 16) {
-    const int64_t left = least(16, slots.value_dim - i);
-    F16 acc[R] = {};
-    for (int64_t s = 0; s < count; ++s) {
-      const int64_t at = s * slots.value_stride + i;
-      const F16 value = left == 16 ? values16<DTYPE>(slots.values, at) : values_left<DTYPE>(slots.values, at, left);
-      for (int r = 0; r < R; ++r) acc[r] += value * scores[r * count + s];
+  for (int r = 0; r < R; ++r) {
+    const float* of = scores + r * count;
+    float* out = to.sums + (head + r) * slots.value_dim;
+    int64_t i = 0;
+    for (; i + 32 <= slots.value_dim; i += 32) {
+      Wide acc[32 / kWide] = {}, value[32 / kWide];
+      for (int64_t s = 0; s < count; ++s) {
+        load32<DTYPE>(slots.values, s * slots.value_stride + i, value);
+        for (int part = 0; part < 32 / kWide; ++part) acc[part] += value[part] * of[s];
+      }
+      std::memcpy(out + i, acc, sizeof acc);
     }
-    for (int r = 0; r < R; ++r) store_left(to.sums + (head + r) * slots.value_dim + i, acc[r], left);
+    for (; i < slots.value_dim; i += 16) {
+      const int64_t left = least(16, slots.value_dim - i);
+      F16 acc = {};
+      for (int64_t s = 0; s < count; ++s) acc += values_left<DTYPE>(slots.values, s * slots.value_stride + i, left) * of[s];
+      store_left(out + i, acc, left);
+    }
   }
 }
 
@@ -188,7 +245,11 @@ template <int DTYPE>
 void attend_of(const Slots& slots, const float* queries, int heads, Attended& to, float* scores) {
   int head = 0;
   for (; head + 4 <= heads; head += 4) attend_heads<DTYPE, 4>(slots, queries, to, head, scores);
-  for (; head < heads; ++head) attend_heads<DTYPE, 1>(slots, queries, to, head, scores);
+  switch (heads - head) {
+    case 1: return attend_heads<DTYPE, 1>(slots, queries, to, head, scores);
+    case 2: return attend_heads<DTYPE, 2>(slots, queries, to, head, scores);
+    case 3: return attend_heads<DTYPE, 3>(slots, queries, to, head, scores);
+  }
 }
 
 void attend(const Slots& slots, const float* queries, int heads, Attended& to, float* scores) {
@@ -196,34 +257,41 @@ void attend(const Slots& slots, const float* queries, int heads, Attended& to, f
   of(slots, queries, heads, to, scores);
 }
 
-// The delta rule in columns [at, at + 16 * W) of a state, which do not depend on others. `left` columns of the last vector exist.
-template <int W, bool kWhole>
+// The delta rule in some columns of a state from `at` on, which do not depend on others: W vectors, or one of which only `left` columns exist.
+template <class Vector, int W, bool kWhole>
 void delta_columns(float* state, int64_t dk, int64_t dv, int64_t at, int64_t left, const float* q, const float* k, const float* v, float qk,
                    float decay, float beta, float* out) {
-  const auto get = [&](const float* from) { return kWhole ? load16(from) : floats_left(from, left); };
-  const auto put = [&](float* to, F16 value) { kWhole ? store16(to, value) : store_left(to, value, left); };
-  F16 read[W] = {}, known[W] = {}, missing[W];
+  constexpr int kLanes = sizeof(Vector) / sizeof(float);
+  const auto size = kWhole ? sizeof(Vector) : sizeof(float) * static_cast<size_t>(left);
+  const auto get = [&](const float* from) {
+    Vector value = {};
+    std::memcpy(&value, from, size);
+    return value;
+  };
+  Vector read[W] = {}, known[W] = {}, missing[W];
   for (int64_t i = 0; i < dk; ++i)
     for (int w = 0; w < W; ++w) {
-      const F16 row = get(state + i * dv + at + 16 * w);
+      const Vector row = get(state + i * dv + at + kLanes * w);
       read[w] += row * q[i];
       known[w] += row * k[i];
     }
   for (int w = 0; w < W; ++w) {
-    missing[w] = (get(v + at + 16 * w) - known[w] * decay) * beta;
-    put(out + at + 16 * w, read[w] * decay + missing[w] * qk);
+    missing[w] = (get(v + at + kLanes * w) - known[w] * decay) * beta;
+    const Vector found = read[w] * decay + missing[w] * qk;
+    std::memcpy(out + at + kLanes * w, &found, size);
   }
   for (int64_t i = 0; i < dk; ++i)
     for (int w = 0; w < W; ++w) {
-      float* row = state + i * dv + at + 16 * w;
-      put(row, get(row) * decay + missing[w] * k[i]);
+      float* row = state + i * dv + at + kLanes * w;
+      const Vector next = get(row) * decay + missing[w] * k[i];
+      std::memcpy(row, &next, size);
     }
 }
 
 // One token of the gated delta rule, in the state [dk, dv] of one head: of decay and k, v what is missing in the state is added, and q reads
 // it.
 void delta(float* state, int64_t dk, int64_t dv, const float* q, const float* k, const float* v, float decay, float beta, float* out) {
-  constexpr int kVectors = sizeof(Lanes::Floats) == 64 ? 8 : 2;  // as many as stay in registers, twice
+  constexpr int kVectors = kWide == 16 ? 8 : 4;  // as many as stay in registers, twice
   for (int64_t i = 0; i < dk * dv; i += 16) __builtin_prefetch(state + i, 1, 2);  // in order, as columns are not
   F16 product = {};
   for (int64_t i = 0; i < dk; i += 16) {
@@ -232,7 +300,7 @@ void delta(float* state, int64_t dk, int64_t dv, const float* q, const float* k,
   }
   const float qk = total_of(product);
   int64_t at = 0;
-  for (; at + 16 * kVectors <= dv; at += 16 * kVectors)
-    delta_columns<kVectors, true>(state, dk, dv, at, 16, q, k, v, qk, decay, beta, out);
-  for (; at < dv; at += 16) delta_columns<1, false>(state, dk, dv, at, least(16, dv - at), q, k, v, qk, decay, beta, out);
+  for (; at + kWide * kVectors <= dv; at += kWide * kVectors)
+    delta_columns<Wide, kVectors, true>(state, dk, dv, at, 0, q, k, v, qk, decay, beta, out);
+  for (; at < dv; at += 16) delta_columns<F16, 1, false>(state, dk, dv, at, least(16, dv - at), q, k, v, qk, decay, beta, out);
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats.codebook import CodebookFormat
 from kappaquant.kernels.base import Arranged
+from kappaquant.kernels.cpu import threads
 from kappaquant.kernels.cpu.library import DTYPES, Core, signs_of
 from kappaquant.kernels.cpu.native import weight_of
 from kappaquant.kernels.cpu.structures import Attention, Cache, DeltaNet, Hidden, Matrix, Mlp, Moe, Norm, Rotary
@@ -135,6 +136,12 @@ class Stepper:
         )  # fmt: skip
         return out
 
+    def apply(self, x: Tensor, matrix: Matrix) -> Tensor:
+        """x [B, 1, hidden] times a matrix, [B, 1, rows] in x's dtype."""
+        out = x.new_empty(*x.shape[:-1], matrix.rows)
+        self.native.library.kq_apply(*self._call(x, out), addressof(matrix))
+        return out
+
     def mlp_(self, x: Tensor, layer: Mlp | Moe) -> Tensor:
         """x + the MLP, or experts, of its norm, in place."""
         call = self.native.library.kq_moe if isinstance(layer, Moe) else self.native.library.kq_mlp
@@ -143,7 +150,7 @@ class Stepper:
 
     def _call(self, x: Tensor, out: Tensor) -> tuple[Any, ...]:
         hidden = Hidden(x.data_ptr(), out.data_ptr(), x.shape[0], x.shape[-1], DTYPES[x.dtype], self.exact)
-        return self.native.level, torch.get_num_threads(), byref(hidden)
+        return self.native.level, threads.count(), byref(hidden)
 
 
 def _rotary(rotary: tuple[Tensor, Tensor]) -> Rotary:

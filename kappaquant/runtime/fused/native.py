@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.kernels.cpu import step
-from kappaquant.kernels.cpu.library import DTYPES, absence
+from kappaquant.kernels.cpu.library import DTYPES, absence, core
 from kappaquant.kernels.cpu.structures import Attention, Cache, DeltaNet
 from kappaquant.runtime.fused.description import Description, known
 from kappaquant.runtime.packed import PackedWeight
@@ -24,6 +24,8 @@ from kappaquant.runtime.recurrent import PromptMixer
 from kappaquant.runtime.static_cache import ATTENTION
 
 logger = logging.getLogger("kappaquant")
+
+_FEW = 8  # tokens that a matrix is read once for, or twice
 
 
 def fuse(model: nn.Module) -> list[str]:
@@ -48,6 +50,9 @@ def fuse(model: nn.Module) -> list[str]:
         if hasattr(layer, "linear_attn") and PromptMixer.refusal(layer.linear_attn) is None:
             layer.linear_attn.forward = PromptMixer(layer.linear_attn)
         fused.append(name)
+    head = getattr(model, "get_output_embeddings", lambda: None)() if fused else None
+    if type(head) is nn.Linear:
+        vars(head).update(forward=NativeHead(head))
     for why, names in unfused.items():
         logger.warning("%s%s: not fused: %s", names[0], f" and {len(names) - 1} more" if names[1:] else "", why)
     return fused
@@ -126,6 +131,31 @@ class NativeLayer:
             self._cache = step.cache_of(keys, values)
         held.cumulative_length.add_(1)
         return stepper.attention(x, layer, rotary, self._cache, slot, mask)
+
+
+class NativeHead:
+    """``forward`` of a linear layer that is not packed, for few tokens: by the core's threads, not by torch's, which would stay awake.
+
+    Everything else goes to the layer's own.
+    """
+
+    def __init__(self, head: nn.Linear) -> None:
+        self._head = head
+
+    def __reduce__(self) -> tuple[type[NativeHead], tuple[nn.Linear]]:
+        return NativeHead, (self._head,)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> [..., vocabulary]."""
+        weight, bias = self._head.weight, self._head.bias
+        held = [tensor for tensor in (weight, bias, x) if tensor is not None]
+        plain = all(t.device.type == "cpu" and t.dtype in DTYPES and t.is_contiguous() for t in held)
+        fits = x.shape[-1] == weight.shape[1] and 0 < x.numel() // x.shape[-1] <= _FEW and type(self._head) is nn.Linear
+        if not plain or not fits or torch.is_grad_enabled():
+            return type(self._head).forward(self._head, x)
+        stepper = step.Stepper(True, core())
+        found = stepper.apply(x.view(-1, 1, x.shape[-1]), step.plain_matrix(weight, bias))
+        return found.view(*x.shape[:-1], -1)
 
 
 def _recurrent(stepper: step.Stepper, x: Tensor, layer: DeltaNet, held: Any) -> Tensor | None:

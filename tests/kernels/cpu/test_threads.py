@@ -1,0 +1,56 @@
+"""torch is kept to one thread for a while, and gets its own back, whoever leaves last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from threading import Barrier, Thread
+
+import pytest
+import torch
+
+from kappaquant.kernels.cpu import threads
+
+
+@pytest.fixture(autouse=True)
+def three() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_core_keeps_its_number() -> None:
+    assert threads.count() == 3
+    with threads.core_only():
+        assert (torch.get_num_threads(), threads.count()) == (1, 3)
+        with threads.core_only():
+            assert (torch.get_num_threads(), threads.count()) == (1, 3)
+        assert (torch.get_num_threads(), threads.count()) == (1, 3)
+    assert torch.get_num_threads() == threads.count() == 3
+
+
+def test_an_error_gives_it_back() -> None:
+    with pytest.raises(KeyError), threads.core_only():
+        raise KeyError
+    assert torch.get_num_threads() == 3
+
+
+def test_several_threads_may_be_inside_and_leave_in_any_order() -> None:
+    inside, left = Barrier(2, timeout=10), Barrier(2, timeout=10)
+    found: list[int] = []
+
+    def other() -> None:
+        with threads.core_only():
+            inside.wait()
+            left.wait()
+            found.append(threads.count())
+
+    thread = Thread(target=other)
+    thread.start()
+    with threads.core_only():
+        inside.wait()
+    found.append(threads.count())
+    left.wait()
+    thread.join()
+    assert found == [3, 3]
+    assert torch.get_num_threads() == threads.count() == 3
