@@ -9,13 +9,14 @@ from contextlib import contextmanager
 import torch
 
 _lock = threading.Lock()
-_inside = 0
-_number = 0
+_numbers: list[int] = []
+"""Of the threads of Python's that are inside."""
+_own = threading.local()
 
 
 def count() -> int:
-    """Threads of the core's products: as many as torch had before ``core_only``."""
-    return _number or torch.get_num_threads()
+    """Threads of the core's products: as many as torch had in this thread before ``core_only``."""
+    return getattr(_own, "number", 0) or torch.get_num_threads()
 
 
 @contextmanager
@@ -23,19 +24,23 @@ def core_only() -> Iterator[None]:
     """Let only the core's products have several threads.
 
     Threads of torch's look for work for some milliseconds after each operation that they shared, on the processors that the core's then
-    have to do without. For operations between products that is more than they gain. Several threads may be inside at once.
+    have to do without. For operations between products that is more than they gain. Several threads of Python's may be inside at once:
+    torch keeps a number for each, and gives a new one that of the thread which was told last.
     """
-    global _inside, _number
+    if getattr(_own, "number", 0):
+        yield
+        return
     with _lock:
-        _inside += 1
-        if _inside == 1:
-            _number = torch.get_num_threads()
-            torch.set_num_threads(1)
+        number = torch.get_num_threads()
+        if number == 1 and _numbers:  # that of a thread which is inside
+            number = _numbers[0]
+        _numbers.append(number)
+        torch.set_num_threads(1)
+    _own.number = number
     try:
         yield
     finally:
+        _own.number = 0
         with _lock:
-            _inside -= 1
-            if _inside == 0:
-                torch.set_num_threads(_number)
-                _number = 0
+            _numbers.remove(number)
+            torch.set_num_threads(number)
