@@ -124,9 +124,8 @@ class PromptMixer:
 def _convolved(x: Tensor, conv: Any) -> Tensor:
     """silu of the causal convolution of each channel, [B, channels, T] -> the same in x's dtype."""
     weight, bias = conv.weight, conv.bias
-    if (
-        x.device.type == "cpu"
-    ):  # where torch convolves channels one after another in 16 bits, several times slower than in 32
+    # there torch convolves channels one after another in 16 bits, several times slower than in 32
+    if x.device.type == "cpu":
         weight, bias = weight.float(), None if bias is None else bias.float()
     convolved = F.conv1d(x.to(weight.dtype), weight, bias, padding=weight.shape[-1] - 1, groups=x.shape[1])
     return F.silu(convolved[:, :, : x.shape[-1]]).to(x.dtype)

@@ -209,6 +209,8 @@ class Description:
             raise UnsupportedError("its experts are not packed in one format")
         self._inputs.append(experts.shared)
         count, _, inner = whole[1].shape
+        if not 0 < router.top_k <= count:
+            raise UnsupportedError(f"its router takes {router.top_k} of {count} experts")
         gate_up = self._packed(whole[0], count, 2 * inner, self.hidden)
         down = self._packed(whole[1], count, self.hidden, inner)
         shared, shared_gate = Mlp(before=before), Matrix()

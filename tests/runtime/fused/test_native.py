@@ -334,6 +334,16 @@ def test_tensors_of_another_size_never_reach_native_code(
     assert len(steps) <= 1
 
 
+def test_more_experts_than_there_are_never_reach_native_code(
+    checkpoints: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = unfused(load(checkpoints["qwen3_5_moe_text"]))
+    model.model.layers[0].mlp.gate.top_k = 6
+    with caplog.at_level(logging.WARNING, "kappaquant"):
+        assert fuse(model) == ["model.layers.1"]
+    assert "its router takes 6 of 5 experts" in caplog.text
+
+
 def test_no_core_no_word(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
