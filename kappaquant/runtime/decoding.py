@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from kappaquant.errors import UnsupportedError
 from kappaquant.kernels.cpu.threads import core_only
 from kappaquant.runtime.fused.native import NativeLayer
+from kappaquant.runtime.fused.run import runs_of, together
 from kappaquant.runtime.graphs import Graph
 from kappaquant.runtime.own_generate import OwnGenerate
 from kappaquant.runtime.prompts import check_prompt, check_room, check_step, device_of
@@ -107,6 +108,7 @@ class Decoder:
         self.cache, self._slots = make_cache(self.config, self.max_length)
         self._masks = Masks(self.config, batch, self.max_length, self._embedded_dtype(), self.device)
         self._native = any(isinstance(vars(module).get("forward"), NativeLayer) for module in model.modules())
+        self._runs = runs_of(model)
         self._tokens = torch.zeros_like(self._positions)
         self._slot = torch.zeros(1, dtype=torch.int64, device=self.device)
 
@@ -173,7 +175,9 @@ class Decoder:
         self._graph = self._graphs.get(slots)
         if self._graph:
             return self._graph.replay()
-        with core_only() if self._native else nullcontext():
+        if not self._native:
+            return self._step(slots)
+        with core_only(), together(self._runs, self.config.num_hidden_layers):
             return self._step(slots)
 
     def _step(self, slots: int) -> Tensor:

@@ -115,6 +115,7 @@ def _library() -> ctypes.CDLL:
         "kq_attend": (None, [*call, *[c_void_p] * 5, c_int64]),
         "kq_attention": (None, [*call, *[c_void_p] * 4, c_int64]),
         "kq_deltanet": (None, [*call, *[c_void_p] * 3, c_int32, c_int64, c_void_p]),
+        "kq_layers": (c_int32, [*call, *[c_void_p] * 2, c_int64, *[c_void_p] * 2]),
         "kq_apply": (None, [*call, *[c_void_p] * 2]),
         "kq_mlp": (None, [*call, *[c_void_p] * 2]),
         "kq_moe": (None, [*call, *[c_void_p] * 2]),

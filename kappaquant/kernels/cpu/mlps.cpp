@@ -65,9 +65,10 @@ KQ_API void kq_moe(int32_t level, int32_t threads, const Hidden* hidden, const M
   leave(threads, *hidden, found.data());
 }
 
-// Sizes of what Python gives, to be compared with its own: Matrix, Norm, Attention, DeltaNet, Mlp, Moe, Hidden, Cache, Rotary.
+// Sizes of what Python gives, to be compared with its own: Matrix, Norm, Attention, DeltaNet, Mlp, Moe, Hidden, Cache, Rotary, Mask, Layer.
 KQ_API int64_t kq_step_bytes(int32_t number) {
   constexpr int64_t sizes[] = {sizeof(Matrix), sizeof(Norm), sizeof(Attention), sizeof(DeltaNet), sizeof(Mlp),
-                               sizeof(Moe),    sizeof(Hidden), sizeof(Cache),  sizeof(Rotary)};
+                               sizeof(Moe),    sizeof(Hidden), sizeof(Cache),  sizeof(Rotary),
+                               sizeof(Mask),   sizeof(Layer)};
   return sizes[number];
 }

@@ -87,6 +87,28 @@ struct Rotary {
   int64_t count, stride;
 };
 
+// What hides slots from the tokens of a step: as in Cache, of which it takes the place.
+struct Mask {
+  const void* values;  // or null
+  int64_t stride, slots;
+  int32_t dtype, unused;
+};
+
+// A layer with what its cache holds of the sequences. Of attention and GatedDeltaNet, and of MLP and experts, one is null.
+struct Layer {
+  const Attention* attention;
+  const DeltaNet* delta_net;
+  const Mlp* mlp;
+  const Moe* moe;
+  const Cache* cache;    // attention's, with room for `slots`, of which `filled` are taken
+  int64_t* filled;
+  int64_t slots;
+  void* conv_state;      // GatedDeltaNet's, [tokens, channels, length]
+  float* state;
+  int64_t length;
+  int32_t conv_dtype, unused;
+};
+
 // Values of any dtype as floats.
 inline std::vector<float> floats_of(const void* from, int32_t dtype, int64_t count) {
   std::vector<float> to(static_cast<size_t>(count));

@@ -6,7 +6,8 @@ structures here keeps the tensors alive that they point to.
 
 from __future__ import annotations
 
-from ctypes import addressof, byref, c_int64
+from collections.abc import Sequence
+from ctypes import Array, addressof, byref, c_int64
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,19 @@ from kappaquant.kernels.base import Arranged
 from kappaquant.kernels.cpu import threads
 from kappaquant.kernels.cpu.library import DTYPES, Core, signs_of
 from kappaquant.kernels.cpu.native import weight_of
-from kappaquant.kernels.cpu.structures import Attention, Cache, DeltaNet, Hidden, Matrix, Mlp, Moe, Norm, Rotary
+from kappaquant.kernels.cpu.structures import (
+    Attention,
+    Cache,
+    DeltaNet,
+    Hidden,
+    Layer,
+    Mask,
+    Matrix,
+    Mlp,
+    Moe,
+    Norm,
+    Rotary,
+)
 
 _Strides = c_int64 * 3
 MASKS = {**DTYPES, torch.bool: 3}
@@ -53,6 +66,42 @@ def cache_of(keys: Tensor, values: Tensor) -> Cache:
     """Of keys and values [B, heads, slots, dim] in one of ``DTYPES``, with any strides but the last."""
     strides = [_Strides(*tensor.stride()[:3]) for tensor in (keys, values)]
     return Cache(keys.data_ptr(), values.data_ptr(), *strides, dtype=DTYPES[keys.dtype])
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers with their parts of a cache.
+
+    Attributes:
+        layers: structures, of which some point to ``caches``.
+        caches: of those with attention.
+    """
+
+    layers: Array[Layer]
+    caches: list[Cache]
+
+
+def stack_of(
+    mixers: Sequence[Attention | DeltaNet], mlps: Sequence[Mlp | Moe], held: Sequence[tuple[Tensor, ...]]
+) -> Stack:
+    """Of layers that have their parts of a static cache.
+
+    Args:
+        held: for attention its keys and values as ``cache_of`` takes them and the number of filled slots, int64 [1]; for GatedDeltaNet
+            both states as ``Stepper.delta_net`` takes them.
+    """
+    caches, layers = [], []
+    for mixer, mlp, (first, second, *filled) in zip(mixers, mlps, held, strict=True):
+        layer = Layer(**{"moe" if isinstance(mlp, Moe) else "mlp": addressof(mlp)})
+        if isinstance(mixer, Attention):
+            caches.append(cache_of(first, second))
+            layer.attention, layer.cache, layer.filled = addressof(mixer), addressof(caches[-1]), filled[0].data_ptr()
+            layer.slots = first.shape[2]
+        else:
+            layer.delta_net, layer.conv_state, layer.state = addressof(mixer), first.data_ptr(), second.data_ptr()
+            layer.length, layer.conv_dtype = first.shape[-1], DTYPES[first.dtype]
+        layers.append(layer)
+    return Stack((Layer * len(layers))(*layers), caches)
 
 
 @dataclass(frozen=True)
@@ -135,6 +184,24 @@ class Stepper:
             state.data_ptr(),
         )  # fmt: skip
         return out
+
+    def layers(
+        self, x: Tensor, stack: Stack, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None
+    ) -> Tensor | None:
+        """x through whole layers, whose caches move on by a token; None, and nothing has happened, where a cache or the mask is full.
+
+        Args:
+            rotary, mask: as for ``attention``.
+        """
+        out, seen = torch.empty_like(x), Mask()
+        if mask is not None:
+            stride = mask.stride(0) if mask.shape[0] > 1 else 0
+            seen = Mask(mask.data_ptr(), stride, mask.shape[3], MASKS[mask.dtype])
+        done = self.native.library.kq_layers(
+            *self._call(x, out), addressof(stack.layers), len(stack.layers), byref(_rotary(rotary)) if rotary else None,
+            byref(seen),
+        )  # fmt: skip
+        return out if done else None
 
     def apply(self, x: Tensor, matrix: Matrix) -> Tensor:
         """x [B, 1, hidden] times a matrix, [B, 1, rows] in x's dtype."""

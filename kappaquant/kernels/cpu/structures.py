@@ -114,5 +114,27 @@ class Rotary(Structure):
     _fields_ = (("cos", c_void_p), ("sin", c_void_p), ("count", c_int64), ("stride", c_int64))
 
 
-STRUCTURES = (Matrix, Norm, Attention, DeltaNet, Mlp, Moe, Hidden, Cache, Rotary)
+class Mask(Structure):
+    """What hides slots, [tokens, slots], and how many slots it has."""
+
+    _fields_ = (
+        ("values", c_void_p),
+        ("stride", c_int64),
+        ("slots", c_int64),
+        ("dtype", c_int32),
+        ("unused", c_int32),
+    )
+
+
+class Layer(Structure):
+    """A layer by the places of its halves, and its part of a cache."""
+
+    _fields_ = (
+        ("attention", c_void_p), ("delta_net", c_void_p), ("mlp", c_void_p), ("moe", c_void_p), ("cache", c_void_p),
+        ("filled", c_void_p), ("slots", c_int64), ("conv_state", c_void_p), ("state", c_void_p), ("length", c_int64),
+        ("conv_dtype", c_int32), ("unused", c_int32),
+    )  # fmt: skip
+
+
+STRUCTURES = (Matrix, Norm, Attention, DeltaNet, Mlp, Moe, Hidden, Cache, Rotary, Mask, Layer)
 """Those of a step, in the order in which the library counts them."""

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.kernels.cpu import step
-from kappaquant.kernels.cpu.library import DTYPES, absence, core
-from kappaquant.kernels.cpu.structures import Attention, Cache, DeltaNet
+from kappaquant.kernels.cpu.library import absence, core
+from kappaquant.kernels.cpu.structures import Attention, Cache
 from kappaquant.runtime.fused.description import Description, known
+from kappaquant.runtime.fused.held import attends, is_static, plain, slots_of, states_of
+from kappaquant.runtime.fused.run import taken
 from kappaquant.runtime.packed import PackedWeight
 from kappaquant.runtime.recurrent import PromptMixer
-from kappaquant.runtime.static_cache import ATTENTION
 
 logger = logging.getLogger("kappaquant")
 
@@ -59,37 +60,43 @@ def fuse(model: nn.Module) -> list[str]:
 
 
 class NativeLayer:
-    """``forward`` of one decoder layer; what it can not take goes to the layer's own."""
+    """``forward`` of one decoder layer; what it can not take goes to the layer's own.
+
+    Attributes:
+        layer: the module that it stands in for.
+    """
 
     def __init__(self, layer: Any, description: Description | None = None) -> None:
-        self._layer = layer
+        self.layer = layer
         self._description = description
         self._cache: Cache | None = None
 
     def __reduce__(self) -> tuple[type[NativeLayer], tuple[nn.Module]]:
-        return NativeLayer, (self._layer,)  # a copy's tensors lie elsewhere
+        return NativeLayer, (self.layer,)  # a copy's tensors lie elsewhere
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[B, 1, hidden] -> [B, 1, hidden], or whatever the layer's own takes."""
-        taken = not args and self._takes(hidden_states, kwargs)
-        description = self._described() if taken else None
+        takes = not args and self._takes(hidden_states, kwargs)
+        done = taken(self, hidden_states, kwargs) if takes else None
+        if done is not None:
+            return done
+        description = self.described() if takes else None
         mixed = None if description is None else self._mix(description, hidden_states, kwargs)
         if description is None or mixed is None:
-            out: Tensor = type(self._layer).forward(self._layer, hidden_states, *args, **kwargs)
+            out: Tensor = type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
             return out
         return description.stepper.mlp_(mixed, description.mlp)
 
     def _takes(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
-        plain = x.shape[1] == 1 and x.device.type == "cpu" and x.dtype in DTYPES and x.is_contiguous()
-        asked = self._layer.training or torch.is_grad_enabled() or kwargs.get("output_attentions")
-        return plain and not asked and kwargs.get("past_key_values") is not None
+        asked = self.layer.training or torch.is_grad_enabled() or kwargs.get("output_attentions")
+        return x.shape[1] == 1 and plain(x) and not asked and kwargs.get("past_key_values") is not None
 
-    def _described(self) -> Description | None:
+    def described(self) -> Description | None:
         """The layer as it is now, or None where it is something else by now than the core takes."""
         if self._description is None or not self._description.current:
             self._cache = None
             try:
-                self._description = Description(self._layer)
+                self._description = Description(self.layer)
             except UnsupportedError:
                 self._description = None
             if self._description is not None and not self._description.current:
@@ -103,13 +110,13 @@ class NativeLayer:
         if x.shape[-1] != description.hidden:
             return None
         if description.delta_net is not None:
-            return _recurrent(description.stepper, x, description.delta_net, held) if mask is None else None
+            states = states_of(held, description.delta_net, len(x)) if mask is None else None
+            return None if states is None else description.stepper.delta_net(x, description.delta_net, *states)
         layer, rotary = description.attention, kwargs["position_embeddings"]
         assert layer is not None
-        known = description.config._attn_implementation in ATTENTION and _fits(rotary, x, layer.dim)
-        if not known or not _readable(mask, len(x)):
+        if not attends(description, rotary, mask, x):
             return None
-        if hasattr(held, "cumulative_length") and held.is_initialized and not held.is_sliding:
+        if is_static(held):
             return self._in_slots(description.stepper, x, layer, rotary, held, mask)
         keys = torch.empty(len(x), layer.kv_heads, 1, layer.dim, dtype=x.dtype)
         values = torch.empty_like(keys)
@@ -121,16 +128,16 @@ class NativeLayer:
         self, stepper: step.Stepper, x: Tensor, layer: Attention, rotary: Any, held: Any, mask: Tensor | None
     ) -> Tensor | None:
         """Attention over a static cache, whose description is made once for as long as it stays where it is."""
-        keys, values, slot = held.keys, held.values, int(held.cumulative_length)
-        shape = (len(x), layer.kv_heads, keys.shape[2], layer.dim)
-        room = slot < keys.shape[2] and (mask is None or slot < mask.shape[3])
-        if not room or keys.shape != shape or values.shape != shape or not keys.dtype == values.dtype in DTYPES:
+        found = slots_of(held, layer, len(x))
+        slot = int(held.cumulative_length)
+        if found is None or slot >= found[0].shape[2] or (mask is not None and slot >= mask.shape[3]):
             return None
-        places = keys.data_ptr(), values.data_ptr()
-        if self._cache is None or (self._cache.keys, self._cache.values) != places:
-            self._cache = step.cache_of(keys, values)
-        held.cumulative_length.add_(1)
-        return stepper.attention(x, layer, rotary, self._cache, slot, mask)
+        keys, values, filled = found
+        cache = self._cache
+        if cache is None or (cache.keys, cache.values) != (keys.data_ptr(), values.data_ptr()):
+            cache = self._cache = step.cache_of(keys, values)
+        filled.add_(1)
+        return stepper.attention(x, layer, rotary, cache, slot, mask)
 
 
 class NativeHead:
@@ -149,37 +156,9 @@ class NativeHead:
         """[..., hidden] -> [..., vocabulary]."""
         weight, bias = self._head.weight, self._head.bias
         held = [tensor for tensor in (weight, bias, x) if tensor is not None]
-        plain = all(t.device.type == "cpu" and t.dtype in DTYPES and t.is_contiguous() for t in held)
         fits = x.shape[-1] == weight.shape[1] and 0 < x.numel() // x.shape[-1] <= _FEW and type(self._head) is nn.Linear
-        if not plain or not fits or torch.is_grad_enabled():
+        if not all(map(plain, held)) or not fits or torch.is_grad_enabled():
             return type(self._head).forward(self._head, x)
         stepper = step.Stepper(True, core())
         found = stepper.apply(x.view(-1, 1, x.shape[-1]), step.plain_matrix(weight, bias))
         return found.view(*x.shape[:-1], -1)
-
-
-def _recurrent(stepper: step.Stepper, x: Tensor, layer: DeltaNet, held: Any) -> Tensor | None:
-    """GatedDeltaNet, if the cache's layer has both of its states as the core takes them."""
-    if held.record_past or not (held.has_previous_state[0] and held.is_recurrent_states_initialized[0]):
-        return None
-    conv, state = held.conv_states[0], held.recurrent_states[0]
-    usual = conv.shape[:2] == (len(x), layer.qkv.rows) and layer.taps - 1 <= conv.shape[2] and conv.dtype in DTYPES
-    shape = (len(x), layer.value_heads, layer.key_dim, layer.value_dim)
-    if not usual or state.shape != shape or state.dtype != torch.float32:
-        return None
-    return stepper.delta_net(x, layer, conv, state) if conv.is_contiguous() and state.is_contiguous() else None
-
-
-def _fits(rotary: Any, x: Tensor, dim: int) -> bool:
-    """Whether rotary cosines and sines are as ``Stepper.queries`` takes them."""
-    cos = rotary[0]
-    usual = cos.dim() == 3 and cos.shape[0] in (1, len(x)) and cos.shape[1] == 1 and cos.shape[2] <= dim
-    return bool(usual) and all(t.shape == cos.shape and t.dtype == x.dtype and t.is_contiguous() for t in rotary)
-
-
-def _readable(mask: Any, batch: int) -> bool:
-    """Whether a mask is none, or as ``Stepper.attend`` takes it."""
-    if mask is None:
-        return True
-    one = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1:3] == (1, 1)
-    return one and mask.dtype in step.MASKS and mask.stride(3) == 1
