@@ -1,4 +1,4 @@
-"""The native core where Python does not run it: built for ARM and emulated, and built with sanitizers, each against the codec."""
+"""The native core where Python does not run it: built for ARM and emulated, by clang, and with sanitizers, each against the codec."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class Build(NamedTuple):
 
 BUILDS = {
     "neon": Build("aarch64-linux-gnu-g++", ("-O2",), ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")),
+    "clang": Build("clang++", ("-O2",), ()),
     "sanitizers": Build("g++", ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"), ()),
 }
 
