@@ -53,10 +53,9 @@ class Run:
         if found is None:
             return None
         first, held = found[0], [kwargs["past_key_values"].layers[each.index] for each in found]
-        alike = all(each.stepper.exact == first.stepper.exact and each.hidden == x.shape[-1] for each in found)
         mask, rotary = kwargs.get("attention_mask"), kwargs["position_embeddings"]
         usual = mask is None if first.attention is None else attends(first, rotary, mask, x)
-        stack = self._stack_of(found, held, len(x)) if alike and usual else None
+        stack = self._stack_of(found, held, len(x)) if usual and first.hidden == x.shape[-1] else None
         if stack is None:
             return None
         return first.stepper.layers(x, stack, None if first.attention is None else rotary, mask)
@@ -75,24 +74,35 @@ class Run:
 
     def _stack_of(self, found: list[Description], held: list[Any], batch: int) -> step.Stack | None:
         """Made once for as long as descriptions and the cache's tensors stay where they are."""
+        tensors: list[Any]
         if found[0].attention is None:
-            states = [states_of(part, each.delta_net, batch) for part, each in zip(held, found, strict=True)]  # type: ignore[arg-type]
-            tensors: list[Any] = [state for state in states if state is not None]
-        elif all(is_static(part) for part in held):
-            tensors = [(part.keys, part.values, part.cumulative_length) for part in held]
+            tensors = [states_of(part, each.delta_net, batch) for part, each in zip(held, found, strict=True)]  # type: ignore[arg-type]
         else:
-            return None
-        if len(tensors) < len(found):
+            tensors = [(p.keys, p.values, p.cumulative_length) if is_static(p) else None for p in held]
+        if None in tensors:
             return None
         stacked = (batch, *found, *held, *(tensor.data_ptr() for each in tensors for tensor in each))
-        if self._stack is None or self._stacked != stacked:
-            if found[0].attention is not None:
-                slots = [slots_of(part, each.attention, batch) for part, each in zip(held, found, strict=True)]  # type: ignore[arg-type]
-                if None in slots:
-                    return None
-            mixers: list[Any] = [each.attention or each.delta_net for each in found]
-            self._stack, self._stacked = step.stack_of(mixers, [each.mlp for each in found], tensors), stacked
+        if self._stacked != stacked:
+            self._stack, self._stacked = None, stacked
+            if _alike(found, held, batch):
+                mixers: list[Any] = [each.attention or each.delta_net for each in found]
+                self._stack = step.stack_of(mixers, [each.mlp for each in found], tensors)
         return self._stack
+
+
+def _alike(found: list[Description], held: list[Any], batch: int) -> bool:
+    """Whether what fits the first layer fits all, and their parts of the cache fit them."""
+    first, attentions = found[0], [each.attention for each in found if each.attention is not None]
+    same = all(each.stepper == first.stepper and each.hidden == first.hidden for each in found)
+    if first.attention is None or not same:
+        return same
+    turned = all(each.dim == first.attention.dim for each in attentions)
+    masked = all(each.config is first.config for each in found)
+    return (
+        turned
+        and masked
+        and all(slots_of(p, each, batch) is not None for p, each in zip(held, attentions, strict=True))
+    )
 
 
 class _Step(threading.local):
