@@ -67,7 +67,10 @@ def calibrate(
         int | None, typer.Option("--calibration-tokens", help="How many of its tokens, at most; 32768 unless given.")
     ] = None,
     bits: Annotated[
-        int | None, typer.Option(help="At which each part of the model is tried, 2 to 8; 3 unless given.")
+        int | None,
+        typer.Option(
+            help="At which each part of the model is tried, 2 to 8 (2 to 4 with --formats t); 3 unless given."
+        ),
     ] = None,
     effort: Annotated[
         str | None,
@@ -99,8 +102,7 @@ def calibrate(
         refuse_unused({"--bits": bits, "--effort": effort}, "with --data-free, which tries nothing; leave it out")
     check_file(output)
     group, kinds = group_choice(group_size), check_kinds(formats.split(","))
-    if CODEBOOK not in kinds:
-        raise PlanError(f"--formats {formats}: parts are tried in codebooks; add {CODEBOOK}")
+    trial = Trial(3 if bits is None else bits, effort or "calibrated", group, kinds)
     opened = open_source(source, revision)
     if data_free:
         with progress("weights") as report:
@@ -110,8 +112,7 @@ def calibrate(
         text = calibration_of(opened, output, calibration, tokens, device)
         with progress("layers", "layers") as report:
             found = sensitivity.sensitivities(
-                opened, text, Trial(3 if bits is None else bits, effort or "calibrated", group, kinds), device, jobs,
-                lambda done, total: report("layers", done, total),
+                opened, text, trial, device, jobs, lambda done, total: report("layers", done, total)
             )  # fmt: skip
     found.save(output)
     console().print(sensitivity_table(found))

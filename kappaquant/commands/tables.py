@@ -56,8 +56,8 @@ class ProgressBar:
 
 def sensitivity_table(found: Sensitivities) -> Table:
     """Families by what all of theirs lose together, each quantized by itself."""
-    tried = {unit.bits for unit in found.units if unit.bits}
-    loss = f"KLD at {min(tried)} bits, nats" if tried else "relative error at 3 bits"
+    tried = {f"{unit.kind}{unit.bits}" for unit in found.units if unit.bits}
+    loss = f"KLD in {', '.join(sorted(tried))}, nats" if tried else "relative error at 3 bits"
     text = (
         f"{found.text.get('tokens', 0):,} tokens, {found.effort}"
         if tried
@@ -66,7 +66,7 @@ def sensitivity_table(found: Sensitivities) -> Table:
     table = _table(f"sensitivity of {found.model} ({text})", ["parts", loss, "largest", "where"])
     families: dict[str, list[tuple[float, str]]] = {}
     for unit in found.units:
-        lost = found.loss(unit, {name: found.format_at(name, unit.bits or 3) for name in unit.tensors})
+        lost = found.loss(unit, {name: found.format_at(name, unit.bits or 3, unit.kind) for name in unit.tensors})
         where = unit.role if unit.layer is None else f"{unit.role}, layer {unit.layer}"
         families.setdefault(unit.family, []).append((lost, where))
     for family, each in sorted(families.items(), key=lambda item: -sum(lost for lost, _ in item[1])):

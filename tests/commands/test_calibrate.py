@@ -35,7 +35,7 @@ def test_evidence_says_what_it_is_of(source: Path, text: Path, tmp_path: Path) -
         "calibrate", source, "-o", tmp_path / "e.json", "--calibration", text, "--calibration-tokens", 96, *FAST
     )
     assert done.returncode == 0, done.stderr
-    assert "KLD at 3 bits" in done.stdout
+    assert "KLD in k3" in done.stdout
     assert "embedding" in done.stdout
     found, model = Sensitivities.load(tmp_path / "e.json"), model_of(open_source(source))
     assert (found.kind, found.model, found.sha256) == ("calibration", "tiny", model.sha256)
