@@ -124,7 +124,10 @@ def test_the_page_and_python_choose_the_same(browser: Browser) -> None:
     draw, order = random.Random(1), list(dict.fromkeys(unit["block"] for unit in contents["units"]))
     first = [next(n for n, unit in enumerate(contents["units"]) if unit["block"] == block) for block in order]
     kinds = set()
-    for size in [*steps[:: max(1, len(steps) // 12)], *(draw.randrange(steps[0], steps[len(steps) // 2]) for _ in range(12))]:
+    for size in [
+        *steps[:: max(1, len(steps) // 12)],
+        *(draw.randrange(steps[0], steps[len(steps) // 2]) for _ in range(12)),
+    ]:
         page = browser.run(f"solve(problem, {size})")
         exact = allocate(options, size - fixed)
         assert exact
