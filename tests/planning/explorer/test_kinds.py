@@ -116,28 +116,27 @@ def variables(contents: dict[str, Any]) -> tuple[list[list[str]], list[list[Opti
 
 @pytest.mark.slow
 def test_the_page_and_python_choose_the_same(browser: Browser) -> None:
-    """Where the bytes are those of a step of the curve exactly, the very plan; elsewhere no better, and near while units are many to a byte."""
+    """The very plan where the bytes are those of a step of the curve, and mostly elsewhere; never a better one, and no bound above it."""
     contents = browser.run("contents")
     names, options = variables(contents)
     fixed = sum(row["bytes"] for row in contents["fixed"])
     steps = browser.run("problem.path.totals.map((total) => total.bytes)")
     draw, order = random.Random(1), list(dict.fromkeys(unit["block"] for unit in contents["units"]))
     first = [next(n for n, unit in enumerate(contents["units"]) if unit["block"] == block) for block in order]
-    kinds = set()
-    for size in [
-        *steps[:: max(1, len(steps) // 12)],
-        *(draw.randrange(steps[0], steps[len(steps) // 2]) for _ in range(12)),
-    ]:
-        page = browser.run(f"solve(problem, {size})")
-        exact = allocate(options, size - fixed)
+    kinds, gaps = set(), []
+    for size in [*steps, *(draw.randrange(steps[0], steps[-1]) for _ in range(20))]:
+        page, exact = browser.run(f"solve(problem, {size})"), allocate(options, size - fixed)
         assert exact
         chosen = [contents["units"][n]["formats"][page["chosen"][n]] for n in first]
+        assert page["bound"] <= exact.cost * (1 + 1e-9) <= page["loss"] * (1 + 1e-6)
         if size in steps:
             assert chosen == [names[block][at] for block, at in enumerate(exact.chosen)]
-        assert exact.cost * (1 - 1e-9) <= page["loss"] <= 1.05 * exact.cost + 1e-12
-        assert page["bound"] <= exact.cost * (1 + 1e-9)
+        else:
+            gaps.append(page["loss"] / exact.cost - 1)
         kinds |= {name[0] for name in chosen if name[-1] in "234"}
     assert kinds == {"k", "t"}
+    assert sum(gap < 1e-9 for gap in gaps) > len(gaps) // 2
+    assert max(gaps) < 0.25
 
 
 @pytest.mark.slow
