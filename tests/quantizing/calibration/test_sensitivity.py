@@ -78,7 +78,7 @@ def test_one_pass_measures_what_whole_models_lose(
 
 def test_a_pass_in_trellis_codes_measures_what_whole_models_lose(tmp_path: Path) -> None:
     folder = tiny_models.save_tiny("llama", tmp_path / "source")
-    found = measured(folder, effort="best", kinds=("t",))
+    found = measured(folder, effort="best", kinds=("t",), kind="t")
     unit = next(unit for unit in found.units if unit.role == "attention.v")
     assert (unit.kind, unit.bits) == ("t", 3)
     assert unit.kld == pytest.approx(divergence(folder, unit, "best"), rel=1e-4, abs=1e-7)
