@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from kappaquant.checkpoints.checkpoint import Checkpoint
 from kappaquant.models.roles import kinds_of
+from kappaquant.planning.plan import KEPT
 from kappaquant.planning.sizes import Total
 
 
@@ -17,9 +18,10 @@ def families(checkpoint: Checkpoint) -> dict[str, list[str]]:
     return dict(sorted(found.items(), key=lambda item: -total(checkpoint, item[1]).output_bytes))
 
 
-def widths(checkpoint: Checkpoint, names: Iterable[str]) -> list[int]:
-    """Bits that some parameters have, ascending; 16 stands for kept."""
-    return sorted({checkpoint.bits(name) for name in names})
+def formats(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
+    """Ids of the formats that some parameters have, by bits; "kept" last."""
+    found = {(checkpoint.bits(name), fmt.id if (fmt := checkpoint.format_of(name)) else KEPT) for name in names}
+    return [format_id for _, format_id in sorted(found)]
 
 
 def total(checkpoint: Checkpoint, names: Iterable[str]) -> Total:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,7 @@ from kappaquant.commands.terminal import console, progress
 from kappaquant.errors import OutputError, PlanError, SourceError
 from kappaquant.files.documents import check_file
 from kappaquant.formats.base import EFFORTS
-from kappaquant.formats.kinds import CODEBOOK, check_kinds
+from kappaquant.formats.kinds import CODEBOOK, check_kinds, kind_and_bits
 
 if TYPE_CHECKING:
     from kappaquant.checkpoints.checkpoint import Checkpoint
@@ -67,7 +68,10 @@ def calibrate(
         int | None, typer.Option("--calibration-tokens", help="How many of its tokens, at most; 32768 unless given.")
     ] = None,
     bits: Annotated[
-        int | None, typer.Option(help="At which each part of the model is tried, 2 to 8; 3 unless given.")
+        str | None,
+        typer.Option(
+            help="At which each part of the model is tried, 2 to 8, or with its kind such as t3; 3, of the first of --formats, unless given."
+        ),
     ] = None,
     effort: Annotated[
         str | None,
@@ -99,8 +103,8 @@ def calibrate(
         refuse_unused({"--bits": bits, "--effort": effort}, "with --data-free, which tries nothing; leave it out")
     check_file(output)
     group, kinds = group_choice(group_size), check_kinds(formats.split(","))
-    if CODEBOOK not in kinds:
-        raise PlanError(f"--formats {formats}: parts are tried in codebooks; add {CODEBOOK}")
+    kind, width = _tried(bits or "3", kinds)
+    trial = Trial(width, effort or "calibrated", group, kinds, kind)
     opened = open_source(source, revision)
     if data_free:
         with progress("weights") as report:
@@ -110,12 +114,21 @@ def calibrate(
         text = calibration_of(opened, output, calibration, tokens, device)
         with progress("layers", "layers") as report:
             found = sensitivity.sensitivities(
-                opened, text, Trial(3 if bits is None else bits, effort or "calibrated", group, kinds), device, jobs,
-                lambda done, total: report("layers", done, total),
+                opened, text, trial, device, jobs, lambda done, total: report("layers", done, total)
             )  # fmt: skip
     found.save(output)
     console().print(sensitivity_table(found))
     console().print(f"{output}: for kappaquant plan --evidence", markup=False, highlight=False)
+
+
+def _tried(bits: str, kinds: Sequence[str]) -> tuple[str, int]:
+    """The kind and width that --bits says. Raises PlanError."""
+    if bits.isdecimal():
+        return kinds[0], int(bits)
+    named = kind_and_bits(bits, f"--bits {bits}")
+    if not named:
+        raise PlanError(f"--bits {bits!r}: must be a width, 2 to 8, or one with its kind such as t3")
+    return named
 
 
 def _write(weights: Source | Checkpoint, path: Path, header: Header, device: str) -> None:

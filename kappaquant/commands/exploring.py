@@ -11,6 +11,7 @@ import typer
 from kappaquant.commands.planning import check_model
 from kappaquant.errors import PlanError
 from kappaquant.files.documents import check_file, write_whole
+from kappaquant.formats.kinds import USUAL
 
 if TYPE_CHECKING:
     from kappaquant.formats.base import Format
@@ -81,6 +82,7 @@ def _plan_options(plan: Plan) -> str:
     words = [
         word for pattern, setting in plan.inputs.get("overrides", []) for word in ("--set", f"{pattern}={setting}")
     ]
+    words += ["--formats", ",".join(plan.kinds)] if plan.kinds != USUAL else []
     words += ["--group-size", str(plan.group_size)] if plan.group_size != "auto" else []
     words += ["--fuse-legal"] if plan.inputs.get("fuse") else []
     words += ["--target", plan.inputs["target"]] if "target" in plan.inputs else []

@@ -52,7 +52,9 @@ OutputOpt = Annotated[Path | None, typer.Option("-o", "--output", help="New fold
 OutputArg = Annotated[Path | None, typer.Argument(help="The same as -o.")]
 SetOpt = Annotated[
     list[str] | None,
-    typer.Option("--set", help="PATTERN=BITS or PATTERN=FORMAT, e.g. '*.o_proj.weight=4'; last match wins."),
+    typer.Option(
+        "--set", help="PATTERN=BITS or PATTERN=FORMAT, e.g. '*.o_proj.weight=4', =t3, =tq4g64; last match wins."
+    ),
 ]
 FormatsOpt = Annotated[
     str,

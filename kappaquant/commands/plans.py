@@ -129,8 +129,6 @@ def plan(
     if output:
         check_file(output)
     check_explore(explore, evidence, measured)
-    if explore and formats != CODEBOOK:
-        raise PlanError(f"--formats {formats}: the page of --explore chooses from codebooks; leave out one of them")
     opened = open_source(source, revision, stream=True)
     limits = Limits(size, bits_per_weight, active, fit, context)
     of_plan = evidence

@@ -56,8 +56,8 @@ class ProgressBar:
 
 def sensitivity_table(found: Sensitivities) -> Table:
     """Families by what all of theirs lose together, each quantized by itself."""
-    tried = {unit.bits for unit in found.units if unit.bits}
-    loss = f"KLD at {min(tried)} bits, nats" if tried else "relative error at 3 bits"
+    tried = {f"{unit.kind}{unit.bits}" for unit in found.units if unit.bits}
+    loss = f"KLD in {', '.join(sorted(tried))}, nats" if tried else "relative error at 3 bits"
     text = (
         f"{found.text.get('tokens', 0):,} tokens, {found.effort}"
         if tried
@@ -66,7 +66,7 @@ def sensitivity_table(found: Sensitivities) -> Table:
     table = _table(f"sensitivity of {found.model} ({text})", ["parts", loss, "largest", "where"])
     families: dict[str, list[tuple[float, str]]] = {}
     for unit in found.units:
-        lost = found.loss(unit, {name: found.format_at(name, unit.bits or 3) for name in unit.tensors})
+        lost = found.loss(unit, {name: found.format_at(name, unit.bits or 3, unit.kind) for name in unit.tensors})
         where = unit.role if unit.layer is None else f"{unit.role}, layer {unit.layer}"
         families.setdefault(unit.family, []).append((lost, where))
     for family, each in sorted(families.items(), key=lambda item: -sum(lost for lost, _ in item[1])):
@@ -111,7 +111,9 @@ def plan_table(plan: Plan, sizes: Summary, shard_bytes: int) -> Group:
     by_family.add_section()
     by_family.add_row("all", *_cells(sizes.total), "")
     by_format = _table("by format", list(_COLUMNS), "stored as")
-    by_format.caption = "tq4g64: 4 bits a code, one norm for each group of 64 weights"
+    by_format.caption = (
+        "tq4g64: codebook of 4 bits, t4g64: trellis code of 4 bits; one norm for each group of 64 weights"
+    )
     for format_id, total in sizes.by_format.items():
         by_format.add_row(format_id, *_cells(total))
     lines = [f"weight files: {shard_bytes:,} bytes ({shown(shard_bytes)}), exactly{_of(plan, 'size', shard_bytes)}"]
@@ -183,13 +185,13 @@ def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
 def checkpoint_table(checkpoint: Checkpoint) -> Group:
     """Families of a checkpoint, largest first."""
     table = _table(
-        f"{checkpoint.path.name}: {checkpoint.container.id}", ["tensors", "params", "size", "bits/weight", "widths"]
+        f"{checkpoint.path.name}: {checkpoint.container.id}", ["tensors", "params", "size", "bits/weight", "formats"]
     )
     for family, names in contents.families(checkpoint).items():
         sums = contents.total(checkpoint, names)
         table.add_row(
             family, f"{sums.tensors}", _count(sums.params), decimal(sums.output_bytes),
-            f"{sums.bits_per_weight:.3f}", ", ".join(map(str, contents.widths(checkpoint, names))),
+            f"{sums.bits_per_weight:.3f}", ", ".join(contents.formats(checkpoint, names)),
         )  # fmt: skip
     return Group(table, *(Text(f"note: {notice}") for notice in checkpoint.notices))
 

@@ -12,13 +12,13 @@ from kappaquant.errors import BudgetError, PlanError
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.codebook import AUTO, BITS, GroupSize, check_group_choice, fitting
 from kappaquant.formats.entry import KEPT_BITS
-from kappaquant.formats.kinds import USUAL, check_kinds, usual_kind
+from kappaquant.formats.kinds import USUAL, check_kinds, kind_and_bits, usual_kind
 from kappaquant.formats.registry import formats
 from kappaquant.formats.transposed import MARK, Transposed, fitting_weight
 from kappaquant.models.architectures.base import union
 from kappaquant.models.inventory import Inventory
 from kappaquant.models.roles import Role, name_patterns, pattern_of
-from kappaquant.planning.plan import KEPT, Choice, Plan, check_bits_or_kept, format_of
+from kappaquant.planning.plan import KEPT, Choice, Plan, check_bits_or_kept, format_of, rank_of
 from kappaquant.planning.policies.base import Budget, Decision, Evidence, Policy, active_bytes
 from kappaquant.planning.policies.registry import policy_by_name
 from kappaquant.planning.sensitivity import Sensitivities
@@ -31,7 +31,7 @@ ENGINES = ("vllm",)
 """Engines whose fused layers a plan can be checked against."""
 _WORTH_SAYING = 0.001  # share of bytes from which a warning names what is kept
 Setting = int | str
-"""What an override gives a tensor: bits (2..8, or 16 to keep it), or a format id."""
+"""What an override gives a tensor: bits (2..8, or 16 to keep it), a kind with its bits ("t3"), or a format id."""
 
 
 def make_plan(
@@ -65,8 +65,8 @@ def make_plan(
         shards: file name -> its tensors, as ``source.shards`` has them; their headers count. One file unless given.
         group_size: weights per norm, a power of two from 32 to 256, or "auto": for each tensor what suits its input axis.
         kinds: of formats to choose from: "k" (codebooks), "t" (trellis codes of 2 to 4 bits), or both: then the one of less error.
-        overrides: (glob over tensor names, bits or format id) pairs, case-sensitive; the last that matches wins over policy and
-            defaults.
+        overrides: (glob over tensor names, setting) pairs, case-sensitive; the last that matches wins over policy and defaults. A setting
+            is bits, of the kind of least error; a kind with its bits, such as "t3", whatever the ``kinds``; or a format id.
         fuse: raise tensors that serving engines fuse (q/k/v, gate/up, ...) to the most bits among them.
         target: an engine of ``ENGINES``: warn of fused layers whose mixed widths cost it speed. The sensitivity policy makes them
             equal, and keeps what the engine's model cannot pack.
@@ -130,20 +130,22 @@ def overridden(
 ) -> Plan:
     """``plan`` with (glob over tensor names, setting) pairs on top, the last that matches winning; raises PlanError."""
     overrides = list(overrides)
-    forced = _overridden(Inventory(tensors, config), overrides, plan.group_size)
+    forced = _overridden(Inventory(tensors, config), overrides, plan.group_size, plan.kinds)
     added = [*plan.inputs.get("overrides", []), *(list(pair) for pair in overrides)]
     return replace(plan, choices={**plan.choices, **forced}, inputs={**plan.inputs, "overrides": added})
 
 
 def parse_override(text: str) -> tuple[str, Setting]:
-    """``"PATTERN=BITS"`` or ``"PATTERN=FORMAT"`` as (pattern, setting); raises PlanError."""
+    """``"PATTERN=BITS"``, ``"PATTERN=t3"`` or ``"PATTERN=FORMAT"`` as (pattern, setting); raises PlanError."""
     pattern, _, setting = text.rpartition("=")
     setting = setting.strip()
     known = [fmt.id for fmt in formats()]
-    if not pattern or not (setting.isdecimal() or setting.removesuffix(MARK) in known):
+    if not pattern or not (
+        setting.isdecimal() or setting.removesuffix(MARK) in known or kind_and_bits(setting, f"override {text!r}")
+    ):
         raise PlanError(
-            f"override {text!r}: write PATTERN=BITS, such as '*.o_proj.weight=4'; BITS is 2 to 8, or 16, or a format id: "
-            f"{', '.join(known)}"
+            f"override {text!r}: write PATTERN=BITS, such as '*.o_proj.weight=4'; BITS is 2 to 8, or 16, or with its kind such as t3 "
+            f"or k6, or a format id: {', '.join(known)}"
         )
     return pattern, int(setting) if setting.isdecimal() else setting
 
@@ -181,15 +183,15 @@ def _check_budgets(policy: Policy, choices: Mapping[str, Choice], inventory: Inv
 
 
 def _overridden(
-    inventory: Inventory, overrides: Iterable[tuple[str, Setting]], group_size: GroupSize, kinds: Sequence[str] = USUAL
+    inventory: Inventory, overrides: Iterable[tuple[str, Setting]], group_size: GroupSize, kinds: Sequence[str]
 ) -> dict[str, Choice]:
     last: dict[str, tuple[str, Setting]] = {}
     for pattern, setting in overrides:
         where = f"override {pattern!r}"
-        if isinstance(setting, str):
-            format_of(Choice(setting, ""), where)
-        else:
+        if not isinstance(setting, str):
             check_bits_or_kept(setting, where)
+        elif not kind_and_bits(setting, where):
+            format_of(Choice(setting, ""), where)
         matched = [name for name in inventory.tensors if fnmatchcase(name, pattern)]
         if not matched:
             raise PlanError(
@@ -213,37 +215,37 @@ def _overridden(
 
 def _format_id(setting: Setting, inventory: Inventory, name: str, group_size: GroupSize, kinds: Sequence[str]) -> str:
     transposed = inventory.kinds[name].transposed
-    if isinstance(setting, str):
-        fmt = format_of(Choice(setting, ""), name)
-        return Transposed(fmt).id if fmt and transposed and not fmt.transposed else setting
     if setting == KEPT_BITS:
         return KEPT
-    kind = usual_kind(kinds, setting)
-    return fitting_weight(setting, inventory.tensors[name].shape, group_size, transposed, kind).id
+    named = kind_and_bits(setting, name) if isinstance(setting, str) else (usual_kind(kinds, setting, name), setting)
+    if named is None:
+        fmt = format_of(Choice(str(setting), ""), name)
+        return Transposed(fmt).id if fmt and transposed and not fmt.transposed else str(setting)
+    kind, bits = named
+    return fitting_weight(bits, inventory.tensors[name].shape, group_size, transposed, kind).id
 
 
 def _level(choices: dict[str, Choice], inventory: Inventory) -> None:
-    bits = {name: fmt.bits if (fmt := format_of(choice, name)) else KEPT_BITS for name, choice in choices.items()}
+    ranks = {name: rank_of(choice, name) for name, choice in choices.items()}
     for group in inventory.fused:
-        top = max(group, key=lambda name: bits[name])
+        top = max(group, key=lambda name: ranks[name])
         for name in group:
-            if bits[name] < bits[top]:
-                choices[name] = Choice(choices[top].format, f"raised from {bits[name]} bits to fuse with {top}")
+            if ranks[name] < ranks[top]:
+                choices[name] = Choice(choices[top].format, f"raised from {ranks[name][1]} to fuse with {top}")
 
 
 def _mixed(choices: Mapping[str, Choice], inventory: Inventory, target: str) -> tuple[str, ...]:
-    """One warning for each kind of fused layer that has mixed widths, with the layers."""
+    """One warning for each kind of fused layer that has mixed widths, or kinds of one width, with the layers."""
     found: dict[tuple[str, str], list[str]] = {}
     for names in inventory.fused:
         kinds = [inventory.kinds[name] for name in names]
-        formats = [format_of(choices[name], name) for name in names]
-        widths = ", ".join(map(str, sorted({fmt.bits if fmt else KEPT_BITS for fmt in formats})))
-        if "," not in widths:
+        formats = sorted({rank_of(choices[name], name) for name in names})
+        if len(formats) < 2:
             continue
-        cost = "multiplies once for each width"
+        cost = "multiplies once for each"
         if any(kind.expert is not None for kind in kinds):
-            cost = "runs experts of mixed widths slowly, once for each width"
-        key = f"{_patterns(names)}: {widths} bits", cost
+            cost = "runs mixed experts slowly, once for each"
+        key = f"{_patterns(names)}: {', '.join(short for _, short in formats)}", cost
         found.setdefault(key, []).append(str(kinds[0].layer))
     return tuple(
         f"{what} in layers {', '.join(layers)}: {target} fuses these, and {cost}; --fuse-legal makes them equal"

@@ -16,6 +16,7 @@ from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import BITS, CodebookFormat, GroupSize, check_group_choice
 from kappaquant.formats.entry import KEPT_BITS
+from kappaquant.formats.kinds import USUAL, check_kinds, name_of
 from kappaquant.formats.registry import format_by_id
 from kappaquant.formats.transposed import Transposed
 from kappaquant.models.roles import kinds_of
@@ -73,6 +74,11 @@ class Plan:
         """Bits of one tensor's codes, 16 where it is kept."""
         fmt = self.format_of(name)
         return fmt.bits if fmt else KEPT_BITS
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of formats that it was chosen from, letters of ``formats.kinds``. Raises PlanError where its inputs name others."""
+        return check_kinds(self.inputs.get("formats", USUAL))
 
     @property
     def usual_group_size(self) -> int:
@@ -146,8 +152,9 @@ class Plan:
             if not isinstance(data.get(key), kind):
                 name = getattr(kind, "__name__", "number, or auto")
                 raise PlanError(f"{label}: {key!r} must be a JSON {name}, not {data.get(key)!r}")
-        if not isinstance(data["inputs"].get("overrides", []), list):
-            raise PlanError(f"{label}: the overrides of 'inputs' must be a list, not {data['inputs']['overrides']!r}")
+        for key in ("overrides", "formats"):
+            if not isinstance(data["inputs"].get(key, []), list):
+                raise PlanError(f"{label}: the {key} of 'inputs' must be a list, not {data['inputs'][key]!r}")
         try:
             check_group_choice(data["group_size"])
         except PlanError as problem:
@@ -181,6 +188,12 @@ def format_of(choice: Choice, name: str) -> Format | None:
         return format_by_id(choice.format, name)
     except FormatError as problem:
         raise PlanError(f"{problem}, and {KEPT} for a tensor that is stored as it is") from None
+
+
+def rank_of(choice: Choice, name: str) -> tuple[int, str]:
+    """Bits and short name of what a choice names, groups aside: (3, "k3"), (3, "t3"), (16, "kept"); the higher the less it loses."""
+    fmt = format_of(choice, name)
+    return (fmt.bits, name_of(fmt)) if fmt else (KEPT_BITS, KEPT)
 
 
 def check_bits_or_kept(bits: object, where: str) -> None:

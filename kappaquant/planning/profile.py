@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -18,9 +18,8 @@ from kappaquant.errors import NonFiniteError, PlanError
 from kappaquant.files.documents import read_json, write_whole
 from kappaquant.files.processes import ItemError, choose_device, choose_jobs, each, pool
 from kappaquant.files.tensors import FLOATS, ranges
-from kappaquant.formats.codebook import BITS, check_bits
+from kappaquant.formats.codebook import BITS, CodebookFormat, GroupedFormat, check_bits
 from kappaquant.formats.entry import Entry
-from kappaquant.formats.kinds import CODEBOOK, KINDS, check_kinds, usual_kind
 from kappaquant.formats.signs import check_group_size
 from kappaquant.kernels import dispatch as ops
 from kappaquant.models.roles import kinds_of, layer_of
@@ -153,7 +152,6 @@ def scan(
     *,
     group_size: int = 128,
     bits: Iterable[int] = BITS,
-    kind: str = CODEBOOK,
     jobs: int | None = None,
     device: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -163,7 +161,6 @@ def scan(
     Args:
         group_size: of the rotation before the error is measured.
         bits: widths to measure the error at; none makes the scan several times faster.
-        kind: of the formats whose error is measured, a letter of ``formats.kinds``.
         jobs: processes; None takes one per core (up to 8).
         device: where to measure; None takes CUDA if there is one.
         progress: called with the source bytes done and in all.
@@ -172,32 +169,43 @@ def scan(
         SourceError: a shard can not be read.
     """
     check_group_size(group_size)
-    check_kinds([kind])
     widths = tuple(bits)
     for b in widths:
         check_bits(b)
-        usual_kind([kind], b)
-    device = choose_device(device)
-    total, done = sum(info.nbytes for info in source.tensors.values()), 0
+    books = [CodebookFormat(b, group_size) for b in widths]
+    floats = {name: info for name, info in source.tensors.items() if info.dtype in FLOATS}
+    formats = {name: books if len(info.shape) >= 2 else [] for name, info in floats.items()}
+    parts = measured(source, formats, jobs, device, progress)
     kinds = kinds_of(source.tensors, source.config)
-    parts: dict[str, dict[int, _Part]] = {name: {} for name, i in source.tensors.items() if i.dtype in FLOATS}
+    stats = {}
+    for name, info in floats.items():
+        stats[name] = _finish(parts[name], info.shape, info.dtype, kinds[name].family, layer_of(name), books)
+    label = source.label if source.revision else Path(source.label).resolve().name
+    return Profile(label, source.revision, group_size, stats)
+
+
+def measured(
+    source: Source,
+    formats: Mapping[str, Sequence[GroupedFormat]],
+    jobs: int | None = None,
+    device: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Measured]:
+    """What these float tensors are, and what they lose in these formats of their [..., out, in]; others are not read. See ``scan``."""
+    device = choose_device(device)
+    total, done = sum(source.tensors[name].nbytes for name in formats), 0
+    kinds = kinds_of(source.tensors, source.config)
+    parts: dict[str, dict[int, Measured]] = {name: {} for name in formats}
     jobs = choose_jobs(jobs, total)
     with pool(jobs if device == "cpu" else 1) as workers:
         for shard, tensors in source.shards.items():
+            wanted = {name: info for name, info in tensors.items() if name in formats}
+            if not wanted:
+                continue
             entries = source.read_entries(shard)
             tasks = [
-                _Task(
-                    entries[name],
-                    start,
-                    stop,
-                    group_size,
-                    widths if len(info.shape) >= 2 else (),
-                    kind,
-                    device,
-                    kinds[name].transposed,
-                )
-                for name, info in tensors.items()
-                if name in parts
+                _Task(entries[name], start, stop, tuple(formats[name]), device, kinds[name].transposed)
+                for name, info in wanted.items()
                 for start, stop in ranges(info.shape, 2 if kinds[name].transposed else 1)
             ]
             try:
@@ -208,14 +216,11 @@ def scan(
             except ItemError as failure:
                 raise failure.problem from failure
             source.release(shard)
-    stats = {}
-    for name, pieces in parts.items():
-        info = source.tensors[name]
-        ordered = [pieces[start] for start in sorted(pieces)] or [_Part(Moments(), {}, Magnitudes())]
-        part = reduce(operator.add, ordered)
-        stats[name] = _finish(part, info.shape, info.dtype, kinds[name].family, layer_of(name))
-    label = source.label if source.revision else Path(source.label).resolve().name
-    return Profile(label, source.revision, group_size, stats)
+    empty = [Measured(Moments(), {}, Magnitudes())]
+    return {
+        name: reduce(operator.add, [pieces[start] for start in sorted(pieces)] or empty)
+        for name, pieces in parts.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -223,9 +228,7 @@ class _Task:
     entry: Entry
     start: int
     stop: int
-    group_size: int
-    bits: tuple[int, ...]
-    kind: str
+    formats: tuple[GroupedFormat, ...]
     device: str
     transposed: bool
 
@@ -273,25 +276,35 @@ class Magnitudes:
 
 
 @dataclass
-class _Part:
+class Measured:
+    """What a tensor, or a part of one, is.
+
+    Attributes:
+        squared_errors: format id -> sum of squared errors of effort "fast"; empty where the weights, or a norm in float16, are not finite.
+    """
+
     moments: Moments
-    squared_errors: dict[int, float]
+    squared_errors: dict[str, float]
     magnitudes: Magnitudes
 
-    def __add__(self, other: _Part) -> _Part:
-        # a width that one part has no error for has none in the sum
-        errors = {b: e + other.squared_errors[b] for b, e in self.squared_errors.items() if b in other.squared_errors}
-        return _Part(self.moments + other.moments, errors, self.magnitudes + other.magnitudes)
+    def __add__(self, other: Measured) -> Measured:
+        # a format that one part has no error in has none in the sum
+        errors = {f: e + other.squared_errors[f] for f, e in self.squared_errors.items() if f in other.squared_errors}
+        return Measured(self.moments + other.moments, errors, self.magnitudes + other.magnitudes)
+
+    def relative_mse(self, fmt: GroupedFormat) -> float:
+        """Squared error in a format that was measured over the sum of squares."""
+        return self.squared_errors[fmt.id] / self.moments.s2 if self.moments.s2 else 0.0
 
 
-def _measure(task: _Task) -> _Part:
+def _measure(task: _Task) -> Measured:
     info = task.entry.info
     weight = task.entry.elements(task.start, task.stop).to(task.device)
     moments = Moments.of(weight)
     if not moments.finite:
-        return _Part(moments, {}, Magnitudes())
-    errors: dict[int, float] = {}
-    if task.bits:
+        return Measured(moments, {}, Magnitudes())
+    errors: dict[str, float] = {}
+    if task.formats:
         rows = weight.view(-1, info.shape[-1])
         if task.transposed:
             rows = weight.view(-1, *info.shape[-2:]).mT.reshape(-1, info.shape[-2])
@@ -299,23 +312,31 @@ def _measure(task: _Task) -> _Part:
             errors = _errors(task, rows)
         except NonFiniteError:  # finite weights whose norms are not: quantize refuses them, a scan reports what it can
             errors = {}
-    return _Part(moments, errors, Magnitudes.of(weight))
+    return Measured(moments, errors, Magnitudes.of(weight))
 
 
-def _errors(task: _Task, rows: torch.Tensor) -> dict[int, float]:
-    """Sums of squared errors of effort "fast", by bits."""
-    name = task.entry.info.name
-    if task.kind == CODEBOOK:
-        return ops.squared_errors(rows, task.group_size, task.bits, name)
-    formats = {bits: KINDS[task.kind].make(bits, task.group_size) for bits in task.bits}
-    return {bits: ops.encode(rows, fmt, "fast", name=name).squared_error for bits, fmt in formats.items()}
+def _errors(task: _Task, rows: torch.Tensor) -> dict[str, float]:
+    """Sums of squared errors of effort "fast", by format; codebooks of one group size share a rotation."""
+    name, found = task.entry.info.name, {}
+    widths: dict[int, list[int]] = {}
+    for fmt in task.formats:
+        if isinstance(fmt, CodebookFormat):
+            widths.setdefault(fmt.group_size, []).append(fmt.bits)
+        else:
+            found[fmt.id] = ops.encode(rows, fmt, "fast", name=name).squared_error
+    for size, bits in widths.items():
+        lost = ops.squared_errors(rows, size, bits, name)
+        found |= {CodebookFormat(b, size).id: error for b, error in lost.items()}
+    return found
 
 
-def _finish(part: _Part, shape: tuple[int, ...], dtype: str, family: str, layer: int | None) -> TensorStats:
+def _finish(
+    part: Measured, shape: tuple[int, ...], dtype: str, family: str, layer: int | None, books: Sequence[CodebookFormat]
+) -> TensorStats:
     moments, sigma = part.moments, part.moments.std
     if not moments.count or not moments.finite or not math.isfinite(moments.kurtosis):
         return TensorStats(shape, dtype, family, layer, None, None, None, {}, moments.finite)
-    mse = {b: e / moments.s2 if moments.s2 else 0.0 for b, e in part.squared_errors.items()}
+    mse = {fmt.bits: part.relative_mse(fmt) for fmt in books if fmt.id in part.squared_errors}
     return TensorStats(
         shape, dtype, family, layer, moments.kurtosis, moments.absmax / sigma if sigma else 0.0,
         part.magnitudes.top_energy(TOP_SHARE), mse, True,

@@ -12,6 +12,7 @@ from typing import Any
 from kappaquant.errors import PlanError
 from kappaquant.files.documents import read_json, write_whole
 from kappaquant.formats.codebook import GroupSize, check_group_choice
+from kappaquant.formats.kinds import CODEBOOK, KINDS
 from kappaquant.models.roles import Role, TensorKind
 
 EVIDENCE_VERSION = 1
@@ -47,6 +48,7 @@ class Unit:
         kld: mean KL divergence (nats a token) of the model with only these quantized from the original; None where it was not measured.
         interval_95: of the mean, over windows.
         tokens: that the poorest of its routed experts saw; None for what every token goes through.
+        kind: of the formats in which ``kld`` was measured, a letter of ``formats.kinds``.
     """
 
     layer: int | None
@@ -57,6 +59,7 @@ class Unit:
     kld: float | None
     interval_95: tuple[float, float] | None
     tokens: int | None
+    kind: str = CODEBOOK
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Sensitivities:
         lost = sum(self._error(name, fmt) for name, fmt in formats.items())
         if unit.kld is None or unit.bits is None:
             return lost / (sum(self.tensors[name].energy for name in unit.tensors) or 1.0)
-        base = sum(self._error(name, self.format_at(name, unit.bits)) for name in unit.tensors)
+        base = sum(self._error(name, self.format_at(name, unit.bits, unit.kind)) for name in unit.tensors)
         return unit.kld * lost / base if base else 0.0
 
     def predicted(self, formats: Mapping[str, str | None]) -> float:
@@ -121,15 +124,31 @@ class Sensitivities:
             )
         return known.energy * known.errors[fmt]
 
-    def format_at(self, name: str, bits: int) -> str:
-        """Id of the format of so many bits that a tensor's error is known for. Raises PlanError where there is none."""
-        prefix = f"tq{bits}g"
-        for fmt in self.tensors[name].errors if name in self.tensors else ():
-            if fmt.startswith(prefix):
-                return fmt
-        raise PlanError(
-            f"{name}: the evidence has no error at {bits} bits, at which its layer was measured; calibrate again"
-        )
+    def format_at(self, name: str, bits: int, kind: str) -> str:
+        """Id of the format of a kind and so many bits that a tensor's error is known for. Raises PlanError where there is none."""
+        found = next(iter(self._known(name, kind, [bits])), None)
+        if found is None:
+            raise PlanError(
+                f"{name}: the evidence has no error at {bits} bits in {KINDS[kind].name}, in which its layer was measured; "
+                "calibrate again"
+            )
+        return found
+
+    def check_measured(self, names: Iterable[str], kinds: Sequence[str]) -> None:
+        """Raise PlanError, naming the tensor, where one has no error in any format of one of these kinds."""
+        for name in names:
+            known = [kind for kind in KINDS if self._known(name, kind, KINDS[kind].bits)]
+            for kind in kinds:
+                if known and kind not in known:
+                    raise PlanError(
+                        f"{name}: the evidence has no error in {KINDS[kind].name} ({kind}); calibrate with --formats "
+                        f"{','.join(kinds)}, or plan with --formats {','.join(known)}"
+                    )
+
+    def _known(self, name: str, kind: str, bits: Iterable[int]) -> list[str]:
+        """Ids of the formats of a kind and these widths that a tensor's error is known for."""
+        prefixes = tuple(f"{KINDS[kind].prefix}{width}g" for width in bits)
+        return [fmt for fmt in (self.tensors[name].errors if name in self.tensors else ()) if fmt.startswith(prefixes)]
 
     def to_json(self) -> str:
         return json.dumps({"evidence_version": EVIDENCE_VERSION, **asdict(self)}, indent=1, allow_nan=False) + "\n"
@@ -163,6 +182,10 @@ class Sensitivities:
         for unit in self.units:
             where = f"{label}: {unit.family} of layer {unit.layer}"
             _check_numbers(where, [] if unit.kld is None else [unit.kld])
+            if unit.kind not in tuple(KINDS):
+                raise PlanError(
+                    f"{where}: was measured in formats {unit.kind!r}, which this version does not know; calibrate again"
+                )
             for name in unit.tensors:
                 if name not in self.tensors:
                     raise PlanError(f"{where}: names {name}, of which there are no errors; calibrate again")
@@ -173,13 +196,15 @@ def decided(kind: TensorKind) -> bool:
     return not kind.refuse and (not kind.keep or kind.role in SHRINKABLE)
 
 
-def units_of(kinds: Mapping[str, TensorKind], names: Iterable[str], bits: int | None) -> list[Unit]:
-    """The units that these tensors make, in the order of their first, not measured yet."""
+def units_of(
+    kinds: Mapping[str, TensorKind], names: Iterable[str], bits: int | None, kind: str = CODEBOOK
+) -> list[Unit]:
+    """The units that these tensors make, in the order of their first, not measured yet; to be so in formats of these bits and kind."""
     together: dict[tuple[int | None, Role], list[str]] = {}
     for name in names:
         together.setdefault((kinds[name].layer, kinds[name].role), []).append(name)
     return [
-        Unit(layer, kinds[members[0]].family, role.value, tuple(members), bits, None, None, None)
+        Unit(layer, kinds[members[0]].family, role.value, tuple(members), bits, None, None, None, kind)
         for (layer, role), members in together.items()
     ]
 

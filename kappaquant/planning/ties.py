@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from kappaquant.errors import PlanError
-from kappaquant.formats.entry import KEPT_BITS
-from kappaquant.planning.plan import Choice, format_of
+from kappaquant.planning.plan import Choice, rank_of
 
 
 def tied(sets: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
@@ -28,28 +27,23 @@ def tied(sets: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
 
 
 def check_overrides(names: Sequence[str], fixed: Mapping[str, Choice], overridden: Collection[str]) -> None:
-    """Raise PlanError, naming a tensor, where overrides give some of these tensors another width than the rest.
+    """Raise PlanError, naming a tensor, where overrides give some of these tensors another width, or kind of format, than the rest.
 
     Args:
         names: tied to each other.
         fixed: choices made already: what defaults keep, which breaks no tie, and overrides.
         overridden: which of these are overrides.
     """
-    forced = {name: _bits(fixed[name], name) for name in names if name in overridden}
+    forced = {name: rank_of(fixed[name], name)[1] for name in names if name in overridden}
     free = [name for name in names if name not in fixed]
-    odd = next((name for name, bits in forced.items() if bits != next(iter(forced.values()))), None)
+    odd = next((name for name, short in forced.items() if short != next(iter(forced.values()))), None)
     if not forced or (not free and odd is None):
         return
     first = next(iter(forced))
     name, other = (odd, first) if odd else (first, free[0])
-    rest = f"{forced[other]} bits" if odd else "no override"
+    rest = forced[other] if odd else "no override"
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
     raise PlanError(
-        f"{name}: {fixed[name].why} to {forced[name]} bits, which breaks a tie: it gets one width with {other} ({rest}){more}; "
+        f"{name}: {fixed[name].why} to {forced[name]}, which breaks a tie: it gets one width and kind with {other} ({rest}){more}; "
         "override all of them alike, or none"
     )
-
-
-def _bits(choice: Choice, name: str) -> int:
-    fmt = format_of(choice, name)
-    return fmt.bits if fmt else KEPT_BITS

@@ -71,7 +71,7 @@ def head(facts: Facts) -> str:
 
 
 def recipe(facts: Facts) -> str:
-    """The plan in a sentence, and bits and bytes of every family."""
+    """The plan in a sentence, and formats and bytes of every family."""
     checkpoint, plan = facts.checkpoint, facts.manifest["plan"]
     inputs = "".join(
         f", {key} {_plain(value)}" for key, value in plan["inputs"].items() if value not in (False, None, [], {})
@@ -79,7 +79,7 @@ def recipe(facts: Facts) -> str:
     rows = [
         [
             family,
-            ", ".join("kept" if b == 16 else str(b) for b in contents.widths(checkpoint, names)),
+            ", ".join(contents.formats(checkpoint, names)),
             *_sizes(contents.total(checkpoint, names)),
         ]
         for family, names in contents.families(checkpoint).items()
@@ -90,7 +90,7 @@ def recipe(facts: Facts) -> str:
     return (
         f"## Recipe\n\nPolicy {plan['policy']}{inputs}; {groups}, each with a float16 norm; effort "
         f"{facts.manifest['effort']}. Bits per weight count norms and padding.\n\n"
-        + table(["family", "bits", "tensors", "weights", "size", "bits per weight"], rows)
+        + table(["family", "formats", "tensors", "weights", "size", "bits per weight"], rows)
     )
 
 

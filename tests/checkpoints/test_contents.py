@@ -6,7 +6,7 @@ from pathlib import Path
 
 from builders import quantize, write_source
 
-from kappaquant.checkpoints.contents import families, total, widths
+from kappaquant.checkpoints.contents import families, formats, total
 
 
 def test_families_part_a_checkpoint(tmp_path: Path) -> None:
@@ -21,6 +21,8 @@ def test_families_part_a_checkpoint(tmp_path: Path) -> None:
     assert whole.output_bytes == sum(checkpoint.nbytes(name) for name in checkpoint.keys())
     for part in ("tensors", "params", "source_bytes", "output_bytes"):
         assert sum(getattr(s, part) for s in sums) == getattr(whole, part)
-    assert widths(checkpoint, checkpoint.keys()) == sorted({checkpoint.bits(name) for name in checkpoint.keys()})
-    assert widths(checkpoint, ["model.norm.weight"]) == [16]
-    assert widths(checkpoint, []) == []
+    held = {fmt for name in checkpoint.keys() if (fmt := checkpoint.format_of(name))}
+    ids = [fmt.id for fmt in sorted(held, key=lambda fmt: (fmt.bits, fmt.id))]
+    assert formats(checkpoint, checkpoint.keys()) == [*ids, "kept"]
+    assert formats(checkpoint, ["model.norm.weight"]) == ["kept"]
+    assert formats(checkpoint, []) == []

@@ -35,7 +35,7 @@ def test_evidence_says_what_it_is_of(source: Path, text: Path, tmp_path: Path) -
         "calibrate", source, "-o", tmp_path / "e.json", "--calibration", text, "--calibration-tokens", 96, *FAST
     )
     assert done.returncode == 0, done.stderr
-    assert "KLD at 3 bits" in done.stdout
+    assert "KLD in k3" in done.stdout
     assert "embedding" in done.stdout
     found, model = Sensitivities.load(tmp_path / "e.json"), model_of(open_source(source))
     assert (found.kind, found.model, found.sha256) == ("calibration", "tiny", model.sha256)
@@ -52,6 +52,26 @@ def test_without_a_file_the_model_writes(source: Path, tmp_path: Path) -> None:
     assert found.text["written_by"]["model"] == "tiny"
     assert {unit.bits for unit in found.units} == {4}
     assert calibrating.kept_text(tmp_path / "e.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "tried", "known"),
+    [
+        (("--formats", "k,t", "--bits", "t2"), "t2", "kt"),
+        (("--formats", "t"), "t3", "t"),
+    ],
+)
+def test_parts_are_tried_in_the_format_that_is_named(
+    options: tuple[str, ...], tried: str, known: str, source: Path, text: Path, tmp_path: Path
+) -> None:
+    by = "--calibration", text, "--calibration-tokens", 48
+    done = run_here("calibrate", source, "-o", tmp_path / "e.json", *by, *FAST, *options)
+    assert done.returncode == 0, done.stderr
+    assert f"KLD in {tried}" in done.stdout
+    found = Sensitivities.load(tmp_path / "e.json")
+    assert {f"{unit.kind}{unit.bits}" for unit in found.units} == {tried}
+    found.check_measured(found.tensors, known)
+    assert len(next(iter(found.tensors.values())).errors) == {"kt": 10, "t": 3}[known]
 
 
 def test_without_text_it_says_so(source: Path, tmp_path: Path) -> None:
@@ -74,6 +94,10 @@ def test_without_text_it_says_so(source: Path, tmp_path: Path) -> None:
         (("--effort", "fast"), "--effort fast: must be calibrated or best"),
         (("--data-free", "--calibration-tokens", 5), "--data-free reads no text"),
         (("--bits", 9, "--calibration", "text.txt"), "bits = 9"),
+        (("--bits", "t5"), "--bits t5: trellis codes have no width of 5 bits; there are t2, t3, t4"),
+        (("--bits", "tq3"), "--bits 'tq3': must be a width, 2 to 8, or one with its kind such as t3"),
+        (("--bits", "t3"), "formats k: parts are tried in 't', which is none of these"),
+        (("--formats", "t", "--bits", 5), "bits = 5: parts are tried in trellis codes, which have 2, 3, 4 bits"),
         (("--group-size", 48), "--group-size|group size 48"),
         (("--calibration", "nowhere.txt"), "nowhere.txt: no such file"),
         (("--calibration-tokens", 1, "--calibration", "text.txt"), "--calibration-tokens 1: must be 2 or more"),

@@ -44,6 +44,7 @@ def test_a_checkpoint(checkpoint: kappaquant.Checkpoint) -> None:
     text = printed(checkpoint_table(checkpoint))
     checkpoint.notices.pop()
     assert all(text.count(f" {family} ") == 1 for family in families)
+    assert all(fmt in text for fmt in contents.formats(checkpoint, checkpoint.keys()))
     assert "note: something odd" in text
 
 

@@ -137,21 +137,24 @@ def test_plans_choose_it_where_they_may(source: Path, tmp_path: Path) -> None:
     assert chosen("--policy", "uniform", "--bits", 2, "--group-size", 32) == {"kept", "t2g32"}
     command("calibrate", source, "-o", evidence, "--data-free", "--formats", "k,t", "--jobs", 1, "--device", "cpu")
     assert any(fmt.startswith("t3g") for fmt in chosen("--evidence", evidence, "--bits-per-weight", 4))
-    refused = CliRunner().invoke(
-        app, ["calibrate", str(source), "-o", str(tmp_path / "e.json"), "--data-free", "--formats", "t"]
+    command("calibrate", source, "-o", evidence, "--data-free", "--formats", "t", "--jobs", 1, "--device", "cpu")
+    page = tmp_path / "page.html"
+    command(
+        "plan", source, "-o", plan, "--formats", "t", "--evidence", evidence, "--bits-per-weight", 4, "--explore", page
     )
-    assert "parts are tried in codebooks; add k" in str(refused.exception)
-    page = [
-        "plan",
-        str(source),
-        "--formats",
-        "t",
-        "--evidence",
-        str(evidence),
-        "--explore",
-        str(tmp_path / "page.html"),
-    ]
-    assert "the page of --explore chooses from codebooks" in str(CliRunner().invoke(app, page).exception)
+    assert {entry["format"][:2] for entry in json.loads(plan.read_text())["tensors"].values()} <= {
+        "t2",
+        "t3",
+        "t4",
+        "ke",
+    }
+    assert '"formats":["t2","t3","t4","16"]' in page.read_text()
+    assert {entry["format"] for entry in planned_by(source, plan, "*_proj.weight=t2").values()} >= {"kept", "t2g128"}
+
+
+def planned_by(source: Path, plan: Path, override: str) -> dict[str, dict[str, str]]:
+    command("plan", source, "-o", plan, "--policy", "uniform", "--group-size", 128, "--set", override)
+    return json.loads(plan.read_text())["tensors"]
 
 
 def test_kernels_of_codebooks_leave_it_to_the_slow_one() -> None:

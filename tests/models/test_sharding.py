@@ -39,15 +39,17 @@ def test_mixed_widths_are_named_with_their_layers_and_their_price(source: Path) 
     experts, attention = plan(source, bits=3, overrides=overrides, target="vllm").warnings
     assert attention == (
         "model.layers.*.self_attn.k_proj.weight, model.layers.*.self_attn.q_proj.weight, "
-        "model.layers.*.self_attn.v_proj.weight: 3, 5 bits in layers 0, 1: vllm fuses these, and multiplies once for each "
-        "width; --fuse-legal makes them equal"
+        "model.layers.*.self_attn.v_proj.weight: k3, k5 in layers 0, 1: vllm fuses these, and multiplies once for each; "
+        "--fuse-legal makes them equal"
     )
     assert "experts.*.gate_proj.weight (5)" in experts
-    assert (
-        "3, 16 bits in layers 0: vllm fuses these, and runs experts of mixed widths slowly, once for each width"
-        in experts
-    )
+    assert "k3, kept in layers 0: vllm fuses these, and runs mixed experts slowly, once for each" in experts
     assert plan(source, bits=3, overrides=overrides).warnings == ()
+
+
+def test_kinds_of_one_width_are_mixed_as_well(source: Path) -> None:
+    (attention,) = plan(source, bits=3, overrides=[("*.k_proj.weight", "t3")], target="vllm").warnings
+    assert "v_proj.weight: k3, t3 in layers 0, 1: vllm fuses these" in attention
 
 
 def test_fuse_legal_raises_to_the_larger_width_and_silences_the_warnings(source: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from headers import infos, saved
+from headers import in_memory, infos, saved
 from planned import GATE_UP, OUT, QWEN, SHARED_DOWN, TENSORS, Q, plan, quantized
 
 import kappaquant
@@ -15,7 +15,7 @@ from kappaquant.errors import PlanError
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.codebook import CodebookFormat
 from kappaquant.models.roles import fused_groups
-from kappaquant.planning.make import parse_override
+from kappaquant.planning.make import overridden, parse_override
 
 
 def test_an_input_axis_below_the_group_is_kept_unless_overridden_or_the_group_is_smaller() -> None:
@@ -38,6 +38,17 @@ def test_an_input_axis_below_the_group_is_kept_unless_overridden_or_the_group_is
         ({"bits": 9}, "bits = 9"),
         ({"group_size": 96}, "power of two"),
         ({"overrides": [("*q_proj*", 12)]}, r"'\*q_proj\*': bits = 12"),
+        (
+            {"overrides": [("*q_proj*", "t8")]},
+            r"'\*q_proj\*': trellis codes have no width of 8 bits; there are t2, t3, t4",
+        ),
+        ({"overrides": [("*q_proj*", "q3")]}, r"'\*q_proj\*': unknown format id 'q3'"),
+        ({"kinds": "t", "bits": 5}, r"proj\.weight: formats t have no width of 5 bits; allow k too \(--formats\)"),
+        ({"kinds": "t", "overrides": [("*q_proj*", 5)]}, r"q_proj\.weight: formats t have no width of 5 bits"),
+        (
+            {"kinds": "t", "policy": "kurtosis", "profile": dict.fromkeys(TENSORS, 9.0)},
+            "formats t have no width of 5 bits",
+        ),
         ({"overrides": [("*nothing*", 4)]}, "matches no tensor"),
         ({"overrides": [("*layernorm*", 4)]}, r"input_layernorm\.weight: override .* role norm"),
         ({"overrides": [("*mlp.gate.weight", 4)]}, r"mlp\.gate\.weight: override .* role router"),
@@ -105,6 +116,30 @@ def test_parse_override_rejects(text: str) -> None:
 
 def test_parse_override() -> None:
     assert parse_override("*a=b*=16") == ("*a=b*", 16)
+    assert [parse_override(f"*={setting}")[1] for setting in ("t3", "k6", "tq4g64")] == ["t3", "k6", "tq4g64"]
+    with pytest.raises(
+        PlanError, match=r"override '\*=t5': trellis codes have no width of 5 bits; there are t2, t3, t4"
+    ):
+        parse_override("*=t5")
+
+
+def test_overrides_name_a_kind_whose_groups_suit_the_tensor() -> None:
+    tensors, rules = {**TENSORS, **infos({GATE_UP: (4, 64, 192)})}, [(Q, "t3"), (OUT, 4), (GATE_UP, "k2")]
+    for kinds, four in (("k", "tq4g128"), ("kt", "t4g128")):
+        made = plan(tensors=tensors, overrides=rules, group_size="auto", kinds=kinds)
+        assert [made.choices[name].format for name in (Q, OUT, GATE_UP)] == ["t3g128", four, "tq2g64"]
+        assert made.inputs["overrides"] == [list(rule) for rule in rules]
+        more = overridden(made, tensors, QWEN, [(OUT, 2), (Q, "k5")])
+        assert [more.choices[name].format for name in (Q, OUT)] == ["tq5g128", "tq2g128" if kinds == "k" else "t2g128"]
+
+
+def test_fuse_makes_kinds_of_one_width_equal() -> None:
+    tensors, config = in_memory("llama")
+    made = plan(tensors=tensors, config=config, overrides=[("*.k_proj.weight", "t3")], fuse=True, group_size="auto")
+    q, k = (next(choice for name, choice in made.choices.items() if f"{what}_proj" in name) for what in "qk")
+    assert q.format == k.format
+    assert q.format.startswith("t3g")
+    assert "raised from k3 to fuse with" in q.why
 
 
 @pytest.mark.parametrize("arch", ["qwen3_5_moe_text", "mixtral"])

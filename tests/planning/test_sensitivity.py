@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,21 @@ def test_a_part_loses_in_proportion_to_the_error_of_its_outputs() -> None:
     assert FOUND.loss(UNIT, {"a": None, "b": None}) == 0
 
 
+def test_what_was_measured_in_trellis_codes_tells_of_codebooks() -> None:
+    both = {"tq3g64": 0.03, "t3g64": 0.021, "tq4g64": 0.008}
+    found = replace(FOUND, tensors={name: TensorErrors(2.0, both) for name in "ab"}, units=(replace(UNIT, kind="t"),))
+    (unit,) = found.units
+    assert found.loss(unit, {"a": "t3g64", "b": "t3g64"}) == pytest.approx(0.012)
+    assert found.loss(unit, {"a": "tq4g64", "b": "tq4g64"}) == pytest.approx(0.012 * 8 / 21)
+
+
+def test_evidence_from_before_there_were_kinds_is_of_codebooks(tmp_path: Path) -> None:
+    data = json.loads(FOUND.to_json())
+    del data["units"][0]["kind"]
+    (tmp_path / "evidence.json").write_text(json.dumps(data))
+    assert Sensitivities.load(tmp_path / "evidence.json") == FOUND
+
+
 def test_without_a_measured_divergence_it_is_the_error_itself() -> None:
     unit = Unit(0, "routed experts", "routed_expert.down", ("a", "b"), None, None, None, None)
     assert FOUND.loss(unit, {"a": "tq2g64", "b": "tq2g64"}) == pytest.approx((2 * 0.1 + 6 * 0.2) / 8)
@@ -48,6 +64,7 @@ def test_json_and_back(tmp_path: Path) -> None:
         (lambda d: d.update(group_size=48), "group size 48: must be .*; calibrate again"),
         (lambda d: d["units"][0].update(kld=-1), "routed experts of layer 0: -1 is no sensitivity"),
         (lambda d: d["units"][0].update(kld="x"), "routed experts of layer 0: 'x' is no sensitivity"),
+        (lambda d: d["units"][0].update(kind=["t"]), r"layer 0: was measured in formats \['t'\], which this version"),
         (lambda d: d["tensors"]["a"]["errors"].update(tq3g64=float("nan")), "a: nan is no sensitivity"),
         (lambda d: d["tensors"].pop("b"), "routed experts of layer 0: names b, of which there are no errors"),
     ],
@@ -66,8 +83,16 @@ def test_what_was_not_measured_is_named() -> None:
         FOUND.loss(UNIT, {"c": "tq3g64"})
     with pytest.raises(PlanError, match="a: the evidence has no error for tq3g128, only for tq2g64, tq3g64, tq4g64"):
         FOUND.loss(UNIT, {"a": "tq3g128"})
-    with pytest.raises(PlanError, match="a: the evidence has no error at 8 bits"):
-        FOUND.format_at("a", 8)
+    with pytest.raises(PlanError, match="a: the evidence has no error at 8 bits in codebooks, in which"):
+        FOUND.format_at("a", 8, "k")
+    with pytest.raises(PlanError, match="a: the evidence has no error at 3 bits in trellis codes, in which"):
+        FOUND.format_at("a", 3, "t")
+    FOUND.check_measured("ab", ["k"])
+    message = (
+        r"a: the evidence has no error in trellis codes \(t\); calibrate with --formats k,t, or plan with --formats k$"
+    )
+    with pytest.raises(PlanError, match=message):
+        FOUND.check_measured("ab", ["k", "t"])
 
 
 def test_parts_are_what_one_layer_has_of_one_role_and_embeddings_may_shrink() -> None:

@@ -6,6 +6,7 @@ import pytest
 from choices import choice
 
 from kappaquant.errors import PlanError
+from kappaquant.planning.plan import Choice
 from kappaquant.planning.ties import check_overrides, tied
 
 
@@ -25,9 +26,10 @@ def test_overrides_of_all_or_none_keep_a_tie() -> None:
 @pytest.mark.parametrize(
     ("fixed", "message"),
     [
-        ({"a": choice(4)}, r"^a: test to 4 bits, which breaks a tie: it gets one width with b \(no override\) and 1 more; override all"),
-        ({"a": choice(4), "b": choice(5), "c": choice(4)}, r"^b: test to 5 bits, .* with a \(4 bits\)"),
-        ({"b": choice(16), "c": choice(16)}, r"^b: test to 16 bits, .* with a \(no override\)"),
+        ({"a": choice(4)}, r"^a: test to k4, which breaks a tie: it gets one width and kind with b \(no override\) and 1 more; override all"),
+        ({"a": choice(4), "b": choice(5), "c": choice(4)}, r"^b: test to k5, .* with a \(k4\)"),
+        ({"a": choice(4), "b": Choice("t4g128", "test"), "c": choice(4)}, r"^b: test to t4, .* with a \(k4\)"),
+        ({"b": choice(16), "c": choice(16)}, r"^b: test to kept, .* with a \(no override\)"),
     ],
 )  # fmt: skip
 def test_others_break_it(fixed: dict[str, object], message: str) -> None:

@@ -139,7 +139,7 @@ def test_tables_hold_the_manifest_and_the_evaluation(checkpoint: Checkpoint) -> 
     recipe, measured, positions, families = tables(make_card(checkpoint, measure(checkpoint)).text)
     assert all(len(row) == 6 for row in recipe)
     rows = {row[0]: row for row in recipe}
-    assert rows["routed gate_proj / up_proj"][1] == "3"
+    assert rows["routed gate_proj / up_proj"][1] == "tq3g128"
     assert rows["lm_head"][1] == "kept"
     assert rows["all"][2] == str(len(checkpoint.keys()))
     values = {row[0]: row[1:] for row in measured}

@@ -9,6 +9,7 @@ from typing import Any
 
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.codebook import GroupSize, fitting
+from kappaquant.formats.kinds import KINDS
 from kappaquant.models.inventory import Inventory
 from kappaquant.models.role_defaults import Role
 from kappaquant.planning.sensitivity import Sensitivities, TensorErrors, Unit
@@ -16,6 +17,7 @@ from kappaquant.quantizing.calibration.written import model_of
 from kappaquant.sources.source import Source
 
 ERRORS = {2: 0.114, 3: 0.0316, 4: 0.00778, 5: 0.00189, 6: 0.00047, 7: 0.00012, 8: 0.00003}  # of a Gaussian
+SHARES = {"k": 1.0, "t": 0.9}  # of these, in formats of a kind; near enough that some tensors lose less in either
 
 
 def evidence_of(source: Source, **options: Any) -> Sensitivities:
@@ -32,6 +34,7 @@ def evidence(
     widths: Iterable[int] = tuple(ERRORS),
     group_size: GroupSize = "auto",
     outer: bool = True,
+    kinds: str = "k",
 ) -> Sensitivities:
     """Of each tensor that a policy decides, and with ``outer`` of embeddings and head, which may shrink as well."""
     draw, inventory, widths = random.Random(7), Inventory(tensors, config), tuple(widths)
@@ -43,8 +46,12 @@ def evidence(
         name: TensorErrors(
             draw.lognormvariate(5, 1),
             {
-                fitting(bits, tensors[name].shape[-1], group_size).id: ERRORS[bits] * draw.lognormvariate(0, 0.2)
+                KINDS[kind].make(bits, fitting(bits, tensors[name].shape[-1], group_size).group_size).id: ERRORS[bits]
+                * SHARES[kind]
+                * draw.lognormvariate(0, 0.2)
+                for kind in kinds
                 for bits in widths
+                if bits in KINDS[kind].bits
             },
         )
         for names in members.values()
@@ -55,7 +62,7 @@ def evidence(
         kld = draw.lognormvariate(-7, 1) if kind == "calibration" else None
         interval = None if kld is None else (0.9 * kld, 1.1 * kld)
         family = inventory.kinds[names[0]].family
-        units.append(Unit(layer, family, str(role), tuple(names), widths[0], kld, interval, None))
+        units.append(Unit(layer, family, str(role), tuple(names), widths[0], kld, interval, None, kinds[0]))
     return Sensitivities(
         kind, model, None, "0" * 64, {"name": "text.txt", "tokens": 4096}, "calibrated", group_size, tuple(units), errors,
         {name: draw.lognormvariate(0, 1) for name in errors},

@@ -1,4 +1,4 @@
-"""What the explorer's page knows, as plain JSON values: units by width, what is fixed, points beside the curve. No torch."""
+"""What the explorer's page knows, as plain JSON values: units by format, what is fixed, points beside the curve. No torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from kappaquant.errors import PlanError
 from kappaquant.files.safetensors import TensorInfo
-from kappaquant.formats.codebook import BITS
 from kappaquant.formats.entry import KEPT_BITS
+from kappaquant.formats.kinds import KINDS, USUAL
 from kappaquant.formats.transposed import fitting_weight
 from kappaquant.models.inventory import Inventory
 from kappaquant.models.roles import Role
@@ -24,7 +24,6 @@ from kappaquant.planning.policies.uniform import Uniform
 from kappaquant.planning.sensitivity import Sensitivities, Unit
 from kappaquant.planning.sizes import active_shares
 
-_WIDTHS = (*BITS, KEPT_BITS)
 _MARKED: dict[str, Policy] = {
     "uniform 3": Uniform(3),
     "uniform 4": Uniform(4),
@@ -56,8 +55,8 @@ class Contents:
     """Gathers what the page knows of one source.
 
     Attributes:
-        plan: what gives group size, overrides, whether fused layers share a width, and the engine it is for; the page starts at its
-            size.
+        plan: what gives group size, kinds of formats, overrides, whether fused layers share a width, and the engine it is for; the page
+            starts at its size.
         tensors: every tensor of the source; config: its config.json.
         evidence: whose units become free to choose; what is in none of them stays as it is.
     """
@@ -71,10 +70,11 @@ class Contents:
         """Everything, as JSON values; the same for the same input.
 
         Raises:
-            PlanError: evidence of another model, one that lacks a tensor or every format of it.
+            PlanError: evidence of another model, one that lacks a tensor, or every format or a kind of formats of it.
         """
         inventory = self._inventory
         units, fixed = self._free(inventory), self._fixed(inventory)
+        self.evidence.check_measured((name for _, free in units for name in free), self.plan.kinds)
         names = sorted(self.tensors, key=natural)
         number = {name: position for position, name in enumerate(names)}
         shares = active_shares(self.tensors, self.config)
@@ -87,6 +87,7 @@ class Contents:
             "effort": self.evidence.effort,
             "evidence": {"kind": self.evidence.kind, "model": self.evidence.model, "sha256": self.evidence.sha256},
             "group_size": self.plan.group_size,
+            "kinds": list(self.plan.kinds),
             "overrides": self._overrides(),
             "fuse": bool(self.plan.inputs.get("fuse", False)),
             "target": self._target,
@@ -171,17 +172,18 @@ class Contents:
     def _unit(
         self, unit: Unit, free: tuple[str, ...], number: Mapping[str, int], shares: Mapping[str, Fraction]
     ) -> dict[str, Any]:
-        formats = {bits: self._formats(free, bits) for bits in _WIDTHS}
-        known = [bits for bits in _WIDTHS if all(self._has_error(*pair) for pair in formats[bits].items())]
-        if known == [KEPT_BITS]:
-            self.evidence.loss(unit, formats[min(BITS)])  # says which format is missing
+        every = sorted((bits, kind) for kind in self.plan.kinds for bits in KINDS[kind].bits)
+        formats = {width: self._formats(free, *width) for width in (*every, (KEPT_BITS, ""))}
+        known = [width for width, ids in formats.items() if all(self._has_error(*pair) for pair in ids.items())]
+        if len(known) == 1:
+            self.evidence.loss(unit, formats[every[0]])  # says which format is missing
         sizes = [
-            {name: choice_bytes(Choice(fmt or KEPT, ""), self.tensors[name]) for name, fmt in formats[bits].items()}
-            for bits in known
+            {name: choice_bytes(Choice(fmt or KEPT, ""), self.tensors[name]) for name, fmt in formats[width].items()}
+            for width in known
         ]
         rows: dict[tuple[str, ...], list[int]] = {}
         for name in free:
-            rows.setdefault(tuple(formats[bits][name] or KEPT for bits in known), []).append(number[name])
+            rows.setdefault(tuple(formats[width][name] or KEPT for width in known), []).append(number[name])
         kurtosis = [k for name in free if (k := self.evidence.kurtosis.get(name)) is not None]
         return {
             "layer": unit.layer,
@@ -190,21 +192,26 @@ class Contents:
             "kurtosis": max(kurtosis, default=None),
             "kld": unit.kld,
             "interval_95": unit.interval_95,
-            "measured_at": unit.bits,
-            "widths": known,
+            "measured_at": None if unit.bits is None else self._name(unit.bits, unit.kind),
+            "widths": [bits for bits, _ in known],
+            "formats": [self._name(*width) for width in known],
             "bytes": [sum(size.values()) for size in sizes],
             "active": [float(sum(nbytes * shares[name] for name, nbytes in size.items())) for size in sizes],
-            "loss": [self.evidence.loss(unit, formats[bits]) for bits in known],
+            "loss": [self.evidence.loss(unit, formats[width]) for width in known],
             "tensors": [{"formats": list(ids), "names": names} for ids, names in rows.items()],
         }
 
-    def _formats(self, names: Iterable[str], bits: int) -> dict[str, str | None]:
-        """Format id by tensor at a width, None for one that is kept."""
+    def _name(self, bits: int, kind: str) -> str:
+        """What the page calls a width of a kind: its bits, and the letter before them where there is more than the usual kind."""
+        return f"{kind if self.plan.kinds != USUAL else ''}{bits}"
+
+    def _formats(self, names: Iterable[str], bits: int, kind: str) -> dict[str, str | None]:
+        """Format id by tensor at a width of a kind, None for one that is kept."""
         if bits == KEPT_BITS:
             return dict.fromkeys(names)
         kinds, group_size = self._inventory.kinds, self.plan.group_size
         return {
-            name: fitting_weight(bits, self.tensors[name].shape, group_size, kinds[name].transposed).id
+            name: fitting_weight(bits, self.tensors[name].shape, group_size, kinds[name].transposed, kind).id
             for name in names
         }
 
@@ -251,7 +258,9 @@ class Contents:
         group_size = self.plan.group_size
         kept = {name: Choice(KEPT, why) for name in self.tensors if (why := why_kept(inventory, name, group_size))}
         by_hand = {name: fixed[name] for name in fixed if self._set_by_hand(name)}
-        budget = Budget({**kept, **by_hand}, group_size=group_size, transposed=inventory.transposed)
+        budget = Budget(
+            {**kept, **by_hand}, group_size=group_size, transposed=inventory.transposed, kinds=self.plan.kinds
+        )
         marks = []
         for name, policy in _MARKED.items():
             decision = policy.choose(inventory, Evidence(), budget)

@@ -74,31 +74,31 @@ function lossName() {
 function showColours() {
   const range = paintMap(state.result, state.colour);
   const swatches = byId("legend");
-  if (state.colour === "bits") return swatches.replaceChildren(...widthShares());
+  if (state.colour === "bits") return swatches.replaceChildren(...formatShares());
   const text = (value) => (state.colour === "bytes" ? sizes.decimal(value) : digits(value));
   const squares = Array.from({ length: LEVELS }, (_, level) => element("i", { class: `swatch level${level}` }));
   const ends = range.any ? [text(range.least), text(range.most)] : ["none", "known"];
   return swatches.replaceChildren(COLOURS[state.colour].name, element("span", { class: "ramp" }, ends[0], ...squares, ends[1]));
 }
 
-/** A swatch for each width with its share of the bytes that are chosen for. */
-function widthShares() {
+/** A swatch for each format with its share of the bytes that are chosen for; a width has one colour, whatever its kind. */
+function formatShares() {
   const shares = new Map();
   let all = 0;
   contents.units.forEach((unit, number) => {
-    const bits = state.result.bits[number];
-    const bytes = unit.bytes[unit.widths.indexOf(bits)];
-    shares.set(bits, (shares.get(bits) || 0) + bytes);
-    all += bytes;
+    const at = state.result.chosen[number];
+    const share = shares.get(unit.formats[at]) || { bits: unit.widths[at], bytes: 0 };
+    shares.set(unit.formats[at], { ...share, bytes: share.bytes + unit.bytes[at] });
+    all += unit.bytes[at];
   });
-  const parts = [...shares].sort((a, b) => a[0] - b[0]);
-  return parts.map(([bits, bytes]) => {
-    const share = `${bits} bits: ${((100 * bytes) / all).toFixed(1)} %`;
+  const parts = [...shares].sort(([one, a], [other, b]) => a.bits - b.bits || (one < other ? -1 : 1));
+  return parts.map(([format, { bits, bytes }]) => {
+    const share = `${widthText(format)}: ${((100 * bytes) / all).toFixed(1)} %`;
     return element("span", { class: "share" }, element("i", { class: `swatch level${widthLevel(bits)}` }), share);
   });
 }
 
-/** What is known of one unit: each width's bytes and predicted loss, the chosen one marked. */
+/** What is known of one unit: each format's bytes and predicted loss, the chosen one marked. */
 function showUnit(number) {
   state.unit = number;
   const unit = contents.units[number];
@@ -108,15 +108,15 @@ function showUnit(number) {
   const facts = [unit.kurtosis === null ? "κ unknown" : `κ ${digits(unit.kurtosis)}`];
   if (unit.kld !== null) {
     const interval = unit.interval_95 ? ` (${unit.interval_95.map(digits).join(" – ")})` : "";
-    facts.push(`measured at ${unit.measured_at} bits: ${digits(unit.kld)} nats${interval}`);
+    facts.push(`measured at ${widthText(unit.measured_at)}: ${digits(unit.kld)} nats${interval}`);
   }
   const where = unit.layer === null ? unit.role : `layer ${unit.layer}, ${unit.role}`;
   const rows = [
-    ["bits", ...unit.widths],
+    [contents.kinds.join() === "k" ? "bits" : "format", ...unit.formats],
     [`size, ${sizes.unit}`, ...unit.bytes.map((bytes) => sizes.decimal(bytes).split(" ")[0])],
     [lossName(), ...unit.loss.map(digits)],
   ];
-  const chosen = unit.widths.indexOf(state.result.bits[number]) + 1;
+  const chosen = state.result.chosen[number] + 1;
   const table = rows.map((row, r) =>
     element("tr", {}, ...row.map((text, c) => element(r && c ? "td" : "th", { class: c === chosen ? "chosen" : "" }, String(text)))),
   );

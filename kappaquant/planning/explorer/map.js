@@ -3,10 +3,10 @@
 const CELL = { height: 22, heading: 20, labels: 116, least: 19, most: 30 };
 const LEVELS = 8; // colours of the style sheet, level0 to level7
 const COLOURS = {
-  bits: { name: "bits", of: (unit, state) => state.bits },
+  bits: { name: "bits", of: (unit, at) => unit.widths[at] },
   kurtosis: { name: "κ, excess kurtosis (largest of a cell's tensors)", of: (unit) => unit.kurtosis },
-  sensitivity: { name: "predicted loss at the width that was measured", of: (unit) => unit.loss[Math.max(unit.widths.indexOf(unit.measured_at), 0)] },
-  bytes: { name: "bytes", of: (unit, state) => unit.bytes[unit.widths.indexOf(state.bits)] },
+  sensitivity: { name: "predicted loss in the format that was measured", of: (unit) => unit.loss[Math.max(unit.formats.indexOf(unit.measured_at), 0)] },
+  bytes: { name: "bytes", of: (unit, at) => unit.bytes[at] },
 };
 
 /** Builds the grid; returns how to colour it by a result. */
@@ -110,20 +110,19 @@ function distance(a, b) {
 
 /** Colours all cells, names them for screen readers, and returns what a legend needs. */
 function paint(cells, contents, sizes, result, colour) {
-  const valueOf = (number) => COLOURS[colour].of(contents.units[number], { bits: result.bits[number] });
+  const valueOf = (number) => COLOURS[colour].of(contents.units[number], result.chosen[number]);
   const known = cells.map((each) => valueOf(each.number)).filter((value) => value !== null);
   const levelOf = colour === "bits" ? widthLevel : levels(known, colour === "kurtosis");
   for (const { cell, text, number } of cells) {
     const unit = contents.units[number];
-    const bits = result.bits[number];
+    const at = result.chosen[number];
     const value = valueOf(number);
     cell.setAttribute("class", value === null ? "unknown" : `level${levelOf(value)}`);
-    text.textContent = bits;
+    text.textContent = unit.formats[at];
     const where = unit.layer === null ? words(unit.role) : `layer ${unit.layer}, ${words(unit.role)}`;
-    const loss = unit.loss[unit.widths.indexOf(bits)];
     const kurtosis = unit.kurtosis === null ? "" : `, kappa ${digits(unit.kurtosis)}`;
-    const size = sizes.decimal(unit.bytes[unit.widths.indexOf(bits)]);
-    cell.setAttribute("aria-label", `${where}: ${bits} bits, ${size}, predicted loss ${digits(loss)}${kurtosis}`);
+    const size = sizes.decimal(unit.bytes[at]);
+    cell.setAttribute("aria-label", `${where}: ${widthText(unit.formats[at])}, ${size}, predicted loss ${digits(unit.loss[at])}${kurtosis}`);
   }
   return { least: Math.min(...known), most: Math.max(...known), any: known.length > 0 };
 }

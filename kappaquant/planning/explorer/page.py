@@ -33,7 +33,8 @@ def page(
     """The page of one source: the same text for the same input.
 
     Args:
-        plan: gives group size, overrides, whether fused layers share a width and the engine it is for; the page starts at its size.
+        plan: gives group size, kinds of formats, overrides, whether fused layers share a width and the engine it is for; the page starts
+            at its size.
         tensors: every tensor of the source; config: its config.json.
         evidence: what was measured; its units are what the page chooses for.
         command: that makes such a plan, to which the page adds the size.
@@ -42,7 +43,7 @@ def page(
         measured: evaluated checkpoints, which become points beside the curve.
 
     Raises:
-        PlanError: evidence of another model, one that lacks a tensor or every format of it.
+        PlanError: evidence of another model, one that lacks a tensor, or every format or a kind of formats of it.
     """
     contents = Contents(plan, tensors, config, evidence).gathered(measured)
     contents |= {"command": command, "source": source, "headers": headers}

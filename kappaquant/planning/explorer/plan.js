@@ -5,7 +5,7 @@ function planText(contents, problem, size, active, result) {
   const entries = new Array(contents.names.length);
   for (const row of contents.fixed) for (const name of row.names) entries[name] = { format: row.format, why: row.why };
   contents.units.forEach((unit, number) => {
-    const at = unit.widths.indexOf(result.bits[number]);
+    const at = result.chosen[number];
     const where = unit.layer === null ? unit.role : `layer ${unit.layer}, ${unit.role}`;
     const what = contents.divergence ? "nats predicted" : "of the predicted error";
     const why = `${where}: ${digits(unit.loss[at])} of ${digits(result.loss)} ${what}`;
@@ -14,6 +14,7 @@ function planText(contents, problem, size, active, result) {
   const inputs = { chosen_in: "explorer", size, evidence: contents.evidence };
   if (contents.divergence) inputs.predicted_kld = Number(result.loss.toPrecision(6));
   if (active < problem.largest.active) inputs.active = Math.floor(active);
+  if (contents.kinds.join() !== "k") inputs.formats = contents.kinds; // as plans that the command line writes
   const head = {
     plan_version: 2,
     policy: "sensitivity",

@@ -1,6 +1,6 @@
 "use strict";
-// Which width each block gets: as little predicted loss as the bytes allow, and never a byte more. A block is the units that
-// must share a width. Its options lie on the lower convex hull of (bytes, loss); the hulls' segments, sorted once by what a
+// Which format each block gets: as little predicted loss as the bytes allow, and never a byte more. A block is the units that
+// must share a width and a kind. Its options lie on the lower convex hull of (bytes, loss); the hulls' segments, sorted once by what a
 // byte buys, are the whole curve, so a size is found by binary search. What is left is filled by single exchanges.
 
 const EXCHANGES = 100; // some twenty are found; a bound, so that a slider never waits
@@ -23,13 +23,13 @@ function posed(contents) {
   return problem;
 }
 
-/** Widths that all of these units have, each with its sums; those that cost more and lose no less are left out. */
+/** Formats that all of these units have, each with its sums; those that take as many bytes or more and lose no less are left out. */
 function optionsOf(units) {
   const options = [];
-  for (const bits of units[0].widths) {
-    const at = units.map((unit) => unit.widths.indexOf(bits));
+  for (const format of units[0].formats) {
+    const at = units.map((unit) => unit.formats.indexOf(format));
     if (at.includes(-1)) continue;
-    const option = { bits, bytes: 0, active: 0, loss: 0 };
+    const option = { at, bytes: 0, active: 0, loss: 0 };
     units.forEach((unit, i) => {
       add(option, { bytes: unit.bytes[at[i]], active: unit.active[at[i]], loss: unit.loss[at[i]] }, 1);
     });
@@ -89,11 +89,11 @@ function solve(problem, bytes, active = Infinity) {
   const bound = relaxed(path, bytes) - (path.price ? path.price * active : 0);
   goOn(path, found, bytes, active);
   improve(problem, found, bytes, active);
-  const bits = new Array(problem.units);
+  const chosen = new Array(problem.units); // of each unit, which of its formats
   problem.blocks.forEach((block, b) => {
-    for (const unit of block.units) bits[unit] = block.options[found.choice[b]].bits;
+    block.units.forEach((unit, i) => (chosen[unit] = block.options[found.choice[b]].at[i]));
   });
-  return { bits, ...totalOf(problem, found.choice), bound: Math.max(bound, 0) };
+  return { chosen, ...totalOf(problem, found.choice), bound: Math.max(bound, 0) };
 }
 
 /** As far along a path as the bytes reach. */

@@ -30,6 +30,11 @@ function digits(value) {
   return value >= 1e-4 && value < 1e4 ? String(Number(value.toPrecision(3))) : value.toExponential(2).replace(/\.?0+e/, "e");
 }
 
+/** "3" is 3 bits where there are codebooks alone; "t3" says its kind and needs no word. */
+function widthText(format) {
+  return /^\d/.test(format) ? `${format} bits` : format;
+}
+
 function words(role) {
   return role.replace(/[._]/g, " ");
 }

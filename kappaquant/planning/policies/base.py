@@ -93,7 +93,7 @@ class Budget:
         check_bits_or_kept(bits, info.name)
         if bits == KEPT_BITS:
             return Choice(KEPT, why)
-        kind = kind or usual_kind(self.kinds, bits)
+        kind = kind or usual_kind(self.kinds, bits, info.name)
         return Choice(fitting_weight(bits, info.shape, self.group_size, info.name in self.transposed, kind).id, why)
 
     def nbytes(self, choice: Choice, info: TensorInfo) -> int:

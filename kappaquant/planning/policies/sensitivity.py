@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from kappaquant.errors import BudgetError, PlanError
-from kappaquant.formats.codebook import BITS
 from kappaquant.formats.entry import KEPT_BITS
-from kappaquant.formats.kinds import CODEBOOK, kinds_of_width
+from kappaquant.formats.kinds import KINDS
 from kappaquant.models.inventory import Inventory
 from kappaquant.planning.plan import KEPT, Choice
 from kappaquant.planning.policies.base import Budget, Decision, Evidence, Policy, active_bytes, check_limit
@@ -22,13 +21,18 @@ from kappaquant.planning.ties import check_overrides, tied
 if TYPE_CHECKING:
     from kappaquant.planning.allocation import Allocation, Option
 
+_Width = tuple[int, str]
+"""Bits, and the kind of the formats."""
+_UNPACKED: _Width = (KEPT_BITS, "")
+
 
 @dataclass(frozen=True)
 class Sensitivity(Policy):
     """2 to 8 or 16 bits for each unit of the evidence, so that the units' predicted divergences add up to as little as can be.
 
-    A unit is the tensors of one layer and role, which get one width; where engines fuse tensors and that is asked for, their units
-    are one choice. Embedding and head are decided too where the evidence has them.
+    A unit is the tensors of one layer and role, which get one width, in formats of one kind: of kinds that take the same bytes, the one
+    in which it loses least. Where engines fuse tensors and that is asked for, their units are one choice. Embedding and head are decided
+    too where the evidence has them.
     """
 
     name = "sensitivity"
@@ -58,16 +62,16 @@ class _Variable:
     Attributes:
         names: tensors that are to be decided.
         units: which they are from.
-        widths: bits that may be chosen.
+        widths: that may be chosen.
         options: what each costs and takes.
     """
 
     names: tuple[str, ...]
     units: tuple[Unit, ...]
-    widths: tuple[int, ...]
+    widths: tuple[_Width, ...]
     options: tuple[Option, ...]
 
-    def width_by(self, budget: str, largest: bool = False) -> int:
+    def width_by(self, budget: str, largest: bool = False) -> _Width:
         """The width of fewest, or most, bytes of "size" or "active"."""
         pick = max if largest else min
         number, _ = pick(enumerate(self.options), key=lambda pair: getattr(pair[1], budget))
@@ -139,23 +143,24 @@ class _Planner:
         for unit in self.evidence.units:
             if unit.kld is None or unit.bits is None:
                 continue
-            formats = {name: self.evidence.format_at(name, unit.bits) for name in unit.tensors}
+            formats = {name: self.evidence.format_at(name, unit.bits, unit.kind) for name in unit.tensors}
             if error := self.evidence.loss(replace(unit, kld=None), formats):
                 found.append(unit.kld / error)
         return median(found) if found else 1.0
 
-    def _loss(self, unit: Unit, width: int) -> float:
+    def _loss(self, unit: Unit, width: _Width) -> float:
         """Predicted loss of a unit whose free tensors have this width. Raises PlanError where that was not measured."""
         formats = {name: self._format(name, width) for name in unit.tensors}
         loss = self.evidence.loss(unit, formats)
         return loss if unit.kld is not None or not self._measured else loss * self._usual
 
-    def _format(self, name: str, width: int) -> str | None:
+    def _format(self, name: str, width: _Width) -> str | None:
         choice = self.budget.fixed.get(name) or self._choice(name, width)
         return None if choice.format == KEPT else choice.format
 
     def _variables(self) -> Iterator[_Variable]:
         units, fixed = self._unit_of, self.budget.fixed
+        self.evidence.check_measured(self.budget.free(self.inventory), self.budget.kinds)
         sets = [unit.tensors for unit in self.evidence.units] + (self.inventory.fused if self.budget.fuse else [])
         for group in tied(sets):
             check_overrides(group, fixed, self.budget.overridden)
@@ -165,45 +170,25 @@ class _Planner:
     def _variable(self, names: tuple[str, ...], units: tuple[Unit, ...]) -> _Variable:
         from kappaquant.planning.allocation import Option
 
-        widths = [w for w in self._kind_of_width if all(self._has_error(name, w) for name in names)]
-        # where none is, the loss at any says what there is instead
-        widths = [*(widths or list(self._kind_of_width)[:1]), KEPT_BITS]
-        options = []
-        for width in widths:
+        every = [(bits, kind) for kind in self.budget.kinds for bits in KINDS[kind].bits]
+        known = [width for width in every if all(self._has_error(name, width) for name in names)]
+        best: dict[tuple[int, int], tuple[_Width, Option]] = {}  # by what it takes
+        # where none is known, the loss at any says what there is instead
+        for width in (*(known or every[:1]), _UNPACKED):
             choices = {name: self._choice(name, width) for name in names}
             size = sum(self.budget.nbytes(choice, self.inventory.tensors[name]) for name, choice in choices.items())
             active = active_bytes(choices, self.inventory, self._shares)
-            options.append(Option(sum(self._loss(unit, width) for unit in units), size, active))
-        return _Variable(names, units, tuple(widths), tuple(options))
+            option = Option(sum(self._loss(unit, width) for unit in units), size, active)
+            if (size, active) not in best or option.cost < best[size, active][1].cost:
+                best[size, active] = width, option
+        widths, options = zip(*best.values(), strict=True)
+        return _Variable(names, units, widths, options)
 
-    def _choice(self, name: str, width: int, why: str = "") -> Choice:
-        return self.budget.choice(self.inventory.tensors[name], width, why, self._kind_of_width.get(width, ""))
+    def _choice(self, name: str, width: _Width, why: str = "") -> Choice:
+        bits, kind = width
+        return self.budget.choice(self.inventory.tensors[name], bits, why, kind)
 
-    @cached_property
-    def _kind_of_width(self) -> dict[int, str]:
-        """The kind of formats that all of a width are of: where there are several, the one of less measured error over all tensors."""
-        found = {width: kinds_of_width(self.budget.kinds, width) for width in BITS}
-        return {
-            width: min(kinds, key=partial(self._error, width)) if len(kinds) > 1 else kinds[0]
-            for width, kinds in found.items()
-            if kinds
-        }
-
-    def _error(self, width: int, kind: str) -> float:
-        """Squared errors of the outputs of all free tensors. Raises PlanError where a kind beside codebooks was not measured."""
-        total = 0.0
-        for name in self.budget.free(self.inventory):
-            fmt = self.budget.choice(self.inventory.tensors[name], width, "", kind).format
-            known = self.evidence.tensors[name]
-            if kind != CODEBOOK and fmt not in known.errors:
-                raise PlanError(
-                    f"{name}: the evidence has no error for {fmt}; calibrate with --formats {','.join(self.budget.kinds)}, or plan "
-                    "without --formats"
-                )
-            total += known.energy * known.errors.get(fmt, 0.0)
-        return total
-
-    def _has_error(self, name: str, width: int) -> bool:
+    def _has_error(self, name: str, width: _Width) -> bool:
         return self._format(name, width) in self.evidence.tensors[name].errors
 
     def _fixed_losses(self) -> tuple[float, list[str]]:
@@ -212,7 +197,7 @@ class _Planner:
         for unit in self.evidence.units:
             if all(name in self.budget.fixed for name in unit.tensors):
                 try:
-                    total += self._loss(unit, KEPT_BITS)
+                    total += self._loss(unit, _UNPACKED)
                 except PlanError:
                     unpredicted.append(unit.tensors[0])
         return total, unpredicted
@@ -239,7 +224,7 @@ class _Planner:
         spent = self._spent(self._choices(variables, self._widths(variables, found)))
         return all(limit is None or taken <= limit for limit, taken in spent)
 
-    def _choices(self, variables: list[_Variable], widths: list[int]) -> dict[str, Choice]:
+    def _choices(self, variables: list[_Variable], widths: list[_Width]) -> dict[str, Choice]:
         made = {
             name: self._choice(name, width)
             for variable, width in zip(variables, widths, strict=True)
@@ -247,7 +232,7 @@ class _Planner:
         }
         return {**self.budget.fixed, **made}
 
-    def _widths(self, variables: list[_Variable], found: Allocation | None) -> list[int]:
+    def _widths(self, variables: list[_Variable], found: Allocation | None) -> list[_Width]:
         """The width of each variable. The bytes of options are a few too many: the smallest plan may fit though none was found."""
         if found:
             return [variable.widths[number] for variable, number in zip(variables, found.chosen, strict=True)]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kappaquant.errors import NonFiniteError, UnsupportedError
 from kappaquant.files.processes import choose_device, choose_jobs, in_order, pool
 from kappaquant.files.tensors import SLICE_ELEMENTS
-from kappaquant.formats.codebook import check_bits, check_group_choice
+from kappaquant.formats.codebook import check_group_choice
 from kappaquant.models.inventory import Inventory
 from kappaquant.models.roles import Role
 from kappaquant.planning.moments import Moments
@@ -79,9 +79,8 @@ def sensitivities(
     Raises:
         UnsupportedError: an architecture that the pass does not know how to go through.
         NonFiniteError: weights, activations or logits that are NaN or infinite; names the tensor or module.
-        PlanError: a width or group size that there is not, or text that another model wrote.
+        PlanError: a group size that there is not, or text that another model wrote.
     """
-    check_bits(trial.bits)
     check_group_choice(trial.group_size)
     model = model_of(source)
     if writer := calibration.record.get("written_by"):
@@ -174,7 +173,7 @@ class _Pass:
 
     def _units(self, names: Sequence[str]) -> list[Unit]:
         """What these tensors are measured as, and how few tokens an expert of it saw."""
-        made = units_of(self._kinds, names, self._trial.bits)
+        made = units_of(self._kinds, names, self._trial.bits, self._trial.kind)
         fewest = [[self._fewest[name] for name in unit.tensors if name in self._fewest] for unit in made]
         return [replace(unit, tokens=min(few, default=None)) for unit, few in zip(made, fewest, strict=True)]
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kappaquant.formats.codebook import CodebookFormat, GroupSize, fitting
-from kappaquant.formats.kinds import KINDS, USUAL
+from kappaquant.errors import PlanError
+from kappaquant.formats.codebook import GroupedFormat, GroupSize, fitting
+from kappaquant.formats.kinds import CODEBOOK, KINDS, USUAL, check_kinds
 from kappaquant.kernels import dispatch
 from kappaquant.planning.sensitivity import TensorErrors
 from kappaquant.quantizing.calibration.stacks import Stack, one_thread, round_stack
@@ -23,17 +24,32 @@ class Trial:
         bits: of every tensor.
         effort: "calibrated", for what a layer reads, or "best".
         group_size: of all formats, or "auto".
-        kinds: of formats whose errors are measured, letters of ``formats.kinds``; what is tried is a codebook.
+        kinds: of formats whose errors are measured, letters of ``formats.kinds``.
+        kind: of the format that is tried, one of them; the losses in others follow from it, as those at other widths do.
+
+    Raises:
+        PlanError: kinds that there are not, another kind to try, or bits that it does not have.
     """
 
     bits: int = 3
     effort: str = "calibrated"
     group_size: GroupSize = "auto"
     kinds: tuple[str, ...] = USUAL
+    kind: str = CODEBOOK
 
-    def format(self, inputs: int) -> CodebookFormat:
+    def __post_init__(self) -> None:
+        check_kinds(self.kinds)
+        if self.kind not in self.kinds:
+            raise PlanError(f"formats {','.join(self.kinds)}: parts are tried in {self.kind!r}, which is none of these")
+        if self.bits not in KINDS[self.kind].bits:
+            widths = ", ".join(map(str, KINDS[self.kind].bits))
+            raise PlanError(
+                f"bits = {self.bits!r}: parts are tried in {KINDS[self.kind].name}, which have {widths} bits"
+            )
+
+    def format(self, inputs: int) -> GroupedFormat:
         """Of matrices with so many inputs."""
-        return fitting(self.bits, inputs, self.group_size)
+        return KINDS[self.kind].make(self.bits, fitting(self.bits, inputs, self.group_size).group_size)
 
 
 @dataclass(frozen=True)

@@ -4,54 +4,23 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from budgeted import EMBEDDING, HEAD, KNOWN, ends, files, plan, predicted
 from headers import in_memory, infos, saved
 from measured import evidence_of, of_weights
 from planned import DOWN, GATE_UP, OUT, QWEN, SHARED_DOWN, TENSORS, Q
 
 from kappaquant.errors import BudgetError, PlanError
-from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.codebook import BITS
 from kappaquant.models.roles import Role, fused_groups, role_of
 from kappaquant.planning.make import make_plan
 from kappaquant.planning.plan import Plan
-from kappaquant.planning.sensitivity import Sensitivities
 from kappaquant.planning.sizes import active_shares, file_bytes, summary
-
-Tensors = Mapping[str, TensorInfo]
-EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
-KNOWN = evidence_of(TENSORS, QWEN, group_size=128)
-
-
-def plan(
-    size: int | None, known: Sensitivities = KNOWN, tensors: Tensors = TENSORS, config: Any = QWEN, **options: Any
-) -> Plan:
-    options = {"group_size": 128, "sensitivity": known, **options}
-    return make_plan(tensors, config, "sensitivity", size=size, **options)
-
-
-def files(made: Plan, tensors: Tensors = TENSORS) -> int:
-    return file_bytes({"model.safetensors": tensors}, made.format_of)
-
-
-def predicted(made: Plan, known: Sensitivities = KNOWN) -> float:
-    formats = {n: fmt.id if (fmt := made.format_of(n)) else None for n in made.choices}
-    return sum(known.loss(unit, {name: formats[name] for name in unit.tensors}) for unit in known.units)
-
-
-def ends(known: Sensitivities = KNOWN, tensors: Tensors = TENSORS, config: Any = QWEN, **options: Any) -> list[int]:
-    """Bytes of the smallest and the largest plan, as an error says them."""
-    with pytest.raises(BudgetError) as raised:
-        plan(1, known, tensors, config, **options)
-    said = re.search(r"smallest takes ([\d,]+) bytes .* largest, .*?, ([\d,]+) \(", str(raised.value))
-    assert said
-    return [int(text.replace(",", "")) for text in said.groups()]
 
 
 def test_it_is_the_best_of_all_plans_that_fit() -> None:
@@ -206,11 +175,11 @@ def test_an_override_of_what_was_not_measured_is_named() -> None:
     [
         (
             [("*experts.1.gate_proj.weight", 5)],
-            r"experts\.1\.gate_proj\.weight: set by .* to 5 bits, which breaks a tie",
+            r"experts\.1\.gate_proj\.weight: set by .* to k5, which breaks a tie",
         ),
         (
             [("*layers.0.*experts.*.up_proj.weight", 4), ("*layers.0.*experts.2.up_proj.weight", 5)],
-            r"breaks a tie.*4 bits",
+            r"breaks a tie.*\(k4\)",
         ),
         ([("*layers.1.self_attn.q_proj.weight", 6)], None),
         ([("*layers.0.*experts.*.up_proj.weight", 4)], None),
@@ -225,7 +194,7 @@ def test_overrides_that_break_a_tie(overrides: list[tuple[str, int]], message: s
             plan(size, known, tensors, config, group_size="auto", overrides=overrides)
     else:
         plan(size, known, tensors, config, group_size="auto", overrides=overrides)
-        with pytest.raises(PlanError, match=r"breaks a tie: it gets one width with model\.layers\.\d\."):
+        with pytest.raises(PlanError, match=r"breaks a tie: it gets one width and kind with model\.layers\.\d\."):
             plan(size, known, tensors, config, group_size="auto", overrides=overrides, fuse=True)
 
 
@@ -295,29 +264,3 @@ def test_evidence_that_lacks_a_tensor_or_has_another_models() -> None:
 def test_what_is_short_of_a_group_stays_kept() -> None:
     low, _ = ends()
     assert "group size 128" in plan(low).choices[SHARED_DOWN].why
-
-
-def with_trellis(known: Sensitivities, factor: float) -> Sensitivities:
-    """The same evidence with errors of trellis codes, so many times those of codebooks."""
-    tensors = {}
-    for name, each in known.tensors.items():
-        more = {fmt.replace("tq", "t"): factor * error for fmt, error in each.errors.items() if fmt[2] in "234"}
-        tensors[name] = replace(each, errors={**each.errors, **more})
-    return replace(known, tensors=tensors)
-
-
-def test_a_width_gets_the_kind_that_was_measured_to_lose_less() -> None:
-    low, high = ends()
-    size = round(low + 0.2 * (high - low))
-    scalar = plan(size)
-    better, worse = (plan(size, with_trellis(KNOWN, factor), kinds="kt") for factor in (0.64, 1.1))
-    used = {choice.format[:-4] for choice in better.choices.values() if choice.format != "kept"}
-    assert used & {"t2", "t3", "t4"}
-    assert not used & {"tq2", "tq3", "tq4"}
-    assert better.inputs["predicted_kld"] < 0.8 * scalar.inputs["predicted_kld"]
-    assert files(better) <= size
-    assert worse.choices == scalar.choices
-    with pytest.raises(
-        PlanError, match=r"the evidence has no error for t2g128; calibrate with --formats k,t, or plan without"
-    ):
-        plan(size, kinds="kt")

@@ -30,5 +30,5 @@ def test_trellis_codes_take_the_widths_that_they_have() -> None:
         assert made.choice(Q).format == expected
         assert made.choice(OUT).format == ("t4g128" if "t" in kinds else "tq4g128")
         assert made.inputs.get("formats") == (None if kinds == "k" else list(kinds))
-    with pytest.raises(PlanError, match="6 bits: formats t have none of that width"):
+    with pytest.raises(PlanError, match=r"q_proj\.weight: formats t have no width of 6 bits"):
         make_plan(TENSORS, QWEN, "uniform", bits=6, kinds="t")

@@ -13,6 +13,7 @@ from kappaquant.errors import NonFiniteError, PlanError
 from kappaquant.formats.codebook import CodebookFormat
 from kappaquant.formats.trellis import TrellisFormat
 from kappaquant.models.skeleton import load_config, model_class
+from kappaquant.planning import profile
 from kappaquant.planning.profile import scan
 from kappaquant.quantizing.calibration.data_free import of_weights
 
@@ -58,6 +59,21 @@ def test_trellis_codes_are_measured_where_that_is_asked_for(tmp_path: Path) -> N
     weight = source.read(name).view(source.tensors[name].shape)
     for fmt in (TrellisFormat(2, 64), CodebookFormat(4, 64)):
         assert found.tensors[name].errors[fmt.id] == pytest.approx(fmt.encode(weight, "fast").relative_mse, rel=1e-4)
-    assert found.tensors.keys() == of_weights(source, 64, jobs=1, device="cpu").tensors.keys()
-    with pytest.raises(PlanError, match="5 bits: formats t have none of that width"):
-        scan(source, bits=(5,), kind="t", jobs=1, device="cpu")
+    alone = of_weights(source, 64, jobs=1, device="cpu", formats=("t",))
+    assert alone.tensors[name].errors == {
+        fmt: error for fmt, error in found.tensors[name].errors.items() if fmt in ("t2g64", "t3g64", "t4g64")
+    }
+    assert {unit.kind for unit in alone.units} == {"t"}
+    with pytest.raises(PlanError, match="formats 'x': must be letters"):
+        of_weights(source, 64, formats=("x",))
+
+
+def test_only_what_plans_decide_is_read_and_each_tensor_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = kappaquant.open_source(tiny_models.save_tiny("qwen3_moe", tmp_path / "source", experts="split"))
+    tasks: list[profile._Task] = []
+    measure = profile._measure
+    monkeypatch.setattr(profile, "_measure", lambda task: tasks.append(task) or measure(task))
+    found = of_weights(source, jobs=1, device="cpu")
+    assert sorted(task.entry.info.name for task in tasks) == sorted(found.tensors)
+    assert len({fmt.group_size for task in tasks for fmt in task.formats}) > 1
+    assert all(len(task.formats) == 7 for task in tasks)

@@ -33,7 +33,7 @@ def measured(folder: Path, **trial: Any) -> Sensitivities:
 def divergence(folder: Path, unit: Unit, effort: str) -> float:
     """Of a checkpoint with only this unit quantized by the first windows, loaded whole, on the last."""
     source = kappaquant.open_source(folder)
-    overrides = [("*", 16), *((name, unit.bits) for name in unit.tensors)]
+    overrides = [("*", 16), *((name, f"{unit.kind}{unit.bits}") for name in unit.tensors)]
     plan = kappaquant.make_plan(source.tensors, source.config, "uniform", bits=3, group_size=32, overrides=overrides)
     packed = {name for name, choice in plan.choices.items() if choice.format != "kept"}
     assert packed == set(unit.tensors)
@@ -74,6 +74,16 @@ def test_one_pass_measures_what_whole_models_lose(
     assert {unit.role for unit in units} >= set(roles) - {"lm_head"}
     for unit in units:
         assert unit.kld == pytest.approx(divergence(folder, unit, effort), rel=1e-4, abs=1e-7)
+
+
+def test_a_pass_in_trellis_codes_measures_what_whole_models_lose(tmp_path: Path) -> None:
+    folder = tiny_models.save_tiny("llama", tmp_path / "source")
+    found = measured(folder, effort="best", kinds=("t",), kind="t")
+    unit = next(unit for unit in found.units if unit.role == "attention.v")
+    assert (unit.kind, unit.bits) == ("t", 3)
+    assert unit.kld == pytest.approx(divergence(folder, unit, "best"), rel=1e-4, abs=1e-7)
+    assert found.loss(unit, dict.fromkeys(unit.tensors, "t3g32")) == pytest.approx(unit.kld)
+    assert all(list(known.errors) == ["t2g32", "t3g32", "t4g32"] for known in found.tensors.values())
 
 
 def test_every_tensor_that_plans_decide_has_its_errors(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kappaquant.errors import PlanError
 from kappaquant.formats import codec
 from kappaquant.formats.codebook import BITS, CodebookFormat
+from kappaquant.formats.trellis import TrellisFormat
 from kappaquant.quantizing.calibration.stacks import Stack, round_stack
 from kappaquant.quantizing.calibration.trials import Piece, Trial, errors_of, tried
 
@@ -64,6 +66,31 @@ def test_the_process_keeps_its_threads() -> None:
     before = torch.get_num_threads()
     tried(piece(GRAM, GRAM))
     assert torch.get_num_threads() == before
+
+
+def test_parts_are_tried_in_the_kind_that_is_asked_for() -> None:
+    fmt = TrellisFormat(2, 32)
+    assert [Trial(2, kinds=("k", "t"), kind=kind).format(96) for kind in "tk"] == [fmt, CodebookFormat(2, 32)]
+    found = tried(piece(None, GRAM, bits=2, kinds=("t",), kind="t"))
+    assert list(found.errors) == ["t2g32", "t3g32", "t4g32"]
+    assert torch.equal(found.decoded, fmt.decode(codec.encode(WEIGHT, fmt, "best").parts, 80).flatten(0, 1))
+    calibrated = tried(piece(GRAM, GRAM, bits=2, kinds=("t",), kind="t"))
+    parts = round_stack(Stack(WEIGHT, GRAM, fmt, ["a", "b"])).parts
+    assert torch.equal(calibrated.decoded, fmt.decode(parts, 80).flatten(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("bits", "kinds", "kind", "message"),
+    [
+        (9, ("k",), "k", "bits = 9: parts are tried in codebooks, which have 2, 3, 4, 5, 6, 7, 8 bits"),
+        (5, ("k", "t"), "t", "bits = 5: parts are tried in trellis codes, which have 2, 3, 4 bits"),
+        (3, ("x",), "k", "formats 'x': must be letters"),
+        (3, ("t",), "k", "formats t: parts are tried in 'k', which is none of these"),
+    ],
+)
+def test_what_cannot_be_tried_is_refused(bits: int, kinds: tuple[str, ...], kind: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Trial(bits, kinds=kinds, kind=kind)
 
 
 def test_trellis_codes_are_measured_where_that_is_asked_for() -> None:

@@ -43,6 +43,15 @@ def test_errors_are_spread_over_what_comes(fmt: TrellisFormat) -> None:
             rest[j + 1 :] -= upper[matrix, j, j + 1 :].double() * error
 
 
+def test_matrices_beside_each_other_get_what_each_gets_alone() -> None:
+    block, upper, fmt = draw(3, 32, 5, seed=0), factor(3, 32, 1), TrellisFormat(3, 32)
+    together = rings.choose(block, upper, (0.9, 1.0), fmt)
+    for at in range(3):
+        alone = rings.choose(block[at : at + 1], upper[at : at + 1], (0.9, 1.0), fmt)
+        assert (together[0][at] == alone[0][0]).float().mean() > 0.95  # sums of more at once may end a digit off
+        torch.testing.assert_close(together[2][at].square().sum(), alone[2].square().sum(), rtol=1e-2, atol=1e-6)
+
+
 @pytest.mark.parametrize("fmt", [TrellisFormat(2, 32), TrellisFormat(3, 128)], ids=lambda f: f.id)
 def test_without_feedback_it_is_the_search_of_the_format(fmt: TrellisFormat) -> None:
     block = draw(1, fmt.group_size, 40, seed=0)
