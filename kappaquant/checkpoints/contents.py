@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kappaquant.checkpoints.checkpoint import Checkpoint
-from kappaquant.formats.codebook import CodebookFormat
 from kappaquant.models.roles import kinds_of
-from kappaquant.planning.plan import KEPT
 from kappaquant.planning.sizes import Total
 
 
@@ -19,14 +17,9 @@ def families(checkpoint: Checkpoint) -> dict[str, list[str]]:
     return dict(sorted(found.items(), key=lambda item: -total(checkpoint, item[1]).output_bytes))
 
 
-def widths(checkpoint: Checkpoint, names: Iterable[str]) -> list[str]:
-    """How some parameters are stored, by ascending bits: the bits of a codebook's codes, the id of any other format, or "kept"."""
-    found = set()
-    for name in names:
-        fmt, bits = checkpoint.format_of(name), checkpoint.bits(name)
-        codebook = fmt is not None and isinstance(fmt.rowwise, CodebookFormat)
-        found.add((bits, KEPT if fmt is None else str(bits) if codebook else fmt.id))
-    return [label for _, label in sorted(found)]
+def widths(checkpoint: Checkpoint, names: Iterable[str]) -> list[int]:
+    """Bits that some parameters have, ascending; 16 stands for kept."""
+    return sorted({checkpoint.bits(name) for name in names})
 
 
 def total(checkpoint: Checkpoint, names: Iterable[str]) -> Total:

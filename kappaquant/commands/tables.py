@@ -189,7 +189,7 @@ def checkpoint_table(checkpoint: Checkpoint) -> Group:
         sums = contents.total(checkpoint, names)
         table.add_row(
             family, f"{sums.tensors}", _count(sums.params), decimal(sums.output_bytes),
-            f"{sums.bits_per_weight:.3f}", ", ".join(contents.widths(checkpoint, names)),
+            f"{sums.bits_per_weight:.3f}", ", ".join(map(str, contents.widths(checkpoint, names))),
         )  # fmt: skip
     return Group(table, *(Text(f"note: {notice}") for notice in checkpoint.notices))
 

@@ -84,7 +84,7 @@ def recipe(facts: Facts) -> str:
     rows = [
         [
             family,
-            ", ".join(contents.widths(checkpoint, names)),
+            ", ".join("kept" if b == 16 else str(b) for b in contents.widths(checkpoint, names)),
             *_sizes(contents.total(checkpoint, names)),
         ]
         for family, names in contents.families(checkpoint).items()

@@ -128,8 +128,7 @@ def test_exports_have_its_decoded_weights(quantized: Path, tmp_path: Path) -> No
         assert torch.equal(written[name], checkpoint.dequantize(name))
 
 
-def test_a_card_and_a_table_name_it(quantized: Path) -> None:
-    assert "t2g128, t3g64, 4, t4g32" in command("inspect", quantized)
+def test_it_needs_no_converting(quantized: Path) -> None:
     refused = CliRunner().invoke(app, ["convert", str(quantized), "-o", str(quantized.parent / "converted")])
     assert "is kappaquant already, and needs no converting" in str(refused.exception)
 

@@ -153,11 +153,9 @@ def test_tables_hold_the_manifest_and_the_evaluation(checkpoint: Checkpoint) -> 
     assert families[1] == ["router", "16.000", "0.000321 (0.0003 to 0.00035)"]
 
 
-def test_trellis_codes_are_named_and_credited(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_trellis_codes_are_credited_where_they_are(checkpoint: Checkpoint, tmp_path: Path) -> None:
     formats: dict[str, int | str] = {"*mlp.down_proj.weight": "t4g64"}
     folder = tiny_checkpoints.quantize(save_tiny("llama", tmp_path / "source"), tmp_path / "trellis", formats)
-    (rows,) = tables(make_card(open_checkpoint(folder)).text)
-    assert {row[0]: row[1] for row in rows}["mlp down_proj"] == "t4g64"
     assert "Trellis coded quantization (Marcellin" in make_card(open_checkpoint(folder)).text
     assert "rellis" not in make_card(checkpoint).text
 
