@@ -18,7 +18,12 @@ from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX
 
 ATTENTION, MLP, MOE = "model.layers.0.self_attn.", "model.layers.1.mlp.", "model.layers.0.mlp."
 QKV = ["q_proj", "k_proj", "v_proj"]
-WIDTHS = ((f"{ATTENTION}q_proj.weight", 3), (f"{ATTENTION}k_proj.weight", 16), (f"{ATTENTION}v_proj.weight", "t4g32"))
+WIDTHS = (
+    (f"{ATTENTION}q_proj.weight", 3),
+    (f"{ATTENTION}k_proj.weight", 16),
+    (f"{ATTENTION}v_proj.weight", "t4g32"),
+    (f"{ATTENTION}o_proj.weight", "t3g32"),
+)
 
 
 def quantized(root: Path) -> Path:
