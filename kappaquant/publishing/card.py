@@ -14,7 +14,7 @@ from kappaquant.errors import FormatError, OutputError
 from kappaquant.evaluate.documents.evaluation import Evaluation
 from kappaquant.evaluate.runs.pair import file_digest
 from kappaquant.files.documents import check_file, read_json, write_whole
-from kappaquant.publishing.card_text import CREDITS, Facts, head, measured, recipe, reproduction, usage
+from kappaquant.publishing.card_text import Facts, credit, head, measured, recipe, reproduction, usage
 
 CARD_NAME = "README.md"
 # as true of a copy as of the original
@@ -99,8 +99,7 @@ def make_card(
         carried = {k: v for k, v in carried.items() if not k.startswith("license")} | {"license": source_license}
     parts = [
         _metadata(facts.base, carried, quantized_by),
-        *(section(facts) for section in (head, recipe, measured, usage, reproduction)),
-        CREDITS,
+        *(section(facts) for section in (head, recipe, measured, usage, reproduction, credit)),
     ]
     text = "\n\n".join(part.strip("\n") for part in parts) + "\n"
     stamp = f"manifest {digest}, evaluation {file_digest(report) if report else 'none'}, text {_digest(text)}"

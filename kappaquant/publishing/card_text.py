@@ -15,14 +15,19 @@ from kappaquant.checkpoints.side_files import MANIFEST_NAME
 from kappaquant.evaluate.documents.evaluation import Evaluation, TaskReport
 from kappaquant.evaluate.documents.markdown import table, tables
 from kappaquant.evaluate.runs.questions import PRESETS
+from kappaquant.formats.trellis import TrellisFormat
 from kappaquant.planning.sizes import Total
 
-CREDITS = """## Credits
+_CREDITS = """## Credits
 
 * HIGGS (Malinovskii et al., "Pushing the Limits of Large Language Model Quantization via the Linearity Theorem", NAACL 2025): the
-  method for weights, a Hadamard rotation and Gaussian-optimal grids, of which this is the scalar case.
+  method for weights, a Hadamard rotation and Gaussian-optimal grids, of which codebooks are the scalar case.
 * TurboQuant (Zandieh et al., "TurboQuant: Online Vector Quantization with Near-optimal Distortion Rate", ICLR 2026): random rotation
   and scalar codebooks for vectors and KV caches."""
+_TRELLIS_CREDITS = """
+* Trellis coded quantization (Marcellin and Fischer, "Trellis Coded Quantization of Memoryless and Gauss-Markov Sources", IEEE
+  Transactions on Communications, 1990), and QTIP (Tseng et al., "QTIP: Quantization with Trellises and Incoherence Processing",
+  NeurIPS 2024), which brought it to rotated weights: the formats `t2`, `t3` and `t4`."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,13 @@ def reproduction(facts: Facts) -> str:
         f"## Make it again\n\nThe plan, bits and reason of every tensor, is in `{MANIFEST_NAME}`; the same source and plan give the same bytes{same}.\n\n"
         "```\n" + "\n".join(lines) + "\n```"
     )
+
+
+def credit(facts: Facts) -> str:
+    """Whose methods its formats are."""
+    found = (facts.checkpoint.format_of(name) for name in facts.checkpoint.keys())
+    trellis = any(fmt is not None and isinstance(fmt.rowwise, TrellisFormat) for fmt in found)
+    return _CREDITS + (_TRELLIS_CREDITS if trellis else "")
 
 
 def _protocol(task: TaskReport) -> str:

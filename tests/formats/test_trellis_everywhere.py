@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import kappaquant
@@ -113,18 +114,34 @@ def test_published_loaders_do_not_get_it(source: Path, planned: Path, tmp_path: 
     assert not (tmp_path / "native").exists()
 
 
-def test_mlx_gets_it_decoded_or_says_so(quantized: Path, tmp_path: Path) -> None:
-    from kappaquant.exports.mlx.writer import plan_of
+def test_exports_have_its_decoded_weights(quantized: Path, tmp_path: Path) -> None:
+    """Stock mlx_lm gets affine codes of the same bits, or the very weights."""
+    command("export", quantized, "-o", tmp_path / "affine")
+    report = json.loads((tmp_path / "affine" / "mlx_export.json").read_text())
+    assert report["notes"][0].startswith("quantized twice: the source is a kappaquant checkpoint")
+    layer = "model.layers.0.self_attn."
+    assert [report["tensors"][f"{layer}{part}_proj.weight"]["bits"] for part in "qkvo"] == [4, 2, 4, 3]
+    assert report["tensors"]["model.layers.0.mlp.switch_mlp.up_proj.weight"]["bits"] == 3
+    command("export", quantized, "-o", tmp_path / "kept", "--no-rotate", "--set", "*=16")
+    written, checkpoint = load_file(tmp_path / "kept" / "model.safetensors"), kappaquant.open_checkpoint(quantized)
+    for name in (f"{layer}{part}_proj.weight" for part in "qkvo"):
+        assert torch.equal(written[name], checkpoint.dequantize(name))
 
-    exported = plan_of(kappaquant.open_checkpoint(quantized))
-    assert exported.choice(EXPERTS).format == "tq3g64"
-    pytest.importorskip("mlx.core", reason="mlx is not installed")
-    from kappaquant.engines.mlx.loading import codebook_format
-    from kappaquant.errors import UnsupportedError
 
-    entry = kappaquant.open_checkpoint(quantized).entry(EXPERTS)
-    with pytest.raises(UnsupportedError, match=r"experts\.gate_up_proj: is stored as .*t3g64.*; MLX modules here take"):
-        codebook_format(entry)
+def test_it_needs_no_converting(quantized: Path) -> None:
+    refused = CliRunner().invoke(app, ["convert", str(quantized), "-o", str(quantized.parent / "converted")])
+    assert "is kappaquant already, and needs no converting" in str(refused.exception)
+
+
+def test_transformers_loads_it_by_itself(quantized: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.float32)
+    assert {m.fmt.id for m in model.modules() if isinstance(m, PackedWeight)} >= {"t2g128", "t3g64", "t4g32"}
+    again, _ = kappaquant.load(quantized, dtype=torch.float32)
+    ids = torch.randint(3, 90, (1, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
 
 
 def test_plans_choose_it_where_they_may(source: Path, tmp_path: Path) -> None:

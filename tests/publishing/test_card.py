@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_checkpoints
 from builders import digests, quantize, write_source
 from evaluations import evaluation, task_report, throughput_row
 from huggingface_hub import ModelCard
@@ -150,6 +151,13 @@ def test_tables_hold_the_manifest_and_the_evaluation(checkpoint: Checkpoint) -> 
     assert values["perplexity"] == ["1.7832 (1.7500 to 1.8200)", "1.7821 (1.7400 to 1.8100)"]
     assert positions[1] == ["1 to 512", "0.00123", "1,234"]
     assert families[1] == ["router", "16.000", "0.000321 (0.0003 to 0.00035)"]
+
+
+def test_trellis_codes_are_credited_where_they_are(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    formats: dict[str, int | str] = {"*mlp.down_proj.weight": "t4g64"}
+    folder = tiny_checkpoints.quantize(save_tiny("llama", tmp_path / "source"), tmp_path / "trellis", formats)
+    assert "Trellis coded quantization (Marcellin" in make_card(open_checkpoint(folder)).text
+    assert "rellis" not in make_card(checkpoint).text
 
 
 def test_only_what_was_measured(checkpoint: Checkpoint) -> None:

@@ -16,10 +16,13 @@ from torch.nn import functional as F
 import kappaquant
 from kappaquant.errors import UnsupportedError
 from kappaquant.exports.plain import dequantize
+from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.formats.trellis import TrellisFormat
 from kappaquant.runtime import gradients
 from kappaquant.runtime.packed import QuantLinear, SharedInput
 
+TRELLIS: dict[str, int | str] = {"*q_proj.weight": "t2g128", "*up_proj*": "t3g64", "*down_proj*": "t4g32"}
 IDS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -29,12 +32,13 @@ def alike(found: Tensor | None, expected: Tensor | None, tolerance: float = 1e-5
     assert float((found.float() - expected.float()).norm()) <= tolerance * float(expected.float().norm())
 
 
+@pytest.mark.parametrize("fmt", [CodebookFormat(4, 64), TrellisFormat(3, 64)], ids=lambda fmt: fmt.id)
 @pytest.mark.parametrize("tile", [1 << 26, 4 * 90 * 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_linear_layer(dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_linear_layer(dtype: torch.dtype, tile: int, fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bias may be trained too; tiles of few rows add up."""
     monkeypatch.setattr(gradients, "_TILE_BYTES", tile)
-    weight, decoded = held(torch.randn(20, 90), CodebookFormat(4, 64))
+    weight, decoded = held(torch.randn(20, 90), fmt)
     ours, plain = (nn.Parameter(torch.ones(20, dtype=dtype)) for _ in range(2))
     x = torch.randn(2, 3, 90, dtype=dtype, requires_grad=True)
     other = x.detach().clone().requires_grad_()
@@ -50,8 +54,9 @@ def test_a_linear_layer(dtype: torch.dtype, tile: int, monkeypatch: pytest.Monke
     assert layer(x.detach()).grad_fn is None
 
 
-def test_single_experts() -> None:
-    weight, decoded = held(torch.randn(4, 20, 64), CodebookFormat(3, 32), "grouped")
+@pytest.mark.parametrize("fmt", [CodebookFormat(3, 32), TrellisFormat(2, 32)], ids=lambda fmt: fmt.id)
+def test_single_experts(fmt: Format) -> None:
+    weight, decoded = held(torch.randn(4, 20, 64), fmt, "grouped")
     index = torch.tensor([[0, 3], [3, 3], [7, -1]])  # the last are no experts of this weight
     x = torch.randn(3, 64, requires_grad=True)
     other = x.detach().clone().requires_grad_()
@@ -98,9 +103,15 @@ def test_a_model_in_training_mode(architecture: str, tmp_path: Path) -> None:
     check_model(architecture, tmp_path, "cpu", 1e-4)
 
 
-def check_model(architecture: str, folder: Path, device: str, tolerance: float) -> None:
+def test_a_model_of_trellis_codes_in_training_mode(tmp_path: Path) -> None:
+    check_model("qwen3_moe", tmp_path, "cpu", 1e-4, TRELLIS)
+
+
+def check_model(
+    architecture: str, folder: Path, device: str, tolerance: float, formats: dict[str, int | str] | None = None
+) -> None:
     """Gradients to the embedded tokens, and to a norm that is kept."""
-    packed = quantize(save_tiny(architecture, folder / "source"), folder / "quantized")
+    packed = quantize(save_tiny(architecture, folder / "source"), folder / "quantized", formats)
     plain = dequantize(kappaquant.open_checkpoint(packed), folder / "plain", "F32")
     found = []
     for where in (packed, plain):
@@ -121,10 +132,10 @@ def check_model(architecture: str, folder: Path, device: str, tolerance: float) 
         alike(ours, theirs, tolerance)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
-def test_adapters_of_peft(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("architecture", "formats"), [("llama", None), ("qwen3_moe", None), ("llama", TRELLIS)])
+def test_adapters_of_peft(architecture: str, formats: dict[str, int | str] | None, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    folder = quantize(save_tiny(architecture, tmp_path / "source"), tmp_path / "quantized")
+    folder = quantize(save_tiny(architecture, tmp_path / "source"), tmp_path / "quantized", formats)
     before, _ = kappaquant.load(folder)
     model = peft.get_peft_model(before, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True))
     wrapped = [module for module in model.modules() if isinstance(getattr(module, "base_layer", None), QuantLinear)]

@@ -28,6 +28,16 @@ MIXED = {
     "*experts.2.gate_proj.weight": 16,
     "*experts.3.w3.weight": 7,
 }
+TRELLIS = {
+    "*.q_proj.weight": "t4g32",
+    "*.v_proj.weight": "t2g128",
+    "*.o_proj.weight": "t3g256",
+    "*gate_proj.weight": "t3g64",
+    "*experts.1.up_proj.weight": "t2g64",
+    "*experts.2.gate_proj.weight": 16,
+    "*experts.gate_up_proj": "t3g64",
+    "*down_proj*": "t4g64",
+}
 LAYOUTS = [
     *((a, "split") for a in ("llama", "mistral", "qwen3", "gemma3", "qwen3_5")),
     *((a, e) for a in WITH_EXPERTS for e in ("split", "fused")),
@@ -80,9 +90,9 @@ def save(
 
 
 def quantize(
-    source: Path, output: Path, bits: dict[str, int] | None = None, *, every: bool = False, **options: Any
+    source: Path, output: Path, bits: dict[str, int | str] | None = None, *, every: bool = False, **options: Any
 ) -> Path:
-    """3 bits in groups of 64; patterns of ``bits`` (default MIXED) choose others, even for what policies keep if ``every``."""
+    """3 bits in groups of 64; patterns of ``bits`` (default MIXED) choose other bits or formats by id, even for what policies keep if ``every``."""
     opened = kappaquant.open_source(source)
     plan = kappaquant.make_plan(opened.tensors, opened.config, policy="uniform", bits=3, group_size=64)
     choices = dict(plan.choices)

@@ -12,8 +12,8 @@ from choices import choice
 import kappaquant
 
 
-def quantize(source: Path, output: Path, bits: dict[str, int] | None = None, **options: Any) -> Path:
-    """Uniform 3 bits in groups of 64; ``bits`` maps patterns to other choices, even such as policies never make."""
+def quantize(source: Path, output: Path, bits: dict[str, int | str] | None = None, **options: Any) -> Path:
+    """Uniform 3 bits in groups of 64; ``bits`` maps patterns to other choices or formats by id, even such as policies never make."""
     opened = kappaquant.open_source(source)
     plan = kappaquant.make_plan(opened.tensors, opened.config, policy="uniform", bits=3, group_size=64)
     choices = dict(plan.choices)

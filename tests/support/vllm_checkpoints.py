@@ -18,7 +18,7 @@ from kappaquant.models.skeleton import load_config, model_class
 ARCHITECTURES = ("llama", "qwen3", "mixtral", "qwen3_moe", "qwen3_5_moe_text", "qwen3_5_moe")
 GATE_UP = ("gate_proj", "up_proj")
 GROUP = 32  # so that two cards share tiny matrices in whole groups
-RANDOM_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+RANDOM = (2, 3, 4, 5, 6, 7, 8, 16, *(f"t{bits}g{GROUP}" for bits in (2, 3, 4)))
 
 
 def in_bfloat16(architecture: str) -> bool:
@@ -69,13 +69,13 @@ def as_multimodal(text: Path, folder: Path) -> Path:
     return folder
 
 
-def quantize(source: Path, output: Path, plan: str, overrides: tuple[tuple[str, int], ...] = ()) -> Path:
-    """By recipe, or with ``plan="random"`` any width for any tensor that the planner quantizes."""
+def quantize(source: Path, output: Path, plan: str, overrides: tuple[tuple[str, int | str], ...] = ()) -> Path:
+    """By recipe, or with ``plan="random"`` any format for any tensor that the planner quantizes."""
     opened = kappaquant.open_source(source)
     made = kappaquant.make_plan(opened.tensors, opened.config, "recipe", recipe="apex2", group_size=GROUP)
     if plan == "random":
         draw = random.Random(output.name)
-        chosen = [(name, draw.choice(RANDOM_BITS)) for name, choice in made.choices.items() if "apex2" in choice.why]
+        chosen = [(name, draw.choice(RANDOM)) for name, choice in made.choices.items() if "apex2" in choice.why]
         overrides = (*chosen, *overrides)
     made = kappaquant.make_plan(
         opened.tensors, opened.config, "recipe", recipe="apex2", group_size=GROUP, overrides=overrides

@@ -18,13 +18,21 @@ from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX
 
 ATTENTION, MLP, MOE = "model.layers.0.self_attn.", "model.layers.1.mlp.", "model.layers.0.mlp."
 QKV = ["q_proj", "k_proj", "v_proj"]
-WIDTHS = ((f"{ATTENTION}q_proj.weight", 3), (f"{ATTENTION}k_proj.weight", 16), (f"{ATTENTION}v_proj.weight", 5))
+WIDTHS = (
+    (f"{ATTENTION}q_proj.weight", 3),
+    (f"{ATTENTION}k_proj.weight", 16),
+    (f"{ATTENTION}v_proj.weight", "t4g32"),
+    (f"{ATTENTION}o_proj.weight", "t3g32"),
+)
 
 
 def quantized(root: Path) -> Path:
     source = tiny.save_source("qwen3_moe", root / "source")
     return tiny.quantize(
-        source, root / "quantized", "apex2", (*WIDTHS, ("*embed_tokens.weight", 8), ("lm_head.weight", 6))
+        source,
+        root / "quantized",
+        "apex2",
+        (*WIDTHS, ("*experts.3.*", "t3g32"), ("*embed_tokens.weight", 8), ("lm_head.weight", 6)),
     )
 
 

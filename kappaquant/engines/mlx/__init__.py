@@ -1,4 +1,4 @@
-"""Codebook checkpoints in mlx_lm: ``load``, and ``serve`` through mlx_lm's own server. Nothing here imports torch."""
+"""Quantized checkpoints in mlx_lm: ``load``, and ``serve`` through mlx_lm's own server. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["load", "serve"]
 def load(
     path: str | Path, dtype: mx.Dtype | None = None, tokenizer_config: dict[str, Any] | None = None
 ) -> tuple[nn.Module, TokenizerWrapper]:
-    """Load a codebook checkpoint folder, kappaquant v1 or tq3_native, as an mlx_lm model with packed weights.
+    """Load a quantized checkpoint folder, kappaquant v1 or tq3_native, as an mlx_lm model with packed weights.
 
     The model is one of mlx_lm's own, for ``mlx_lm.generate`` and all else that takes one; of a multimodal checkpoint it is
     the language model.
@@ -61,7 +61,7 @@ def serve(
     tokenizer_config: dict[str, Any] | None = None,
     **options: Any,
 ) -> None:
-    """Load a codebook checkpoint and answer OpenAI's HTTP API with mlx_lm's own server, until interrupted.
+    """Load a quantized checkpoint and answer OpenAI's HTTP API with mlx_lm's own server, until interrupted.
 
     The server knows this one model, under "default_model", its path or its folder's name; a request for another fails.
 

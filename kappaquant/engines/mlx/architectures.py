@@ -76,7 +76,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
         raise UnsupportedError(
-            f"config.json: model_type {model_type!r}; codebook checkpoints run in mlx_lm for {', '.join(ARCHITECTURES)}"
+            f"config.json: model_type {model_type!r}; quantized checkpoints run in mlx_lm for {', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[str(model_type)]
 

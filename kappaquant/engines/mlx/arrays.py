@@ -9,7 +9,7 @@ import numpy as np
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.files.safetensors import read_bytes
-from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat
+from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, GroupedFormat
 from kappaquant.formats.entry import Entry, Located
 
 MLX_DTYPES = {
@@ -33,23 +33,23 @@ def read_kept(entry: Entry) -> mx.array:
     return mx.array(raw).view(MLX_DTYPES[entry.info.dtype]).reshape(entry.info.shape)
 
 
-def read_codes(entry: Entry, fmt: CodebookFormat) -> tuple[np.ndarray, np.ndarray]:
+def read_codes(entry: Entry, fmt: GroupedFormat) -> tuple[np.ndarray, np.ndarray]:
     """Packed uint8 [..., out, G * bytes_per_group], dense whatever the file's packing, and norms [..., out, G] as stored."""
     packed, norms = _raw(entry.parts[PACKED_SUFFIX]), _raw(entry.parts[NORMS_SUFFIX])
     shape = entry.info.shape
     if packed.size != math.prod(fmt.packed_shape(shape)):  # tq3_native stores wide codes one a byte
-        packed = pack(packed.reshape(-1, fmt.group_size), fmt)
+        packed = pack(packed.reshape(-1, fmt.group_size), fmt.bits)
     norms = norms.view(np.float32 if fmt.norms == "F32" else np.float16)
     return packed.reshape(fmt.packed_shape(shape)), norms.reshape(fmt.norms_shape(shape))
 
 
-def pack(codes: np.ndarray, fmt: CodebookFormat) -> np.ndarray:
-    """uint8 codes [n, group_size] -> bytes [n, bytes_per_group], code i in bits [i*bits, (i+1)*bits)."""
-    out = np.empty((len(codes), fmt.bytes_per_group), np.uint8)
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 codes [n, group_size] -> bytes [n, group_size * bits / 8], code i in bits [i*bits, (i+1)*bits)."""
+    out = np.empty((len(codes), codes.shape[1] * bits // 8), np.uint8)
     step = 1 << 14
     for start in range(0, len(codes), step):
-        bits = np.unpackbits(codes[start : start + step, :, None], axis=-1, count=fmt.bits, bitorder="little")
-        out[start : start + step] = np.packbits(bits.reshape(len(bits), -1), axis=-1, bitorder="little")
+        some = np.unpackbits(codes[start : start + step, :, None], axis=-1, count=bits, bitorder="little")
+        out[start : start + step] = np.packbits(some.reshape(len(some), -1), axis=-1, bitorder="little")
     return out
 
 

@@ -1,7 +1,7 @@
 """MLX modules that hold packed weights: nothing here ever keeps a dequantized copy.
 
 Arrays have public names, so that ``parameters()`` counts all memory: ``tq_packed`` uint8 [..., out, G * bytes_per_group],
-``tq_norms`` [..., out, G], ``codebook`` float32 [2**bits]. Products run in float32 and return the input's dtype.
+``tq_norms`` [..., out, G], ``codebook`` float32. Products run in float32 and return the input's dtype.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from kappaquant.engines.mlx.codes import decode, decode_rotated, rotate
-from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.formats.codebook import GroupedFormat
 
 DECODED_BYTES = 64 << 20  # of float32 weights decoded at a time
 
@@ -21,7 +21,7 @@ DECODED_BYTES = 64 << 20  # of float32 weights decoded at a time
 class PackedMatrix(nn.Module):
     """Codes and norms of a weight [..., out, in]."""
 
-    def __init__(self, fmt: CodebookFormat, in_features: int, packed: mx.array, norms: mx.array) -> None:
+    def __init__(self, fmt: GroupedFormat, in_features: int, packed: mx.array, norms: mx.array) -> None:
         super().__init__()
         self.fmt = fmt
         self.in_features = in_features
@@ -50,7 +50,7 @@ class PackedMatrix(nn.Module):
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
 
-class CodebookLinear(PackedMatrix):
+class PackedLinear(PackedMatrix):
     """``nn.Linear`` with a packed weight [out, in]."""
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -59,7 +59,7 @@ class CodebookLinear(PackedMatrix):
         return y + self.bias if "bias" in self else y
 
 
-class CodebookEmbedding(PackedMatrix):
+class PackedEmbedding(PackedMatrix):
     """``nn.Embedding`` with a packed weight [vocabulary, dim]; ``dtype`` is what it returns, the model's."""
 
     dtype: mx.Dtype = mx.float32
@@ -113,7 +113,7 @@ class KeptExperts(nn.Module):
         return prepared @ self.weight[slot].T
 
 
-class CodebookSwitchLinear(nn.Module):
+class PackedSwitchLinear(nn.Module):
     """mlx_lm's ``SwitchLinear``: one projection of all experts, in blocks of one format, for experts may differ in bits.
 
     Args:

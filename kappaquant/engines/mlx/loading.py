@@ -1,4 +1,4 @@
-"""mlx_lm's model filled from a codebook checkpoint; every tensor and every parameter is accounted for."""
+"""mlx_lm's model filled from a quantized checkpoint; every tensor and every parameter is accounted for."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from kappaquant.checkpoints.checkpoint import Checkpoint
 from kappaquant.engines.mlx.architectures import Name, architecture_of
 from kappaquant.engines.mlx.arrays import MLX_DTYPES, read_codes, read_kept
+from kappaquant.engines.mlx.codes import decodes
 from kappaquant.engines.mlx.layers import (
-    CodebookEmbedding,
-    CodebookLinear,
-    CodebookSwitchLinear,
     KeptExperts,
+    PackedEmbedding,
     PackedExperts,
+    PackedLinear,
     PackedMatrix,
+    PackedSwitchLinear,
 )
 from kappaquant.engines.mlx.skeleton import Skeleton, arrays_of
 from kappaquant.errors import FormatError, UnsupportedError
-from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.formats.codebook import GroupedFormat
 from kappaquant.formats.entry import Entry
 
 logger = logging.getLogger("kappaquant")
@@ -186,16 +187,16 @@ class Loader:
     def _packed(self, target: str, entry: Entry) -> tuple[str, PackedMatrix]:
         path, _, parameter = target.rpartition(".")
         plain = dict(self.model.named_modules())[path]
-        fmt = codebook_format(entry)
+        fmt = grouped_format(entry)
         packed, norms = read_codes(entry, fmt)
         arguments = fmt, entry.info.shape[-1], mx.array(packed), mx.array(norms)
         if parameter == "weight" and type(plain) is nn.Linear:
-            linear = CodebookLinear(*arguments)
+            linear = PackedLinear(*arguments)
             if "bias" in plain:
                 linear.bias = plain.bias  # replaced by the checkpoint's, as any kept tensor
             return path, linear
         if parameter == "weight" and type(plain) is nn.Embedding:
-            embedding = CodebookEmbedding(*arguments)
+            embedding = PackedEmbedding(*arguments)
             embedding.dtype = self.dtype
             return path, embedding
         raise UnsupportedError(
@@ -204,10 +205,10 @@ class Loader:
 
     def _switch(self, parts: Sequence[Piece], shape: tuple[int, ...]) -> nn.Module:
         """One projection of all experts; in 16 bits mlx_lm's own module, else blocks of one format each."""
-        groups: dict[CodebookFormat | None, list[Piece]] = defaultdict(list)
+        groups: dict[GroupedFormat | None, list[Piece]] = defaultdict(list)
         for piece in sorted(parts, key=lambda piece: piece.expert or 0):
             entry = self.entries[piece.name]
-            groups[codebook_format(entry) if entry.fmt else None].append(piece)
+            groups[grouped_format(entry) if entry.fmt else None].append(piece)
         blocks = []
         for fmt, members in groups.items():
             experts = [p.expert for p in members if p.expert is not None] or list(range(shape[0]))
@@ -219,7 +220,7 @@ class Loader:
             plain = SwitchLinear(1, 1, 1, bias=False)
             plain.weight = blocks[0][1].weight
             return plain
-        return CodebookSwitchLinear(blocks)
+        return PackedSwitchLinear(blocks)
 
     def _kept_experts(self, members: Sequence[Piece]) -> KeptExperts:
         values = []
@@ -228,7 +229,7 @@ class Loader:
             values.append(mx.contiguous(rows.astype(self.dtype)))
         return KeptExperts(values[0] if members[0].expert is None else mx.stack(values))
 
-    def _packed_experts(self, members: Sequence[Piece], fmt: CodebookFormat, width: int) -> PackedExperts:
+    def _packed_experts(self, members: Sequence[Piece], fmt: GroupedFormat, width: int) -> PackedExperts:
         packed, norms = [], []
         for piece in members:
             rows = slice(piece.first, piece.first + piece.rows)
@@ -239,10 +240,13 @@ class Loader:
         return PackedExperts(fmt, width, mx.array(join(packed)), mx.array(join(norms)))
 
 
-def codebook_format(entry: Entry) -> CodebookFormat:
+def grouped_format(entry: Entry) -> GroupedFormat:
     """How a packed parameter is stored. Raises UnsupportedError for a format that nothing here decodes."""
-    if not isinstance(entry.fmt, CodebookFormat):
-        raise UnsupportedError(f"{entry.info.name}: is stored as {entry.fmt}; MLX modules here take codebook formats")
+    if not decodes(entry.fmt):
+        raise UnsupportedError(
+            f"{entry.info.name}: is stored as {entry.fmt}; MLX modules here take codebook and trellis formats; export it "
+            "(kappaquant export --to mlx), or quantize it again"
+        )
     return entry.fmt
 
 

@@ -25,7 +25,7 @@ class LoadedModel(ModelProvider):
     def __init__(self, options: Namespace, model: nn.Module, tokenizer: TokenizerWrapper) -> None:
         super().__init__(options)
         if self.is_distributed:
-            raise UnsupportedError("codebook checkpoints run on one machine: start without mlx.launch")
+            raise UnsupportedError("quantized checkpoints run on one machine: start without mlx.launch")
         self.model: Any = model
         self.tokenizer: Any = tokenizer
         self.model_key: Any = (options.model, None, None)

@@ -1,4 +1,4 @@
-"""Codebook checkpoints in mlx_lm: logits and greedy tokens are those of ``kappaquant.load`` in torch, in float32."""
+"""Quantized checkpoints in mlx_lm: logits and greedy tokens are those of ``kappaquant.load`` in torch, in float32."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mlx_models import LAYOUTS, edit_json, edit_shard, quantize, save, tokenizer_to
+from mlx_models import LAYOUTS, TRELLIS, edit_json, edit_shard, quantize, save, tokenizer_to
 
 import kappaquant
 from kappaquant.planning.plan import Plan
@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.generate import generate_step  # noqa: E402
 
 from kappaquant.engines.mlx import load  # noqa: E402
-from kappaquant.engines.mlx.layers import CodebookSwitchLinear, PackedMatrix  # noqa: E402
+from kappaquant.engines.mlx.layers import PackedMatrix, PackedSwitchLinear  # noqa: E402
 
 IDS = torch.randint(3, 80, (2, 11), generator=torch.Generator().manual_seed(1))
 
@@ -57,8 +57,21 @@ def test_v1_equals_torch(architecture: str, experts: Any, tmp_path: Path) -> Non
     source = save(architecture, tmp_path / "source", experts=experts)
     model, reference = assert_same(quantize(source, tmp_path / "quantized"))
     assert_same_tokens(model, reference)
-    blocks = [len(m.blocks) for m in model.modules() if isinstance(m, CodebookSwitchLinear)]
+    blocks = [len(m.blocks) for m in model.modules() if isinstance(m, PackedSwitchLinear)]
     assert (max(blocks, default=1) > 1) == (experts == "split" and bool(blocks))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "experts"), [("llama", "split"), ("qwen3_moe", "split"), ("qwen3_5_moe", "fused")]
+)
+def test_trellis_codes_equal_torch(architecture: str, experts: Any, tmp_path: Path) -> None:
+    source = save(architecture, tmp_path / "source", experts=experts)
+    model, reference = assert_same(quantize(source, tmp_path / "quantized", TRELLIS))
+    assert_same_tokens(model, reference)
+    held = {m.fmt.id for m in model.modules() if isinstance(m, PackedMatrix)}
+    assert held >= {"tq3g64", "t2g128", "t3g64", "t3g256", "t4g32", "t4g64"}
+    blocks = [len(m.blocks) for m in model.modules() if isinstance(m, PackedSwitchLinear)]
+    assert max(blocks, default=0) == {"llama": 0, "qwen3_moe": 2, "qwen3_5_moe": 1}[architecture]
 
 
 @pytest.mark.parametrize(("architecture", "experts"), LAYOUTS)
@@ -81,6 +94,8 @@ def test_packed_embeddings_heads_and_routers(
     """Which policies never make, but a plan by hand may."""
     monkeypatch.setattr(Plan, "check", lambda *args: None)
     bits = {"*embed_tokens.weight": 8, "lm_head.weight": 5, "*mlp.gate.weight": 6, "*shared_expert_gate.weight": 4}
+    if architecture == "gemma3":
+        bits |= {"*embed_tokens.weight": "t4g64", "lm_head.weight": "t3g32"}
     folder = quantize(save(architecture, tmp_path / "source", tied=tied), tmp_path / "quantized", bits, every=True)
     model, _ = assert_same(folder)
     packed = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, PackedMatrix)}

@@ -11,8 +11,10 @@ from published import Published, each_folder, each_set
 
 from kappaquant.errors import FormatError
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import BITS, CodebookFormat
+from kappaquant.formats.codebook import BITS, CodebookFormat, GroupedFormat
+from kappaquant.formats.registry import formats
 from kappaquant.formats.signs import GROUP_SIZES
+from kappaquant.formats.trellis import TrellisFormat
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
@@ -20,50 +22,48 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 from kappaquant.engines.mlx import arrays, codes, layers, load  # noqa: E402
 
 
-def encoded(fmt: CodebookFormat, *shape: int) -> tuple[codec.Encoded, Any, Any, Any]:
-    """A random weight's codes as torch has them, and packed, norms and codebook in MLX."""
-    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(fmt.bits))
-    done = codec.encode(weight, fmt, "fast")
-    return done, mx.array(done.packed.numpy()), mx.array(done.norms.numpy()), mx.array(fmt.codebook)
+def stored(fmt: GroupedFormat, *shape: int) -> tuple[torch.Tensor, torch.Tensor, Any, Any, Any]:
+    """Codes of a weight of this shape: packed and norms in torch, packed, norms and codebook in MLX. Any bytes are codes."""
+    generator = torch.Generator().manual_seed(fmt.bits)
+    packed = torch.randint(0, 256, fmt.packed_shape(shape), generator=generator).byte()
+    norms = torch.randn(fmt.norms_shape(shape), generator=generator).to(codec.NORMS_TORCH[fmt.norms])
+    return packed, norms, mx.array(packed.numpy()), mx.array(norms.numpy()), mx.array(fmt.codebook)
+
+
+def assert_same(found: Any, expected: torch.Tensor) -> None:
+    """To the bit on a CPU, where MLX's transform sums in the codec's order; its order on a GPU is another."""
+    tolerance = 0.0 if mx.default_device() == mx.cpu else 2e-6 * float(expected.abs().max())
+    assert found.shape == tuple(expected.shape)
+    assert np.abs(np.array(found) - expected.numpy()).max() <= tolerance
 
 
 # --- codes ---
 
 
-@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("fmt", formats(), ids=lambda fmt: fmt.id)
+def test_codes_are_those_of_the_codec(fmt: GroupedFormat) -> None:
+    others = fmt, fmt.variant(tuple(value * 1.25 for value in fmt.codebook), "F32")
+    for own in others:
+        for shape in ((5, 3 * fmt.group_size), (3, 7, 200), (1, 1)):
+            packed, norms, *arguments = stored(own, *shape)
+            assert np.array_equal(np.array(codes.indices(arguments[0], own)), codec.indices(packed, own).numpy())
+            rotated, weight = codes.decode_rotated(*arguments, own), codes.decode(*arguments, own, shape[-1])
+            assert np.array_equal(np.array(rotated), codec.decode_rotated(packed, norms, own).numpy())
+            assert_same(weight, codec.decode(packed, norms, own, shape[-1]))
+
+
 @pytest.mark.parametrize("bits", BITS)
-def test_codes_are_those_of_the_codec(bits: int, group_size: int) -> None:
-    fmt = CodebookFormat(bits, group_size)
-    for shape in ((5, 3 * group_size), (3, 7, 200), (1, 1)):
-        done, packed, norms, codebook = encoded(fmt, *shape)
-        expected = codec.unpack(done.packed, fmt.bits)
-        assert np.array_equal(np.array(codes.unpack(packed, bits)), expected.numpy())
-        assert np.array_equal(
-            arrays.pack(expected.reshape(-1, group_size).numpy(), fmt).ravel(), done.packed.numpy().ravel()
-        )
-        weight = codec.decode(done.packed, done.norms, fmt, shape[-1]).numpy()
-        decoded = np.array(codes.decode(packed, norms, codebook, fmt, shape[-1]))
-        assert decoded.shape == weight.shape
-        assert np.abs(decoded - weight).max() <= 1e-6 * np.abs(weight).max()
-        rotated = np.array(codes.decode_rotated(packed, norms, codebook, fmt))
-        assert (
-            np.allclose(rotated, codec.rotate(torch.tensor(weight), group_size).numpy(), atol=1e-5)
-            or shape[-1] % group_size
-        )
-    noise = torch.randint(0, 256, (11, 2 * fmt.bytes_per_group), generator=torch.Generator().manual_seed(bits)).byte()
-    assert np.array_equal(np.array(codes.unpack(mx.array(noise.numpy()), bits)), codec.unpack(noise, fmt.bits).numpy())
+def test_codes_of_a_byte_each_are_packed_as_the_codec_packs_them(bits: int) -> None:
+    loose = torch.randint(0, 2**bits, (7, 96), generator=torch.Generator().manual_seed(bits)).byte()
+    assert np.array_equal(arrays.pack(loose.numpy(), bits), codec.pack(loose, bits).numpy())
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_rotations_are_those_of_the_codec(group_size: int) -> None:
     x = torch.randn(2, 3, 200, generator=torch.Generator().manual_seed(0))
     rotated = codec.rotate(x, group_size)
-    assert np.allclose(np.array(codes.rotate(mx.array(x.numpy()), group_size)), rotated.numpy(), atol=2e-6)
-    assert np.allclose(
-        np.array(codes.unrotate(mx.array(rotated.numpy()), group_size)),
-        codec.unrotate(rotated, group_size).numpy(),
-        atol=2e-6,
-    )
+    assert_same(codes.rotate(mx.array(x.numpy()), group_size), rotated)
+    assert_same(codes.unrotate(mx.array(rotated.numpy()), group_size), codec.unrotate(rotated, group_size))
 
 
 @each_set
@@ -78,25 +78,24 @@ def test_published_files_are_read_and_decoded(published: Published, folder: str)
     quantized = [name for name in checkpoint.keys() if checkpoint.format_of(name)]
     assert quantized
     for name in quantized:
-        entry, weight = checkpoint.entry(name), checkpoint.dequantize(name).numpy()  # tests/checkpoints proves its bits
+        entry, weight = checkpoint.entry(name), checkpoint.dequantize(name)  # tests/checkpoints proves its bits
         assert entry.fmt is not None
         packed, norms = (mx.array(part) for part in arrays.read_codes(entry, entry.fmt))
-        decoded = np.array(codes.decode(packed, norms, mx.array(entry.fmt.codebook), entry.fmt, weight.shape[-1]))
-        assert np.abs(decoded - weight).max() <= 2e-6 * np.abs(weight).max(), name
+        assert_same(codes.decode(packed, norms, mx.array(entry.fmt.codebook), entry.fmt, weight.shape[-1]), weight)
 
 
 # --- modules ---
 
 
+@pytest.mark.parametrize("fmt", [CodebookFormat(3, 64), TrellisFormat(3, 64)], ids=lambda fmt: fmt.id)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
-def test_a_linear_layer_decodes_in_tiles(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fmt = CodebookFormat(3, 64)
-    done, packed, norms, _ = encoded(fmt, 50, 200)
-    layer = layers.CodebookLinear(fmt, 200, packed, norms)
+def test_a_linear_layer_decodes_in_tiles(dtype: Any, fmt: GroupedFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, norms, *held, _ = stored(fmt, 50, 200)
+    layer = layers.PackedLinear(fmt, 200, *held)
     x = mx.random.normal((2, 5, 200), key=mx.random.key(0)).astype(dtype)
     whole = layer(x)
     assert whole.dtype == dtype
-    weight = codec.decode(done.packed, done.norms, fmt, 200).numpy()
+    weight = codec.decode(packed, norms, fmt, 200).numpy()
     exact = np.array(x.astype(mx.float32)) @ weight.T
     assert (
         np.abs(np.array(whole.astype(mx.float32)) - exact).max() < (1e-5 if dtype == mx.float32 else 0.02) * exact.max()
@@ -106,18 +105,18 @@ def test_a_linear_layer_decodes_in_tiles(dtype: Any, monkeypatch: pytest.MonkeyP
 
 
 def switch(experts: int, out: int, width: int) -> tuple[Any, np.ndarray]:
-    """Experts of 2 and 5 bits and kept ones, and the dense weights they stand for."""
+    """Experts of 2 and 5 bits, of trellis codes and kept ones, and the dense weights they stand for."""
     weights, blocks = np.empty((experts, out, width), np.float32), []
-    for which, fmt in enumerate((CodebookFormat(2, 64), CodebookFormat(5, 32), None)):
-        mine = list(range(which, experts, 3))
+    for which, fmt in enumerate((CodebookFormat(2, 64), CodebookFormat(5, 32), TrellisFormat(3, 64), None)):
+        mine = list(range(which, experts, 4))
         if fmt is None:
             weights[mine] = np.random.default_rng(0).normal(size=(len(mine), out, width))
             blocks.append((mine, layers.KeptExperts(mx.array(weights[mine]))))
             continue
-        done, packed, norms, _ = encoded(fmt, len(mine), out, width)
-        weights[mine] = codec.decode(done.packed, done.norms, fmt, width).numpy()
-        blocks.append((mine, layers.PackedExperts(fmt, width, packed, norms)))
-    return layers.CodebookSwitchLinear(blocks), weights
+        packed, norms, *held, _ = stored(fmt, len(mine), out, width)
+        weights[mine] = codec.decode(packed, norms, fmt, width).numpy()
+        blocks.append((mine, layers.PackedExperts(fmt, width, *held)))
+    return layers.PackedSwitchLinear(blocks), weights
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 2), (1, 1, 7), (3, 1, 2), (2, 13, 3), (80,)], ids=str)
@@ -138,13 +137,13 @@ def test_routed_experts_of_several_formats(shape: tuple[int, ...], per_slot: boo
     assert np.abs(actual - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("fmt", [CodebookFormat(3, 32), TrellisFormat(4, 32)], ids=lambda fmt: fmt.id)
 @pytest.mark.parametrize("at_once", [1 << 30, 1000], ids=["gathered", "one by one"])
-def test_one_token_s_experts(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    fmt = CodebookFormat(3, 32)
-    done, packed, norms, _ = encoded(fmt, 6, 24, 96)
-    layer = layers.CodebookSwitchLinear([(range(6), layers.PackedExperts(fmt, 96, packed, norms))])
+def test_one_token_s_experts(at_once: int, fmt: GroupedFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, norms, *held, _ = stored(fmt, 6, 24, 96)
+    layer = layers.PackedSwitchLinear([(range(6), layers.PackedExperts(fmt, 96, *held))])
     monkeypatch.setattr(layers, "DECODED_BYTES", at_once)
-    weights = codec.decode(done.packed, done.norms, fmt, 96).numpy()
+    weights = codec.decode(packed, norms, fmt, 96).numpy()
     for lead in ((1, 1, 1), (1, 1, 3)):
         x = np.random.default_rng(0).normal(size=(*lead, 1, 96)).astype(np.float32)
         indices = np.array([[[4, 0, 5]]], np.uint32)
@@ -155,9 +154,9 @@ def test_one_token_s_experts(at_once: int, monkeypatch: pytest.MonkeyPatch) -> N
 def test_memory_of_a_long_prompt_is_bounded() -> None:
     """2048 tokens, 4 experts each: packed matrices gathered per slot would take 403 MB, decoded ones 4.3 GB."""
     experts, out, width, tokens, top = 16, 512, 256, 2048, 4
-    fmt = CodebookFormat(3, 128)
-    _, packed, norms, _ = encoded(fmt, experts, out, width)
-    layer = layers.CodebookSwitchLinear([(range(experts), layers.PackedExperts(fmt, width, packed, norms))])
+    fmt = TrellisFormat(3, 128)  # decoding it takes more arrays than a codebook's codes
+    _, _, packed, norms, _ = stored(fmt, experts, out, width)
+    layer = layers.PackedSwitchLinear([(range(experts), layers.PackedExperts(fmt, width, packed, norms))])
     rng = np.random.default_rng(0)
     indices = mx.array(np.sort(rng.integers(0, experts, tokens * top)).astype(np.uint32))
     x = mx.random.normal((tokens * top, 1, width))

@@ -16,6 +16,9 @@ from mlx_models import edit_json, edit_shard, quantize, save, tokenizer_to
 import kappaquant
 from kappaquant.errors import FormatError, UnsupportedError
 from kappaquant.exports.kappaquant_v1 import convert
+from kappaquant.files.safetensors import TensorInfo
+from kappaquant.formats.entry import Entry
+from kappaquant.formats.registry import format_by_id
 from kappaquant.planning.plan import Plan
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
@@ -25,6 +28,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 from kappaquant.engines.mlx import load  # noqa: E402
 from kappaquant.engines.mlx.architectures import adapt  # noqa: E402
+from kappaquant.engines.mlx.loading import grouped_format  # noqa: E402
 
 # --- checkpoints ---
 
@@ -37,6 +41,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "v1": quantize(source, root / "v1"),
         "legacy": quantize(source, root / "legacy", {"*.q_proj.weight": 4}, container="tq3_native"),
         "bytes": quantize(source, root / "bytes", {"*_proj.weight": 5}, container="tq3_native"),
+        "trellis": quantize(source, root / "trellis", {"*.q_proj.weight": "t3g64"}),
     }
     folders["converted"] = convert(kappaquant.open_checkpoint(folders["legacy"]), root / "converted")
     for folder in folders.values():
@@ -55,6 +60,14 @@ def test_float32_norms_in_v1_are_read_as_they_are(quantized: dict[str, Path]) ->
     assert all(
         mx.array_equal(array, after[name]) and array.dtype == after[name].dtype for name, array in before.items()
     )
+
+
+def test_a_format_that_nothing_here_decodes() -> None:
+    entry = Entry(TensorInfo("w", "F32", (64, 64)), format_by_id("t3g64t", "w"), {})
+    with pytest.raises(
+        UnsupportedError, match=r"^w: is stored as Transposed\(t3g64t\); MLX modules here take codebook"
+    ):
+        grouped_format(entry)
 
 
 def in_config(**changes: Any) -> Any:
@@ -240,6 +253,6 @@ def test_it_works_where_torch_is_not_installed(quantized: dict[str, Path]) -> No
         "import kappaquant.engines.mlx.server\n"
         "assert sys.modules['torch'] is None and not [m for m in sys.modules if m.startswith('torch.')]\n"
     )
-    folders = [str(quantized[kind]) for kind in ("v1", "legacy")]
+    folders = [str(quantized[kind]) for kind in ("v1", "legacy", "trellis")]
     done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
