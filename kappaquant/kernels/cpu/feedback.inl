@@ -43,8 +43,8 @@ inline Reals unless_zero(Reals norm, Reals other, Reals value) {
 inline Reals inverse_of(Reals norm) { return unless_zero(norm, Reals{}, all(1.0f) / norm); }
 
 // The least-squares norm of one group of each lane at the scale that explains most of it, as effort "best".
-template <int BITS>
-Reals plain_norm(const Encoding& e, const Tables& tables, const Finder<BITS, false>& finder, const Line* x, int v) {
+template <class Rounding>
+Reals plain_norm(const Encoding& e, Rounding& rounding, const Line* x, int v) {
   Reals y[kMostCodes], c[kMostCodes];
   for (int i = 0; i < e.group; ++i) y[i] = x[i][v];
   const Reals square = dot(e.group, y, y);
@@ -53,7 +53,7 @@ Reals plain_norm(const Encoding& e, const Tables& tables, const Finder<BITS, fal
   const Reals divisor = unless_zero(norm, all(1.0f), norm);
   for (int i = 0; i < e.group; ++i) y[i] = y[i] / divisor;
   Whole codes[kMostCodes];
-  assign(e.group, finder, y, searched(e, tables, y), codes, c);
+  rounding.assign(y, rounding.searched(y), codes, c);
   const Fit fit = total_of<Fit>(e.group, [&](int64_t i) { return Fit{rounded(y[i] * c[i]), rounded(c[i] * c[i])}; });
   return norm * (fit.along / fit.square);
 }
@@ -78,11 +78,11 @@ struct Block {
 // Codes at each of the scales, each making up for what those before it left; kept are those whose errors are least, the first of equals.
 template <int BITS>
 void choose(const Encoding& e, const Tables& tables, const Block& b) {
-  const Finder<BITS, false> finder(tables.books[0]);
+  const Nearest<BITS> rounding(e, tables, 0);
   Line *x = b.line(0), *spread = b.line(1), *kept = b.line(2), plain, norm, best, kept_norm;
   Codes *codes = reinterpret_cast<Codes*>(b.line(3)), *kept_codes = reinterpret_cast<Codes*>(b.line(4));
   for (int i = 0; i < b.group; ++i) take(b.first + i * b.f.rows, b.count, x[i]);
-  for (int v = 0; v < kTogether; ++v) plain[v] = plain_norm<BITS>(e, tables, finder, x, v);
+  for (int v = 0; v < kTogether; ++v) plain[v] = plain_norm(e, rounding, x, v);
   const Reals largest = all(e.wide_norms ? kLargest : kLargestHalf);
   for (int trial = 0; trial < b.f.tried; ++trial) {
     Line inverse;
@@ -97,7 +97,7 @@ void choose(const Encoding& e, const Tables& tables, const Block& b) {
       std::memcpy(rest, x[i], sizeof rest);
       subtract(line, spread, i, rest);
       for (int v = 0; v < kTogether; ++v) y[v] = rest[v] * inverse[v];
-      finder.find(y, c, codes[i]);
+      rounding.finder.find(y, c, codes[i]);
       for (int v = 0; v < kTogether; ++v) spread[i][v] = (rest[v] - rounded(c[v] * norm[v])) / all(line[i]);
     }
     for (int v = 0; v < kTogether; ++v) {

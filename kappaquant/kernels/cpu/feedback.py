@@ -10,11 +10,10 @@ from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats.codebook import CodebookFormat
-from kappaquant.formats.search import SCALES
 from kappaquant.formats.signs import GROUP_SIZES
-from kappaquant.kernels.cpu.encoder import tables
 from kappaquant.kernels.cpu.library import absence, core
 from kappaquant.kernels.cpu.structures import Encoding, Feedback
+from kappaquant.kernels.cpu.tables import tables
 
 NAME = "native feedback"
 
@@ -79,7 +78,6 @@ def _run(
     if not first.numel():
         return
     first, now, across = _of_whole_inputs(first), None if now is None else _of_whole_inputs(now), across.mT.contiguous()
-    book, magnitudes, trials, steps = tables((fmt.codebook,), SCALES if now is None else ())
     places = [
         tensor.data_ptr() if tensor is not None else None for tensor in (inverses, scales, norms, codes, values, spread)
     ]
@@ -87,9 +85,8 @@ def _run(
     native.library.kq_feedback(
         native.level, torch.get_num_threads(),
         ctypes.byref(Encoding(
-            books=book.data_ptr(), magnitudes=magnitudes.data_ptr(), scales=trials.data_ptr(), steps=steps.data_ptr(),
-            group=fmt.group_size, wide_norms=fmt.norms == "F32", trials=len(trials), count=1,
-            bits=(ctypes.c_int32 * 7)(fmt.bits),
+            group=fmt.group_size, wide_norms=fmt.norms == "F32", count=1, bits=(ctypes.c_int32 * 7)(fmt.bits),
+            **tables(fmt, now is None).told,
         )),
         ctypes.byref(Feedback(
             first.data_ptr(), None if now is None else now.data_ptr(), across.data_ptr(), *places, len(first), first.shape[2],

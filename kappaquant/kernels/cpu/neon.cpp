@@ -164,6 +164,7 @@ struct Across {
   static Mask larger(Reals a, Reals b) { return exceeds(a, b); }
   static Reals either(Mask mask, Reals yes, Reals no) { return vbslq_f32(mask, yes, no); }
   static Whole less(Mask mask) { return vreinterpretq_s32_u32(mask); }
+  static Words marked(Words words, Mask mask, uint32_t bit) { return vbslq_u32(vdupq_n_u32(bit), mask, words); }
   static Eight eight(const float* values) {
     return {{vreinterpretq_u8_f32(vld1q_f32(values)), vreinterpretq_u8_f32(vld1q_f32(values + 4))}};
   }
@@ -183,6 +184,7 @@ struct Across {
 #include "products.inl"
 #include "exact.inl"
 #include "finder.inl"
+#include "rings.inl"
 #include "encode.inl"
 #include "feedback.inl"
 #include "step.inl"
