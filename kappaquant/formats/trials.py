@@ -50,7 +50,7 @@ def kept(codes: Tensor, norms: Tensor, errors: Tensor) -> tuple[Tensor, Tensor, 
     Returns:
         Codes [B, size, N], norms [B, N] and errors [B, size, N].
     """
-    flat = errors.view(len(errors), -1)
+    flat = errors.reshape(len(errors), -1)
     left = Products(len(flat), flat.shape[1], flat.device).dot(flat, flat).view(norms.shape)
     best = left.argmin(0, keepdim=True)
     each = best.expand(len(errors), *best.shape)

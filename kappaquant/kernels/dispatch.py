@@ -39,6 +39,7 @@ _KERNELS: list[Kernel] = [Tiled(), Native(), Lookups(), AnyFormat()]
 _ENCODERS = (cuda_encoder, native_encoder)
 _TRELLIS_ENCODERS = (native_encoder,)
 _FEEDBACKS = (cuda_feedback, native_feedback)
+_TRELLIS_FEEDBACKS = (native_feedback,)
 _SERVED: dict[str, tuple[Kernel, Format]] = {}
 """What a spec stands for: "<kernel>/<format key>", the same in every process that has chosen it."""
 _LIBRARY = torch.library.Library("kappaquant", "FRAGMENT")
@@ -337,3 +338,8 @@ def _encoder(weight: Tensor, effort: str) -> ModuleType | None:
 def feedback(block: Tensor) -> ModuleType | None:
     """What rounds a group [B, size, N] as ``quantizing.rounding.groups`` does, by ``choose`` and ``descend``; None where torch has to."""
     return next((kernel for kernel in _FEEDBACKS if kernel.refusal(block) is None), None)
+
+
+def trellis_feedback(block: Tensor, fmt: TrellisFormat) -> ModuleType | None:
+    """What rounds a group [B, size, N] as ``quantizing.rounding.rings`` does, by ``choose``; None where torch has to."""
+    return next((kernel for kernel in _TRELLIS_FEEDBACKS if kernel.refusal(block, fmt) is None), None)

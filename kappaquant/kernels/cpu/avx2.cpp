@@ -39,6 +39,7 @@ struct Across {
   static Words marked(Words words, Mask mask, uint32_t bit) { return words | (reinterpret_cast<Words>(mask) & bit); }
   static Eight eight(const float* values) { return _mm256_loadu_ps(values); }
   static Reals pick(Eight from, Whole index) { return _mm256_permutevar8x32_ps(from, reinterpret_cast<__m256i>(index)); }
+  static Reals across(Reals from, Whole lane) { return _mm256_permutevar8x32_ps(from, reinterpret_cast<__m256i>(lane)); }
   static Reals gather(const float* table, Whole index) { return _mm256_i32gather_ps(table, reinterpret_cast<__m256i>(index), 4); }
   static Whole whole(Reals v) { return reinterpret_cast<Whole>(_mm256_cvttps_epi32(v)); }
 };
@@ -49,6 +50,7 @@ struct Across {
 #include "finder.inl"
 #include "rings.inl"
 #include "encode.inl"
+#include "survivors.inl"
 #include "feedback.inl"
 #include "step.inl"
 

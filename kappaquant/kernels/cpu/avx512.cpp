@@ -173,6 +173,7 @@ struct Across {
   }
   static Eight eight(const float* values) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(values)); }
   static Reals pick(Eight from, Whole index) { return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), from); }
+  static Reals across(Reals from, Whole lane) { return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(lane), from); }
   static Reals gather(const float* table, Whole index) { return _mm512_i32gather_ps(reinterpret_cast<__m512i>(index), table, 4); }
   static Whole whole(Reals v) { return reinterpret_cast<Whole>(_mm512_cvttps_epi32(v)); }
 };
@@ -183,6 +184,7 @@ struct Across {
 #include "finder.inl"
 #include "rings.inl"
 #include "encode.inl"
+#include "survivors.inl"
 #include "feedback.inl"
 #include "step.inl"
 

@@ -12,6 +12,7 @@ constexpr int kMostSearched = 16;    // different centroids of them that are fou
 constexpr int kSubsets = 4;          // of a trellis code's levels
 constexpr int kMostLevels = 8;       // of a subset
 constexpr int kMostStates = 64;      // of a trellis
+constexpr int kMostTrellisBits = 4;
 
 // Weights [rows, width], of which rows are padded to `groups` groups by zeros, and where it goes.
 struct Encoding {

@@ -5,6 +5,7 @@
 //   exceeds, larger, either, less        a > b, and where neither is negative; one or the other; -1 or 0
 //   marked                               words with a bit that is set where a mask says so
 //   Eight, eight, pick                   eight floats, and of each group the one at an index, of which the lowest three bits count
+//   across                               of each lane what another one has, of whose number only as many bits count as tell lanes apart
 //   gather, whole                        entries of a table; rounded to zero
 
 typedef Across::Reals Reals;

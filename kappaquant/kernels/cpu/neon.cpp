@@ -172,6 +172,10 @@ struct Across {
     const Whole bytes = vmlaq_n_s32(vdupq_n_s32(0x03020100), vandq_s32(index, vdupq_n_s32(7)), 0x04040404);
     return vreinterpretq_f32_u8(vqtbl2q_u8(from, vreinterpretq_u8_s32(bytes)));
   }
+  static Reals across(Reals from, Whole lane) {  // bytes 4 i to 4 i + 3
+    const Whole bytes = vmlaq_n_s32(vdupq_n_s32(0x03020100), vandq_s32(lane, vdupq_n_s32(3)), 0x04040404);
+    return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(from), vreinterpretq_u8_s32(bytes)));
+  }
   static Reals gather(const float* table, Whole index) {
     Reals found;
     for (int i = 0; i < 4; ++i) found[i] = table[index[i]];
@@ -186,6 +190,7 @@ struct Across {
 #include "finder.inl"
 #include "rings.inl"
 #include "encode.inl"
+#include "survivors.inl"
 #include "feedback.inl"
 #include "step.inl"
 

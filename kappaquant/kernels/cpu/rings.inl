@@ -67,6 +67,26 @@ inline Reals selected(Whole mask, Reals yes, Reals no) {
   return reinterpret_cast<Reals>((reinterpret_cast<Whole>(yes) & mask) | (reinterpret_cast<Whole>(no) & ~mask));
 }
 
+// COUNT values, to be picked by index.
+template <int COUNT>
+struct Values {
+  static constexpr int kParts = COUNT > kAcross ? COUNT / kAcross : 1;
+  Reals parts[kParts];
+
+  Values() = default;
+  explicit Values(const float* values) {
+    for (int i = 0; i < kParts * kAcross; ++i) parts[i / kAcross][i % kAcross] = values[i % COUNT];
+  }
+
+  Reals operator()(Whole index) const {
+    Reals found[kParts];
+    for (int i = 0; i < kParts; ++i) found[i] = Across::across(parts[i], index);
+    for (int near = 1; near < kParts; near *= 2)
+      for (int i = 0; i < kParts; i += 2 * near) found[i] = selected((index & (near * kAcross)) != 0, found[i + near], found[i]);
+    return found[0];
+  }
+};
+
 // The state of least cost, the lowest of several; and that cost.
 inline Whole first_least(int states, const Reals* cost, Reals& least) {
   Whole state = {};
@@ -92,13 +112,12 @@ inline Whole came(int words, const Unsigned* taken, Whole state) {
 // Level indices of rings on closed paths. BITS: of a weight.
 template <int BITS>
 struct Rings {
-  static constexpr int kEights = 1 << (BITS - 2);  // of levels
   const Encoding& e;
   const Trellis& trellis;
   const int states, words;
   const Walk open, marked;
   const Finder<BITS - 1, false> subsets[kSubsets];
-  Eight levels[kEights];
+  const Values<2 << BITS> levels;
   bool began = false;      // whether `first` holds what a round costs
   Reals first[kMostStates];
   Unsigned path[kMostCodes / 32];  // bits of the last search
@@ -107,9 +126,8 @@ struct Rings {
       : e(e), trellis(tables.trellis), states(e.states), words(words_of(states)), open(walk_of<false>(states)),
         marked(walk_of<true>(states)),
         subsets{Finder<BITS - 1, false>(trellis.levels[0]), Finder<BITS - 1, false>(trellis.levels[1]),
-                Finder<BITS - 1, false>(trellis.levels[2]), Finder<BITS - 1, false>(trellis.levels[3])} {
-    for (int i = 0; i < kEights; ++i) levels[i] = Across::eight(e.books + 8 * i);
-  }
+                Finder<BITS - 1, false>(trellis.levels[2]), Finder<BITS - 1, false>(trellis.levels[3])},
+        levels(e.books) {}
 
   // Of kTogether weights squared distances from the nearest level of each subset, and their indices, a byte each, where they are wanted.
   void nearest(const Reals* y, Reals scale, Squares* squares, Unsigned* indices) const {
@@ -177,17 +195,9 @@ struct Rings {
       const Whole low = reinterpret_cast<Whole>((Unsigned{} + trellis.lower) >> at) & 1;
       const Whole high = (reinterpret_cast<Whole>((Unsigned{} + trellis.upper) >> at) ^ state ^ upper) & 1;
       codes[i] = reinterpret_cast<Whole>(indices[i] >> reinterpret_cast<Unsigned>(low * 8 + high * 16)) & 255;
-      c[i] = level(codes[i]);
+      c[i] = levels(codes[i]);
       state = before + upper * half;
     }
-  }
-
-  Reals level(Whole code) const {
-    Reals found[kEights];
-    for (int i = 0; i < kEights; ++i) found[i] = Across::pick(levels[i], code);
-    for (int step = 1, bit = 3; step < kEights; step *= 2, ++bit)
-      for (int i = 0; i < kEights; i += 2 * step) found[i] = selected(-(code >> bit & 1), found[i + step], found[i]);
-    return found[0];
   }
 
   // Path bits of the group, then those of each bit of indices above the subset's, of each ring.

@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 from hard_weights import hard, numbers
+from other_trellises import OTHERS
 from torch import Tensor
 
 from kappaquant.errors import NonFiniteError, UnsupportedError
@@ -26,24 +27,6 @@ DTYPES = list(library.DTYPES)
 @pytest.fixture(params=LEVELS)
 def level(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-class Few(TrellisFormat):
-    """Of 4 states."""
-
-    code = Trellis((1,), (0, 2))
-
-
-class Eight(TrellisFormat):
-    code = Trellis((2,), (0, 1, 3))
-
-
-class Sixteen(TrellisFormat):
-    code = Trellis((2,), (0, 1, 4))
-
-
-class ThirtyTwo(TrellisFormat):
-    code = Trellis((2, 3), (0, 1, 4, 5))
 
 
 @cache
@@ -84,16 +67,10 @@ def test_shapes(level: str, weight: Tensor, effort: Effort) -> None:
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
-@pytest.mark.parametrize("kind", [Few, Eight, Sixteen, ThirtyTwo])
+@pytest.mark.parametrize("kind", OTHERS)
 def test_other_trellises(level: str, kind: type[TrellisFormat], effort: Effort) -> None:
-    """Norms and errors are the codec's; so are the bytes but for paths, which the codec packs for one trellis only."""
-    fmt = kind(3, 64)
-    weight = hard(fmt)
-    known, found = codec.encode(weight, fmt, effort), encoder.encode(weight, fmt, effort, level=level)
-    assert torch.equal(found.norms, known.norms)
-    assert (found.squared_error, found.energy) == (known.squared_error, known.energy)
-    planes, truth = (x.packed.view(*x.norms.shape, 3, -1)[..., 1:, :] for x in (found, known))
-    assert torch.equal(planes, truth)
+    weight, known = expected(kind(3, 64), effort, torch.float32)
+    assert same(encoder.encode(weight, kind(3, 64), effort, level=level), known)
 
 
 @pytest.mark.parametrize("effort", EFFORTS)

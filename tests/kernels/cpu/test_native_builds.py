@@ -25,7 +25,7 @@ from kappaquant.kernels.cpu import library, step
 from kappaquant.kernels.cpu.native import weight_of
 from kappaquant.kernels.cpu.structures import Attention, DeltaNet, Matrix, Mlp, Moe
 from kappaquant.kernels.cpu.tables import Tables, of_codebooks, tables
-from kappaquant.quantizing.rounding import groups
+from kappaquant.quantizing.rounding import groups, rings
 
 pytestmark = pytest.mark.slow
 
@@ -232,12 +232,12 @@ def test_numbers_that_are_none_are_survived(command: list[str]) -> None:
 
 
 def told_to_feed_back(
-    fmt: CodebookFormat, first: Tensor, across: Tensor, scales: Sequence[float], *now: Tensor
+    fmt: GroupedFormat, first: Tensor, across: Tensor, scales: Sequence[float], *now: Tensor
 ) -> bytes:
     """A group to be rounded as the driver reads it: with scales to be tried, or with values of before, inverses and norms."""
     matrices, group, rows = first.shape
     of, wide = tables(fmt, bool(scales)), fmt.norms == "F32"
-    sizes = struct.pack("<7q", matrices, group, rows, fmt.bits, wide, len(of.scales), len(scales))
+    sizes = struct.pack("<8q", matrices, group, rows, fmt.bits, wide, len(of.scales), len(scales), of.told["states"])
     parts = (*values_of(of), first, across.mT, torch.tensor(scales), *now)
     return b"feedback" + sizes + b"".join(part.contiguous().numpy().tobytes() for part in parts)
 
@@ -268,6 +268,25 @@ def test_feedback(command: list[str], fmt: CodebookFormat, monkeypatch: pytest.M
     assert changed == b"".join(part.contiguous().numpy().tobytes() for part in expected)
 
 
+@pytest.mark.parametrize("fmt", TRELLIS_FORMATS.values(), ids=lambda fmt: fmt.id)
+def test_feedback_of_trellis_codes(command: list[str], fmt: TrellisFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is lost is what torch loses, but for roundings."""
+    monkeypatch.setattr(dispatch, "_TRELLIS_FEEDBACKS", ())
+    size, rows, scales = fmt.group_size, 19, (1.0, 0.94)
+    block, x = numbers(2, size, rows), numbers(2, 4 * size, size, seed=3)
+    block[1, :, 0] = 0
+    upper = torch.linalg.cholesky(x.mT @ x).mT / size
+    codes, _, errors = rings.choose(block, upper, scales, fmt)
+    found = driven(command, told_to_feed_back(fmt, block, upper, scales))
+    mine = torch.frombuffer(bytearray(found[: codes.numel()]), dtype=torch.uint8).view_as(codes)
+    assert (mine == codes).float().mean() > 0.97
+    assert torch.equal(
+        fmt.unpack_block(fmt.pack_block(mine.transpose(0, 1).flatten(1))), mine.transpose(0, 1).flatten(1)
+    )
+    others = torch.frombuffer(bytearray(found[-4 * errors.numel() :]), dtype=torch.float32)
+    assert float(others.square().sum()) == pytest.approx(float(errors.square().sum()), rel=5e-3)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
 def test_a_group_with_numbers_that_are_none_is_survived(command: list[str], value: float) -> None:
     for bits in (3, 8):
@@ -278,3 +297,5 @@ def test_a_group_with_numbers_that_are_none_is_survived(command: list[str], valu
             told_to_feed_back(fmt, block, upper, (), block, torch.ones(1, 64), torch.ones(1, 5)),
         ):
             assert max(driven(command, given)[: 64 * 5]) < 1 << bits
+    trellis = TrellisFormat(3, 64)
+    assert max(driven(command, told_to_feed_back(trellis, block, upper, (1.0,)))[: 64 * 5]) < 16
