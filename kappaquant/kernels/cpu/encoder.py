@@ -66,6 +66,8 @@ def squared_errors(
     """What ``codec.squared_errors`` gives, whose arguments these are. Raises as ``encode``."""
     _check(refusal(weight))
     widths = tuple(bits)
+    if not widths:
+        return {}
     books = tuple(CodebookFormat(b, group_size).codebook for b in widths)
     _, errors = _run(weight, group_size, widths, of_codebooks(books), level)
     # added up block by block as the codec does it: evidence on disk holds every digit
