@@ -1,5 +1,6 @@
 """Encoding on one core: the native core against the codec in torch, seconds for each GB of bf16 weights, in the same run.
 
+Of trellis codes, whose search torch takes minutes for, a small part of the weights is encoded, fewer times.
 Both take turns over many short repetitions, of which the fastest counts: others' work on the machine then adds little to either.
 Both give the same bytes, which is checked for every row.
 
@@ -23,9 +24,11 @@ from benchmarks.environment import environment, save
 from kappaquant.formats import codec
 from kappaquant.formats.base import EFFORTS
 from kappaquant.formats.codebook import BITS, CodebookFormat
+from kappaquant.formats.trellis import TRELLIS_BITS, TrellisFormat
 from kappaquant.kernels.cpu import encoder, library
 
 ROWS, COLUMNS = 256, 2048  # 1 MB: 1 to 25 ms a repetition
+TRELLIS_SHARE = 16  # one row of so many, and one repetition
 GROUP_SIZE = 128
 
 
@@ -44,19 +47,21 @@ def seconds_per_gb(runs: Mapping[str, Callable[[], object]], nbytes: int, repeat
 
 def rows(weight: torch.Tensor, level: str, repeats: int) -> Iterator[dict[str, Any]]:
     """One row for each width and effort, and one for the errors at all widths, which a scan needs."""
-    for bits in BITS:
-        fmt = CodebookFormat(bits, GROUP_SIZE)
+    codebooks = [(CodebookFormat(bits, GROUP_SIZE), f"{bits} bits", 1) for bits in BITS]
+    trellises = [(TrellisFormat(bits, GROUP_SIZE), f"trellis, {bits} bits", TRELLIS_SHARE) for bits in TRELLIS_BITS]
+    for fmt, label, share in (*codebooks, *trellises):
+        some = weight[::share].contiguous()
         for effort in EFFORTS:
-            native, reference = encoder.encode(weight, fmt, effort, level=level), codec.encode(weight, fmt, effort)
+            native, reference = encoder.encode(some, fmt, effort, level=level), codec.encode(some, fmt, effort)
             same = torch.equal(native.packed, reference.packed) and torch.equal(native.norms, reference.norms)
             runs = {
-                "native": lambda: encoder.encode(weight, fmt, effort, level=level),  # noqa: B023
-                "codec": lambda: codec.encode(weight, fmt, effort),  # noqa: B023
+                "native": lambda: encoder.encode(some, fmt, effort, level=level),  # noqa: B023
+                "codec": lambda: codec.encode(some, fmt, effort),  # noqa: B023
             }
             yield {
-                "work": f"{bits} bits, {effort}",
+                "work": f"{label}, {effort}",
                 "same_bytes": same,
-                **seconds_per_gb(runs, weight.nbytes, repeats),
+                **seconds_per_gb(runs, some.nbytes, -(-repeats // share)),
             }
     native_errors, errors = encoder.squared_errors(weight, GROUP_SIZE), codec.squared_errors(weight, GROUP_SIZE)
     scans = {

@@ -13,12 +13,9 @@ python -m benchmarks.trellis_layouts --text wikitext2_test.txt --device cuda:0 [
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,126 +28,22 @@ import kappaquant
 from benchmarks.environment import environment, save
 from benchmarks.real_measure import GROUP, Bench
 from benchmarks.real_weights import default_folder, prepared
+from benchmarks.trellis_candidates import GROUP_OF_GAUSSIANS, LAYOUTS, WHOLE, Layout, Rearranged, candidate
 from kappaquant.formats import codec, viterbi
-from kappaquant.formats.codebook import CodebookFormat, GroupedFormat, float32, symmetric
+from kappaquant.formats.base import EFFORTS
+from kappaquant.formats.codebook import CodebookFormat, GroupedFormat
 from kappaquant.formats.registry import register
-from kappaquant.formats.search import Rounding
-from kappaquant.formats.trellis import TRELLIS, Trellis, TrellisFormat
+from kappaquant.formats.trellis import Trellis, TrellisFormat
+from kappaquant.kernels import dispatch
 from kappaquant.quantizing.rounding import feedback, rings
 
-GROUP_OF_GAUSSIANS = 128
 SEGMENT = 128  # rows that a path goes down
 SEEN, MOST_INPUTS = 8, 576  # windows of a text, and inputs of a matrix, for what one layer loses
-GROUPS, ROUNDS = 1024, 40  # to train levels with
-FEW = {4: Trellis((1,), (0, 2)), 8: Trellis((2,), (0, 1, 3)), 16: Trellis((2,), (0, 1, 4)), 64: TRELLIS}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A candidate.
-
-    Attributes:
-        states: of its trellis.
-        ring: path bits of a ring, at most those of a group; 0 where paths go down the rows.
-    """
-
-    states: int
-    ring: int
-
-    @property
-    def code(self) -> Trellis:
-        return FEW[self.states]
-
-
-WHOLE = 256  # a ring of the group, whatever its size
-LAYOUTS = {
-    "t": Layout(64, WHOLE), "16 states": Layout(16, WHOLE), "8 states": Layout(8, WHOLE), "4 states": Layout(4, WHOLE),
-    "ring32": Layout(64, 32), "ring32, 16 states": Layout(16, 32), "ring32, 8 states": Layout(8, 32),
-    "rows": Layout(64, 0), "rows, 4 states": Layout(4, 0),
-}  # fmt: skip
-
-
-class Candidate(TrellisFormat):
-    """A trellis format in another layout, to be measured and not to be stored: its bytes hold whole indices of levels."""
-
-    def __init__(self, bits: int, group_size: int, layout: Layout, levels: tuple[float, ...] | None = None) -> None:
-        super().__init__(bits, group_size, levels or trained(bits, group_size, layout))
-        self.layout = layout
-        self.id = f"x{bits}g{group_size}s{layout.states}r{layout.ring}"
-
-    @property
-    def key(self) -> str:
-        return self.id
-
-    @property
-    def bytes_per_group(self) -> int:
-        return self.group_size * (self.bits + 1) // 8
-
-    def variant(self, codebook: tuple[float, ...], norms: str) -> Candidate:
-        return Candidate(self.bits, self.group_size, self.layout, codebook)
-
-    def __reduce__(self) -> tuple[type[Candidate], tuple[Any, ...]]:
-        return Candidate, (self.bits, self.group_size, self.layout, self.codebook)
-
-    def pack_block(self, indices: Tensor) -> Tensor:
-        return codec.pack_block(indices, self.bits + 1)
-
-    def unpack_block(self, packed: Tensor) -> Tensor:
-        return codec.unpack_block(packed, self.bits + 1)
-
-    def rounding(self, count: int, device: torch.device) -> Rounding:
-        return CandidateRounding(self.group_size, count, device, self.codebook, self.layout)
-
-
-class CandidateRounding(viterbi.RingRounding):
-    """As the package's, ring by ring; data-free codes of paths down the rows are those of whole rings, which lose about as much."""
-
-    def __init__(
-        self, group_size: int, count: int, device: torch.device, levels: tuple[float, ...], layout: Layout
-    ) -> None:
-        super().__init__(group_size, count, device, levels, layout.code)
-        self._ring = min(layout.ring or group_size, group_size)
-
-    def choose(self, y: Tensor) -> None:
-        step = viterbi.rings_at_once(y.device)
-        for start in range(0, y.shape[1], step):
-            for first in range(0, len(y), self._ring):
-                piece = y[first : first + self._ring, start : start + step].contiguous()
-                found = viterbi.closest(piece, self._levels, self._code)
-                self.codes[first : first + self._ring, start : start + step] = found
-        self.centroids.copy_(self._levels[self.codes.int()])
-
-
-@cache
-def trained(bits: int, group_size: int, layout: Layout) -> tuple[float, ...]:
-    """Levels by Lloyd's iteration, over sqrt(group_size)."""
-    count, generator = 2**bits, torch.Generator().manual_seed(bits)
-    shares = (torch.arange(count, dtype=torch.float64) + 0.5) / (2 * count) + 0.5
-    half = (math.sqrt(3) * 0.8 * torch.special.ndtri(shares)).tolist()
-    sums = numbers = torch.zeros(count, dtype=torch.float64)
-    for number in range(ROUNDS):
-        y = torch.randn(GROUP_OF_GAUSSIANS, GROUPS, generator=generator)
-        y /= y.square().sum(0).sqrt()
-        levels = tuple(level / math.sqrt(GROUP_OF_GAUSSIANS) for level in symmetric(half))
-        rounding = CandidateRounding(GROUP_OF_GAUSSIANS, GROUPS, y.device, levels, layout)
-        rounding.choose(y)
-        codes = rounding.codes.flatten().long()
-        negative = codes < count
-        magnitude = torch.where(negative, count - 1 - codes, codes - count)
-        new = torch.zeros(count, dtype=torch.float64)
-        new.index_add_(0, magnitude, torch.where(negative, -y.flatten(), y.flatten()).double())
-        settled = number >= ROUNDS // 2
-        sums, numbers = (
-            (sums + new if settled else new),
-            (numbers if settled else 0) + magnitude.bincount(minlength=count),
-        )
-        half = (sums / numbers * math.sqrt(GROUP_OF_GAUSSIANS)).sort()[0].tolist()
-    return symmetric([float32(level / math.sqrt(group_size)) for level in half])
 
 
 def feed(block: Tensor, norms: Tensor, upper: Tensor, fmt: TrellisFormat) -> tuple[Tensor, Tensor]:
     """``rings.feed`` in a candidate's layout."""
-    assert isinstance(fmt, Candidate)
+    assert isinstance(fmt, Rearranged)
     count, size, rows = block.shape
     tried, ring = len(norms), min(fmt.layout.ring, size) or 1
     levels = codec.centroids(fmt, block.device)
@@ -201,12 +94,17 @@ def down(targets: Tensor, norms: Tensor, levels: Tensor, code: Trellis) -> Tenso
 
 @contextmanager
 def feeding(layout: Layout | None) -> Iterator[None]:
-    """Error feedback by ``feed`` for a candidate. Paths down the rows have one norm tried, and matrices that are better as a whole."""
-    if layout is None:
+    """Error feedback by ``feed``, in torch, for a candidate that is rearranged; by what the package has for others.
+
+    Paths down the rows have one norm tried, and matrices that are better as a whole.
+    """
+    if layout is None or layout.ring == WHOLE:
         yield
         return
     more: dict[str, Any] = {} if layout.ring else {"_FEW_SCALES": (1.0,), "_better": _better_as_a_whole}
-    with mock.patch.object(rings, "feed", feed), mock.patch.multiple(feedback, **more) if more else nullcontext():
+    torch_only = mock.patch.multiple(dispatch, _TRELLIS_ENCODERS=(), _TRELLIS_FEEDBACKS=())
+    patched = mock.patch.multiple(feedback, **more) if more else nullcontext()
+    with torch_only, mock.patch.object(rings, "feed", feed), patched:
         yield
 
 
@@ -219,9 +117,10 @@ def _better_as_a_whole(a: feedback._State, b: feedback._State) -> feedback._Stat
 
 def gaussian(layout: Layout, bits: int) -> dict[str, float]:
     """Relative squared errors of both efforts."""
-    fmt = Candidate(bits, GROUP_OF_GAUSSIANS, layout)
+    fmt = candidate(bits, GROUP_OF_GAUSSIANS, layout)
     weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
-    return {effort: round(codec.encode(weight, fmt, effort).relative_mse, 5) for effort in ("fast", "best")}
+    with feeding(layout):
+        return {effort: round(dispatch.encode(weight, fmt, effort).relative_mse, 5) for effort in EFFORTS}
 
 
 def real(fmt: GroupedFormat, layout: Layout | None, bench: Bench) -> dict[str, Any]:
@@ -272,7 +171,7 @@ def one_layer(bench: Bench, number: int, bits: int, names: list[str]) -> list[di
 
 def candidates(bits: int, names: list[str]) -> dict[str, GroupedFormat]:
     """Those of these names, by name."""
-    return {name: Candidate(bits, GROUP, LAYOUTS[name]) for name in names}
+    return {name: candidate(bits, GROUP, LAYOUTS[name]) for name in names}
 
 
 def main() -> None:

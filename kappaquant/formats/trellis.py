@@ -61,9 +61,14 @@ class TrellisFormat(GroupedFormat):
             Gaussian over sqrt(group_size).
         norms: dtype of the norms, "F16" or "F32".
 
+    Attributes:
+        code: its trellis.
+
     Raises:
         PlanError: bits or group size out of range.
     """
+
+    code = TRELLIS
 
     def __init__(self, bits: int, group_size: int, levels: tuple[float, ...] | None = None, norms: str = "F16") -> None:
         if isinstance(bits, bool) or bits not in TRELLIS_BITS:
@@ -88,7 +93,7 @@ class TrellisFormat(GroupedFormat):
     def rounding(self, count: int, device: torch.device) -> Rounding:
         from kappaquant.formats.viterbi import RingRounding
 
-        return RingRounding(self.group_size, count, device, self.codebook)
+        return RingRounding(self.group_size, count, device, self.codebook, self.code)
 
 
 @cache

@@ -140,9 +140,13 @@ def subsets(path: Tensor, code: Trellis = TRELLIS) -> Tensor:
     return _parity(path, code.lower) | _parity(path, code.upper) << 1
 
 
-def pack_block(indices: Tensor, bits: int) -> Tensor:
-    """uint8 level indices [D, M], which lie on rings -> bytes [D * bits / 8, M]: D path bits, then D of each bit above the subset's."""
-    path = _parity(indices & 1, INVERSE[0]) ^ _parity(indices >> 1 & 1, INVERSE[1])
+def pack_block(indices: Tensor, bits: int, inverse: tuple[tuple[int, ...], tuple[int, ...]] = INVERSE) -> Tensor:
+    """uint8 level indices [D, M], which lie on rings -> bytes [D * bits / 8, M]: D path bits, then D of each bit above the subset's.
+
+    Args:
+        inverse: of the trellis, as ``INVERSE`` is that of ``TRELLIS``.
+    """
+    path = _parity(indices & 1, inverse[0]) ^ _parity(indices >> 1 & 1, inverse[1])
     planes = torch.cat([path, *(indices >> (2 + k) & 1 for k in range(bits - 1))])
     eight = planes.view(-1, 8, indices.shape[1])
     packed = eight[:, 0].clone()
@@ -151,10 +155,10 @@ def pack_block(indices: Tensor, bits: int) -> Tensor:
     return packed
 
 
-def unpack_block(packed: Tensor, bits: int) -> Tensor:
+def unpack_block(packed: Tensor, bits: int, code: Trellis = TRELLIS) -> Tensor:
     """Inverse of ``pack_block``: bytes [D * bits / 8, M] -> uint8 level indices [D, M]."""
     planes = torch.stack([packed >> k & 1 for k in range(8)], 1).view(bits, -1, packed.shape[1])
-    indices = subsets(planes[0])
+    indices = subsets(planes[0], code)
     for k in range(1, bits):
         indices |= planes[k] << (k + 1)
     return indices

@@ -21,6 +21,7 @@ from kappaquant.errors import NonFiniteError, RegistrationError, UnsupportedErro
 from kappaquant.formats import codec
 from kappaquant.formats.base import Effort, Encoded, Format
 from kappaquant.formats.codebook import BITS, CodebookFormat
+from kappaquant.formats.trellis import TrellisFormat
 from kappaquant.kernels.base import Arranged, Kernel, Use
 from kappaquant.kernels.cpu import encoder as native_encoder
 from kappaquant.kernels.cpu import feedback as native_feedback
@@ -36,7 +37,9 @@ logger = logging.getLogger("kappaquant")
 # Fastest first: of those that serve a use, the first that does not refuse runs.
 _KERNELS: list[Kernel] = [Tiled(), Native(), Lookups(), AnyFormat()]
 _ENCODERS = (cuda_encoder, native_encoder)
+_TRELLIS_ENCODERS = (native_encoder,)
 _FEEDBACKS = (cuda_feedback, native_feedback)
+_TRELLIS_FEEDBACKS = (native_feedback,)
 _SERVED: dict[str, tuple[Kernel, Format]] = {}
 """What a spec stands for: "<kernel>/<format key>", the same in every process that has chosen it."""
 _LIBRARY = torch.library.Library("kappaquant", "FRAGMENT")
@@ -300,17 +303,18 @@ def fused_linear(
 
 
 def encode(weight: Tensor, fmt: Format, effort: Effort = "best", *, name: str = "weight") -> Encoded:
-    """``fmt.encode``, by the first of ``_ENCODERS`` that takes the weight: the bytes are the same.
+    """``fmt.encode``, by the first encoder of its kind that takes the weight: the bytes are the same.
 
     Raises:
         NonFiniteError: NaN or infinity, or values that the format cannot hold, too large or so small that most of them would vanish.
     """
     made: Encoded
-    taker = _encoder(weight, effort)
-    if isinstance(fmt, CodebookFormat) and taker:
-        made = taker.encode(weight, fmt, effort, name=name)
-    else:
-        made = fmt.encode(weight, effort, name=name)
+    taker = None
+    if isinstance(fmt, CodebookFormat):
+        taker = _encoder(weight, effort)
+    elif isinstance(fmt, TrellisFormat):
+        taker = next((each for each in _TRELLIS_ENCODERS if each.refusal(weight, effort, fmt) is None), None)
+    made = taker.encode(weight, fmt, effort, name=name) if taker else fmt.encode(weight, effort, name=name)
     if made.squared_error > _LOST * made.energy:
         raise NonFiniteError(
             f"{name}: as {fmt.id} it would lose {made.relative_mse:.0%} of its energy; its largest weight is "
@@ -334,3 +338,8 @@ def _encoder(weight: Tensor, effort: str) -> ModuleType | None:
 def feedback(block: Tensor) -> ModuleType | None:
     """What rounds a group [B, size, N] as ``quantizing.rounding.groups`` does, by ``choose`` and ``descend``; None where torch has to."""
     return next((kernel for kernel in _FEEDBACKS if kernel.refusal(block) is None), None)
+
+
+def trellis_feedback(block: Tensor, fmt: TrellisFormat) -> ModuleType | None:
+    """What rounds a group [B, size, N] as ``quantizing.rounding.rings`` does, by ``choose``; None where torch has to."""
+    return next((kernel for kernel in _TRELLIS_FEEDBACKS if kernel.refusal(block, fmt) is None), None)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from other_trellises import OTHERS
 
 from kappaquant.errors import NonFiniteError
 from kappaquant.formats import codec, viterbi
@@ -30,6 +31,16 @@ def test_pack_is_the_inverse_of_unpack(fmt: TrellisFormat, groups: int, seed: in
     generator = torch.Generator().manual_seed(seed)
     packed = torch.randint(0, 256, (fmt.bytes_per_group, groups), generator=generator, dtype=torch.uint8)
     assert torch.equal(fmt.pack_block(fmt.unpack_block(packed)), packed)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_paths_of_other_trellises_are_packed_by_their_inverse(kind: type[TrellisFormat]) -> None:
+    fmt = kind(3, 64)
+    packed = torch.randint(0, 256, (24, 50), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert torch.equal(fmt.pack_block(fmt.unpack_block(packed)), packed)
+    x = weights(64, 50) / 8
+    codes = viterbi.closest(x, torch.tensor(fmt.codebook), fmt.code)
+    assert torch.equal(fmt.unpack_block(fmt.pack_block(codes)), codes)
 
 
 @given(

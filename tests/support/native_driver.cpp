@@ -69,17 +69,21 @@ void give(const std::vector<T>& values) {
 }
 
 int encode(int32_t level) {
-  const auto n = take<int64_t>(9);  // rows, width, groups, dtype, group, wide norms, trials, codebooks, whether codes are wanted
+  // rows, width, groups, dtype, group, wide norms, trials, codebooks, whether codes are wanted, states of a trellis code
+  const auto n = take<int64_t>(10);
   const auto bits = take<int32_t>(n[7]);
   kq::Encoding e = {};
   e.rows = n[0], e.width = n[1], e.groups = n[2];
   e.dtype = static_cast<int32_t>(n[3]), e.group = static_cast<int32_t>(n[4]), e.wide_norms = static_cast<int32_t>(n[5]);
   e.trials = static_cast<int32_t>(n[6]), e.count = static_cast<int32_t>(n[7]);
+  e.states = static_cast<int32_t>(n[9]);
   int64_t values = 0;
-  for (int b = 0; b < e.count; ++b) values += 1 << (e.bits[b] = bits[b]);
+  for (int b = 0; b < e.count; ++b) values += 1 << ((e.bits[b] = bits[b]) + (e.states > 0));
   const auto weight = take<uint8_t>(e.rows * e.width * (e.dtype == kq::kFloat32 ? 4 : 2));
-  const auto signs = take<float>(2 * e.group), books = take<float>(values), magnitudes = take<float>(kq::kMagnitudes);
+  const auto signs = take<float>(2 * e.group), books = take<float>(values), magnitudes = take<float>(e.states ? 0 : kq::kMagnitudes);
   const auto scales = take<float>(e.trials), steps = take<float>(e.trials);
+  const auto subsets = take<uint8_t>(e.states / 2);
+  e.subsets = subsets.get();
   e.weight = weight.get(), e.signs = signs.get(), e.books = books.get(), e.magnitudes = magnitudes.get();
   e.scales = scales.get(), e.steps = steps.get();
   const int64_t groups = e.rows * e.groups;
@@ -96,12 +100,16 @@ int encode(int32_t level) {
 }
 
 int feed_back(int32_t level) {
-  const auto n = take<int64_t>(7);  // matrices, group, rows, bits, wide norms, trials, norms that are tried; 0: values of before
+  // matrices, group, rows, bits, wide norms, trials, norms that are tried, of which none is for values of before; states of a trellis code
+  const auto n = take<int64_t>(8);
   kq::Encoding e = {};
   e.group = static_cast<int32_t>(n[1]), e.bits[0] = static_cast<int32_t>(n[3]), e.wide_norms = static_cast<int32_t>(n[4]);
   e.trials = static_cast<int32_t>(n[5]), e.count = 1;
-  const auto books = take<float>(1 << n[3]), magnitudes = take<float>(kq::kMagnitudes);
+  e.states = static_cast<int32_t>(n[7]);
+  const auto books = take<float>(1 << (n[3] + (e.states > 0))), magnitudes = take<float>(e.states ? 0 : kq::kMagnitudes);
   const auto scales = take<float>(e.trials), steps = take<float>(e.trials);
+  const auto subsets = take<uint8_t>(e.states / 2);
+  e.subsets = subsets.get();
   e.books = books.get(), e.magnitudes = magnitudes.get(), e.scales = scales.get(), e.steps = steps.get();
   kq::Feedback f = {};
   f.matrices = n[0], f.rows = n[2], f.tried = static_cast<int32_t>(n[6]), f.first_matrix = f.now_matrix = n[1] * n[2];

@@ -37,8 +37,10 @@ struct Across {
   }
   static Reals either(Mask mask, Reals yes, Reals no) { return _mm256_blendv_ps(no, yes, mask); }
   static Whole less(Mask mask) { return reinterpret_cast<Whole>(mask); }
+  static Words marked(Words words, Mask mask, uint32_t bit) { return words | (reinterpret_cast<Words>(mask) & bit); }
   static Eight eight(const float* values) { return _mm256_loadu_ps(values); }
   static Reals pick(Eight from, Whole index) { return _mm256_permutevar8x32_ps(from, reinterpret_cast<__m256i>(index)); }
+  static Reals across(Reals from, Whole lane) { return _mm256_permutevar8x32_ps(from, reinterpret_cast<__m256i>(lane)); }
   static Reals gather(const float* table, Whole index) { return _mm256_i32gather_ps(table, reinterpret_cast<__m256i>(index), 4); }
   static Whole whole(Reals v) { return reinterpret_cast<Whole>(_mm256_cvttps_epi32(v)); }
 };
@@ -47,7 +49,9 @@ struct Across {
 #include "products.inl"
 #include "exact.inl"
 #include "finder.inl"
+#include "rings.inl"
 #include "encode.inl"
+#include "survivors.inl"
 #include "feedback.inl"
 #include "step.inl"
 

@@ -167,8 +167,13 @@ struct Across {
   static Mask larger(Reals a, Reals b) { return exceeds(a, b); }
   static Reals either(Mask mask, Reals yes, Reals no) { return _mm512_mask_blend_ps(mask, no, yes); }
   static Whole less(Mask mask) { return reinterpret_cast<Whole>(_mm512_movm_epi32(mask)); }
+  static Words marked(Words words, Mask mask, uint32_t bit) {
+    const __m512i v = reinterpret_cast<__m512i>(words);
+    return reinterpret_cast<Words>(_mm512_mask_or_epi32(v, mask, v, _mm512_set1_epi32(static_cast<int>(bit))));
+  }
   static Eight eight(const float* values) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(values)); }
   static Reals pick(Eight from, Whole index) { return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), from); }
+  static Reals across(Reals from, Whole lane) { return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(lane), from); }
   static Reals gather(const float* table, Whole index) { return _mm512_i32gather_ps(reinterpret_cast<__m512i>(index), table, 4); }
   static Whole whole(Reals v) { return reinterpret_cast<Whole>(_mm512_cvttps_epi32(v)); }
 };
@@ -177,7 +182,9 @@ struct Across {
 #include "products.inl"
 #include "exact.inl"
 #include "finder.inl"
+#include "rings.inl"
 #include "encode.inl"
+#include "survivors.inl"
 #include "feedback.inl"
 #include "step.inl"
 

@@ -9,15 +9,20 @@ constexpr int kMostBooks = 7;        // widths that one pass takes errors of
 constexpr int kMostTrials = 32;      // scales that are tried
 constexpr int kMagnitudes = 4098;    // cells of magnitudes, each with its centroid
 constexpr int kMostSearched = 16;    // different centroids of them that are found by their edges; more are looked up by cell
+constexpr int kSubsets = 4;          // of a trellis code's levels
+constexpr int kMostLevels = 8;       // of a subset
+constexpr int kMostStates = 64;      // of a trellis
+constexpr int kMostTrellisBits = 4;
 
 // Weights [rows, width], of which rows are padded to `groups` groups by zeros, and where it goes.
 struct Encoding {
   const void* weight;
   const float* signs;       // [2 * group], s1 then s2
-  const float* books;       // the codebooks, one after another
-  const float* magnitudes;  // [kMagnitudes], of the first codebook; what is read only if scales are tried
+  const float* books;       // the codebooks, one after another; or the levels of a trellis code, of which there are 2^(bits + 1)
+  const float* magnitudes;  // [kMagnitudes], of the first codebook; what is read only if scales are tried, and of no trellis code
   const float* scales;      // [trials]; without any the nearest centroids at the group's norm are taken
-  const float* steps;       // [trials], scales times cells for each unit
+  const float* steps;       // [trials], scales times cells for each unit; of a trellis code squares of scales
+  const uint8_t* subsets;   // [states / 2], see Trellis
   uint8_t* packed;          // [rows, groups * group * bits / 8], or null: errors only
   void* norms;              // [rows, groups], or null
   float* errors;            // [books, rows * groups], squared
@@ -25,6 +30,7 @@ struct Encoding {
   int64_t rows, width, groups;
   int32_t dtype, group, wide_norms, trials, count;
   int32_t bits[kMostBooks];  // of the codebooks, of which there are `count`
+  int32_t states;            // of a trellis code; 0: codebooks
 };
 
 constexpr int kPicked = 6;  // steps of a search whose edges lie in tables of eight; those of further steps are gathered
@@ -39,11 +45,20 @@ struct Searched {
   float values[kMost];  // in tables of eight up to 2^kPicked
 };
 
+// A trellis code. The subset of the step from state s, of those whose oldest bit is 0, by path bit 0 is subsets[s]; where either bit is 1, that
+// and 2 differ in one bit, and where both are, in none.
+struct Trellis {
+  uint8_t subsets[kMostStates / 2];
+  uint32_t lower, upper;  // those, a bit of each
+  Searched<kMostLevels> levels[kSubsets];
+};
+
 // What all jobs of one encoding share.
 struct Tables {
   Searched<kMostCodes> books[kMostBooks];
   Searched<kMostSearched> trials[kMostTrials];
   int searched;  // bits of `trials`, or 0: centroids are looked up by cell
+  Trellis trellis;
 };
 
 // The tables, zero before, of an encoding's codebooks and trials.

@@ -1,15 +1,5 @@
 // The encoder of one instruction set: `Across::kGroups` groups at once, one in each lane, so that all is elementwise and in the codec's
-// order. Included, in an unnamed namespace, after products.inl and finder.inl.
-
-// A product that is rounded by itself: the compiler may not make it part of a fused multiply-add.
-inline Reals rounded(Reals product) {
-#if defined(__aarch64__)
-  asm("" : "+w"(product));
-#else
-  asm("" : "+v"(product));
-#endif
-  return product;
-}
+// order. Included, in an unnamed namespace, after products.inl, finder.inl and rings.inl.
 
 // Every STEP-th of COUNT numbers, the last halves first.
 template <int COUNT, int STEP, class T>
@@ -79,7 +69,7 @@ Fit tried(const Encoding& e, const Tables& tables, int trial, const Reals* m) {
 }
 
 // The scale whose centroids explain most of y's energy, the earliest of equals.
-Reals searched(const Encoding& e, const Tables& tables, const Reals* y) {
+Reals best_scale(const Encoding& e, const Tables& tables, const Reals* y) {
   Reals m[kMostCodes];
   for (int i = 0; i < e.group; ++i) {
     const Reals size = Across::either(Across::exceeds(y[i], Reals{}), y[i], -y[i]);
@@ -96,36 +86,6 @@ Reals searched(const Encoding& e, const Tables& tables, const Reals* y) {
     best = Across::either(better, score, best);
   }
   return scale;
-}
-
-// Codes of y * scale and their centroids.
-template <int BITS>
-void assign(int group, const Finder<BITS, false>& finder, const Reals* y, Reals scale, Whole* codes, Reals* c) {
-  for (int i = 0; i < group; i += kTogether) {
-    Reals x[kTogether];
-    for (int j = 0; j < kTogether; ++j) x[j] = y[i + j] * scale;
-    finder.find(x, c + i, codes + i);
-  }
-}
-
-// Codes as a dense little-endian stream, of each group.
-template <int BITS>
-void pack(int group, const Whole* codes, int count, uint8_t* to) {
-  const int64_t bytes = group * BITS / 8;
-  for (int i = 0; i < group; i += 32, to += 4 * BITS) {
-    Across::Words words[BITS] = {};
-    for (int j = 0; j < 32; ++j) {
-      const int word = j * BITS / 32, shift = j * BITS % 32;
-      const Across::Words code = reinterpret_cast<Across::Words>(codes[i + j]);
-      words[word] |= code << shift;
-      if (shift + BITS > 32) words[word + 1] |= code >> (32 - shift);
-    }
-    for (int n = 0; n < count; ++n)
-      for (int word = 0; word < BITS; ++word) {
-        const uint32_t bits = words[word][n];
-        std::memcpy(to + n * bytes + 4 * word, &bits, sizeof bits);
-      }
-  }
 }
 
 // The group's weights as floats; zeros behind the row's end.
@@ -234,26 +194,65 @@ Reals stored(const Encoding& e, Reals norm, int64_t group, int count) {
   return norm;
 }
 
+// The nearest centroid of each weight by itself.
 template <int BITS>
-void encode_block(const Encoding& e, const Tables& tables, int number, const Reals* y, Reals norm, int64_t group, int count) {
-  const Finder<BITS, false> finder(tables.books[number]);
+struct Nearest {
+  const Encoding& e;
+  const Tables& tables;
+  const Finder<BITS, false> finder;
+
+  Nearest(const Encoding& e, const Tables& tables, int number) : e(e), tables(tables), finder(tables.books[number]) {}
+
+  Reals searched(const Reals* y) const { return best_scale(e, tables, y); }
+
+  // Codes of y * scale and their centroids.
+  void assign(const Reals* y, Reals scale, Whole* codes, Reals* c) const {
+    for (int i = 0; i < e.group; i += kTogether) {
+      Reals x[kTogether];
+      for (int j = 0; j < kTogether; ++j) x[j] = y[i + j] * scale;
+      finder.find(x, c + i, codes + i);
+    }
+  }
+
+  // Codes as a dense little-endian stream, of each group.
+  void pack(const Whole* codes, int count, uint8_t* to) const {
+    const int64_t bytes = e.group * BITS / 8;
+    for (int i = 0; i < e.group; i += 32, to += 4 * BITS) {
+      Unsigned words[BITS] = {};
+      for (int j = 0; j < 32; ++j) {
+        const int word = j * BITS / 32, shift = j * BITS % 32;
+        const Unsigned code = reinterpret_cast<Unsigned>(codes[i + j]);
+        words[word] |= code << shift;
+        if (shift + BITS > 32) words[word + 1] |= code >> (32 - shift);
+      }
+      for (int n = 0; n < count; ++n)
+        for (int word = 0; word < BITS; ++word) {
+          const uint32_t bits = words[word][n];
+          std::memcpy(to + n * bytes + 4 * word, &bits, sizeof bits);
+        }
+    }
+  }
+};
+
+template <class Rounding>
+void encode_block(const Encoding& e, Rounding&& rounding, int number, const Reals* y, Reals norm, int64_t group, int count) {
   Whole codes[kMostCodes];
   Reals c[kMostCodes];
-  assign(e.group, finder, y, e.trials ? searched(e, tables, y) : all(1.0f), codes, c);
+  rounding.assign(y, e.trials ? rounding.searched(y) : all(1.0f), codes, c);
   const Fit fit = total_of<Fit>(e.group, [&](int64_t i) { return Fit{rounded(y[i] * c[i]), rounded(c[i] * c[i])}; });
   const Reals kept = stored(e, norm * (fit.along / fit.square), group, count);
   if (e.trials) {
     // the norm is settled: the nearest centroids at exactly that norm
     Reals ratio = norm / kept;
     for (int n = 0; n < kAcross; ++n) ratio[n] = __builtin_isfinite(ratio[n]) ? ratio[n] : 1.0f;
-    assign(e.group, finder, y, ratio, codes, c);
+    rounding.assign(y, ratio, codes, c);
   }
   const Reals error = total_of<Reals>(e.group, [&](int64_t i) {
     const Reals difference = rounded(c[i] * kept) - rounded(y[i] * norm);
     return rounded(difference * difference);
   });
   std::memcpy(e.errors + number * e.rows * e.groups + group, &error, count * sizeof(float));
-  if (e.packed) pack<BITS>(e.group, codes, count, e.packed + group * e.group * BITS / 8);
+  if (e.packed) rounding.pack(codes, count, e.packed + group * e.group * e.bits[number] / 8);
 }
 
 void encode(const Encoding& e, const Tables& tables, int64_t first, int64_t last) {
@@ -263,14 +262,22 @@ void encode(const Encoding& e, const Tables& tables, int64_t first, int64_t last
     const Reals norm = unit(e, group, count, y);
     const Reals energy = norm * norm;
     std::memcpy(e.energies + group, &energy, count * sizeof(float));
+    if (e.states) {
+      switch (e.bits[0]) {
+        case 2: encode_block(e, Rings<2>(e, tables), 0, y, norm, group, count); break;
+        case 3: encode_block(e, Rings<3>(e, tables), 0, y, norm, group, count); break;
+        case 4: encode_block(e, Rings<4>(e, tables), 0, y, norm, group, count); break;
+      }
+      continue;
+    }
     for (int b = 0; b < e.count; ++b) switch (e.bits[b]) {
-        case 2: encode_block<2>(e, tables, b, y, norm, group, count); break;
-        case 3: encode_block<3>(e, tables, b, y, norm, group, count); break;
-        case 4: encode_block<4>(e, tables, b, y, norm, group, count); break;
-        case 5: encode_block<5>(e, tables, b, y, norm, group, count); break;
-        case 6: encode_block<6>(e, tables, b, y, norm, group, count); break;
-        case 7: encode_block<7>(e, tables, b, y, norm, group, count); break;
-        case 8: encode_block<8>(e, tables, b, y, norm, group, count); break;
+        case 2: encode_block(e, Nearest<2>(e, tables, b), b, y, norm, group, count); break;
+        case 3: encode_block(e, Nearest<3>(e, tables, b), b, y, norm, group, count); break;
+        case 4: encode_block(e, Nearest<4>(e, tables, b), b, y, norm, group, count); break;
+        case 5: encode_block(e, Nearest<5>(e, tables, b), b, y, norm, group, count); break;
+        case 6: encode_block(e, Nearest<6>(e, tables, b), b, y, norm, group, count); break;
+        case 7: encode_block(e, Nearest<7>(e, tables, b), b, y, norm, group, count); break;
+        case 8: encode_block(e, Nearest<8>(e, tables, b), b, y, norm, group, count); break;
       }
   }
 }

@@ -65,9 +65,23 @@ void prepare_trials(const Encoding& e, Tables& tables) {
             tables.trials[t]);
 }
 
+void prepare_trellis(const Encoding& e, Trellis& trellis) {
+  for (int s = 0; s < e.states / 2; ++s) {
+    trellis.subsets[s] = e.subsets[s];
+    trellis.lower |= uint32_t{e.subsets[s]} % 2 << s;
+    trellis.upper |= uint32_t{e.subsets[s]} / 2 << s;
+  }
+  for (int subset = 0; subset < kSubsets; ++subset) {
+    float values[kMostLevels];
+    for (int i = 0; i < 1 << (e.bits[0] - 1); ++i) values[i] = e.books[kSubsets * i + subset];
+    arrange(e.bits[0] - 1, values, [&](int i) { return (values[i] + values[i - 1]) / 2; }, trellis.levels[subset]);
+  }
+}
+
 }  // namespace
 
 void prepare(const Encoding& e, Tables& tables) {
+  if (e.states) return prepare_trellis(e, tables.trellis);
   const float* book = e.books;
   for (int b = 0; b < e.count; book += 1 << e.bits[b++])
     arrange(e.bits[b], book, [&](int i) { return (book[i] + book[i - 1]) / 2; }, tables.books[b]);

@@ -24,7 +24,7 @@ struct Feedback {
 
 constexpr int kMostRows = 64;  // that are rounded at once, by the widest instruction set
 
-// Bytes that the rounding of so many rows works in: five lines of numbers for each input.
-inline int64_t feedback_room(int group) { return int64_t{5} * 4 * kMostRows * group; }
+// Bytes that the rounding of so many rows works in: six lines of numbers for each input, of trellis codes three and three of all states.
+inline int64_t feedback_room(int group) { return int64_t{6} * 4 * kMostRows * group; }
 
 }  // namespace kq

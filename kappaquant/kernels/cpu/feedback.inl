@@ -43,8 +43,8 @@ inline Reals unless_zero(Reals norm, Reals other, Reals value) {
 inline Reals inverse_of(Reals norm) { return unless_zero(norm, Reals{}, all(1.0f) / norm); }
 
 // The least-squares norm of one group of each lane at the scale that explains most of it, as effort "best".
-template <int BITS>
-Reals plain_norm(const Encoding& e, const Tables& tables, const Finder<BITS, false>& finder, const Line* x, int v) {
+template <class Rounding>
+Reals plain_norm(const Encoding& e, Rounding& rounding, const Line* x, int v) {
   Reals y[kMostCodes], c[kMostCodes];
   for (int i = 0; i < e.group; ++i) y[i] = x[i][v];
   const Reals square = dot(e.group, y, y);
@@ -53,9 +53,15 @@ Reals plain_norm(const Encoding& e, const Tables& tables, const Finder<BITS, fal
   const Reals divisor = unless_zero(norm, all(1.0f), norm);
   for (int i = 0; i < e.group; ++i) y[i] = y[i] / divisor;
   Whole codes[kMostCodes];
-  assign(e.group, finder, y, searched(e, tables, y), codes, c);
+  rounding.assign(y, rounding.searched(y), codes, c);
   const Fit fit = total_of<Fit>(e.group, [&](int64_t i) { return Fit{rounded(y[i] * c[i]), rounded(c[i] * c[i])}; });
   return norm * (fit.along / fit.square);
+}
+
+// A multiple of a norm as its dtype holds it, or the largest that this does.
+inline Reals tried_norm(const Encoding& e, float scale, Reals plain) {
+  const Reals largest = all(e.wide_norms ? kLargest : kLargestHalf), wanted = all(scale) * plain;
+  return stored(e, Across::either(Across::exceeds(largest, wanted), wanted, largest), 0, kAcross);
 }
 
 // Where one block of rows lies, and what it works in.
@@ -75,20 +81,26 @@ struct Block {
   Line* line(int number) const { return lines + number * group; }
 };
 
+inline void write_out(const Block& b, const Line& norms, const Codes* codes, const Line* spread) {
+  give(norms, b.count, b.f.norms + b.norms);
+  for (int i = 0; i < b.group; ++i) {
+    give(codes[i], b.count, b.f.codes + b.at + i * b.f.rows);
+    give(spread[i], b.count, b.f.spread + b.at + i * b.f.rows);
+  }
+}
+
 // Codes at each of the scales, each making up for what those before it left; kept are those whose errors are least, the first of equals.
 template <int BITS>
 void choose(const Encoding& e, const Tables& tables, const Block& b) {
-  const Finder<BITS, false> finder(tables.books[0]);
+  const Nearest<BITS> rounding(e, tables, 0);
   Line *x = b.line(0), *spread = b.line(1), *kept = b.line(2), plain, norm, best, kept_norm;
   Codes *codes = reinterpret_cast<Codes*>(b.line(3)), *kept_codes = reinterpret_cast<Codes*>(b.line(4));
   for (int i = 0; i < b.group; ++i) take(b.first + i * b.f.rows, b.count, x[i]);
-  for (int v = 0; v < kTogether; ++v) plain[v] = plain_norm<BITS>(e, tables, finder, x, v);
-  const Reals largest = all(e.wide_norms ? kLargest : kLargestHalf);
+  for (int v = 0; v < kTogether; ++v) plain[v] = plain_norm(e, rounding, x, v);
   for (int trial = 0; trial < b.f.tried; ++trial) {
     Line inverse;
     for (int v = 0; v < kTogether; ++v) {
-      const Reals wanted = all(b.f.scales[trial]) * plain[v];
-      norm[v] = stored(e, Across::either(Across::exceeds(largest, wanted), wanted, largest), 0, kAcross);
+      norm[v] = tried_norm(e, b.f.scales[trial], plain[v]);
       inverse[v] = inverse_of(norm[v]);
     }
     for (int i = 0; i < b.group; ++i) {
@@ -97,7 +109,7 @@ void choose(const Encoding& e, const Tables& tables, const Block& b) {
       std::memcpy(rest, x[i], sizeof rest);
       subtract(line, spread, i, rest);
       for (int v = 0; v < kTogether; ++v) y[v] = rest[v] * inverse[v];
-      finder.find(y, c, codes[i]);
+      rounding.finder.find(y, c, codes[i]);
       for (int v = 0; v < kTogether; ++v) spread[i][v] = (rest[v] - rounded(c[v] * norm[v])) / all(line[i]);
     }
     for (int v = 0; v < kTogether; ++v) {
@@ -118,11 +130,35 @@ void choose(const Encoding& e, const Tables& tables, const Block& b) {
       }
     }
   }
-  give(kept_norm, b.count, b.f.norms + b.norms);
-  for (int i = 0; i < b.group; ++i) {
-    give(kept_codes[i], b.count, b.f.codes + b.at + i * b.f.rows);
-    give(kept[i], b.count, b.f.spread + b.at + i * b.f.rows);
+  write_out(b, kept_norm, kept_codes, kept);
+}
+
+// The same of trellis codes, row by row.
+template <int BITS, int VECTORS>
+void choose_paths(const Encoding& e, const Tables& tables, const Block& b) {
+  Line *x = b.line(0), *kept = b.line(1), plain, norm, kept_norm;
+  Codes* kept_codes = reinterpret_cast<Codes*>(b.line(2));
+  for (int i = 0; i < b.group; ++i) take(b.first + i * b.f.rows, b.count, x[i]);
+  Rings<BITS> rings(e, tables);
+  for (int v = 0; v < kTogether; ++v) plain[v] = plain_norm(e, rings, x, v);
+  Survivors<BITS, VECTORS> survivors(e, tables, reinterpret_cast<int8_t*>(b.line(3)));
+  float best[kRows];
+  for (int trial = 0; trial < b.f.tried; ++trial) {
+    for (int v = 0; v < kTogether; ++v) norm[v] = tried_norm(e, b.f.scales[trial], plain[v]);
+    for (int row = 0; row < b.count; ++row) {
+      const int v = row / kAcross, n = row % kAcross;
+      float targets[kMostCodes], errors[kMostCodes], left = 0;
+      uint8_t codes[kMostCodes];
+      for (int i = 0; i < b.group; ++i) targets[i] = x[i][v][n];
+      survivors.choose(targets, norm[v][n], b.across, codes, errors);
+      for (int i = 0; i < b.group; ++i) left += errors[i] * errors[i];
+      if (trial > 0 && !(left < best[row])) continue;
+      best[row] = left;
+      kept_norm[v][n] = norm[v][n];
+      for (int i = 0; i < b.group; ++i) kept[i][v][n] = errors[i], kept_codes[i][v][n] = codes[i];
+    }
   }
+  write_out(b, kept_norm, kept_codes, kept);
 }
 
 // The code of each input that is nearest to the best value of it, all others as they are.
@@ -151,8 +187,18 @@ void descend(const Encoding&, const Tables& tables, const Block& b) {
   }
 }
 
+// With as few vectors, a power of two, as have room for all states.
+template <int BITS, int VECTORS>
+void choose_paths_in(const Encoding& e, const Tables& tables, const Block& b) {
+  if constexpr (VECTORS * kAcross < kMostStates)
+    if (e.states > VECTORS * kAcross) return choose_paths_in<BITS, 2 * VECTORS>(e, tables, b);
+  choose_paths<BITS, VECTORS>(e, tables, b);
+}
+
 template <int BITS>
 void fed_back(const Encoding& e, const Tables& tables, const Block& b) {
+  if constexpr (BITS <= kMostTrellisBits)
+    if (e.states) return choose_paths_in<BITS, 1>(e, tables, b);
   if (b.now)
     descend<BITS>(e, tables, b);
   else
@@ -160,7 +206,7 @@ void fed_back(const Encoding& e, const Tables& tables, const Block& b) {
 }
 
 void feed_back(const Encoding& e, const Tables& tables, const Feedback& f, int64_t matrix, int64_t first, int64_t last, int8_t* room) {
-  static_assert(kRows <= kMostRows, "the room is made for so many");
+  static_assert(kRows <= kMostRows && kMostStates <= kMostRows, "the room is made for so many");
   decltype(&fed_back<2>) const of_bits[] = {fed_back<2>, fed_back<3>, fed_back<4>, fed_back<5>, fed_back<6>, fed_back<7>, fed_back<8>};
   for (int64_t row = first; row < last; row += kRows) of_bits[e.bits[0] - 2](e, tables, Block(e, f, matrix, row, last, room));
 }

@@ -1,4 +1,8 @@
-"""``quantizing.rounding.groups`` in the native core: the same codes, norms and errors, bit for bit, without an array for every input."""
+"""Calibrated rounding of a group in the native core, without an array for every input.
+
+Of codebooks codes, norms and errors are those of ``quantizing.rounding.groups``, bit for bit. Of trellis codes norms are tried as
+``quantizing.rounding.rings`` does it, and paths differ from its own where sums that are rounded otherwise come out equally good.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +13,33 @@ import torch
 from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.formats.codebook import CodebookFormat
-from kappaquant.formats.search import SCALES
+from kappaquant.formats.codebook import CodebookFormat, GroupedFormat
 from kappaquant.formats.signs import GROUP_SIZES
-from kappaquant.kernels.cpu.encoder import tables
+from kappaquant.formats.trellis import TrellisFormat
 from kappaquant.kernels.cpu.library import absence, core
 from kappaquant.kernels.cpu.structures import Encoding, Feedback
+from kappaquant.kernels.cpu.tables import tables, unfit
 
 NAME = "native feedback"
 
 
-def refusal(block: Tensor) -> str | None:
-    """Why a group [B, size, N] can not be rounded by the native core, or None."""
+def refusal(block: Tensor, fmt: GroupedFormat | None = None) -> str | None:
+    """Why a group [B, size, N] can not be rounded by the native core, or None; ``fmt`` matters where it is a trellis code."""
     if block.device.type != "cpu":
         return "runs on CPUs"
     if block.dtype != torch.float32:
         return f"takes float32, not {block.dtype}"
     if block.shape[1] not in GROUP_SIZES:
         return f"takes groups of {', '.join(map(str, GROUP_SIZES))}, not {block.shape[1]}"
+    if isinstance(fmt, TrellisFormat) and (reason := unfit(fmt.code)):
+        return reason
     return absence() or None
 
 
 def choose(
-    block: Tensor, upper: Tensor, scales: Sequence[float], fmt: CodebookFormat, *, level: str = ""
+    block: Tensor, upper: Tensor, scales: Sequence[float], fmt: GroupedFormat, *, level: str = ""
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``groups.choose`` gives, whose arguments these are.
+    """What ``groups.choose`` gives, or ``rings.choose`` of trellis codes, whose arguments these are.
 
     Args:
         level: name of the instruction set; the fastest of the processor by default.
@@ -41,7 +47,7 @@ def choose(
     Raises:
         UnsupportedError: see ``refusal``.
     """
-    _check(refusal(block))
+    _check(refusal(block, fmt))
     norms = torch.empty(len(block), block.shape[2])
     codes, errors = torch.empty(block.shape, dtype=torch.uint8), torch.empty(block.shape)
     _run(block, None, upper, None, torch.tensor(scales, dtype=torch.float32), norms, codes, None, errors, fmt, level)
@@ -73,13 +79,12 @@ def _run(
     codes: Tensor,
     values: Tensor | None,
     spread: Tensor,
-    fmt: CodebookFormat,
+    fmt: GroupedFormat,
     level: str,
 ) -> None:
     if not first.numel():
         return
     first, now, across = _of_whole_inputs(first), None if now is None else _of_whole_inputs(now), across.mT.contiguous()
-    book, magnitudes, trials, steps = tables((fmt.codebook,), SCALES if now is None else ())
     places = [
         tensor.data_ptr() if tensor is not None else None for tensor in (inverses, scales, norms, codes, values, spread)
     ]
@@ -87,9 +92,8 @@ def _run(
     native.library.kq_feedback(
         native.level, torch.get_num_threads(),
         ctypes.byref(Encoding(
-            books=book.data_ptr(), magnitudes=magnitudes.data_ptr(), scales=trials.data_ptr(), steps=steps.data_ptr(),
-            group=fmt.group_size, wide_norms=fmt.norms == "F32", trials=len(trials), count=1,
-            bits=(ctypes.c_int32 * 7)(fmt.bits),
+            group=fmt.group_size, wide_norms=fmt.norms == "F32", count=1, bits=(ctypes.c_int32 * 7)(fmt.bits),
+            **tables(fmt, now is None).told,
         )),
         ctypes.byref(Feedback(
             first.data_ptr(), None if now is None else now.data_ptr(), across.data_ptr(), *places, len(first), first.shape[2],

@@ -3,17 +3,30 @@
 //
 //   kGroups, Reals, Whole, Words, Mask   groups at once; a float, int32 and uint32 of each; of each whether
 //   exceeds, larger, either, less        a > b, and where neither is negative; one or the other; -1 or 0
+//   marked                               words with a bit that is set where a mask says so
 //   Eight, eight, pick                   eight floats, and of each group the one at an index, of which the lowest three bits count
+//   across                               of each lane what another one has, of whose number only as many bits count as tell lanes apart
 //   gather, whole                        entries of a table; rounded to zero
 
 typedef Across::Reals Reals;
 typedef Across::Whole Whole;
+typedef Across::Words Unsigned;
 typedef Across::Mask Mask;
 typedef Across::Eight Eight;
 constexpr int kAcross = Across::kGroups;
 constexpr int kTogether = 4;  // numbers of each group that are worked on step by step, so that none waits for another
 
 inline Reals all(float value) { return value - Reals{}; }
+
+// A product that is rounded by itself: the compiler may not make it part of a fused multiply-add.
+inline Reals rounded(Reals product) {
+#if defined(__aarch64__)
+  asm("" : "+w"(product));
+#else
+  asm("" : "+v"(product));
+#endif
+  return product;
+}
 
 // Finds one of 2^BITS values by halves. The first three steps make an index into tables of eight, further ones choose among tables by
 // masks, and the last ones gather. Codes are made negative, for a comparison that holds is -1, and turned round at the end. POSITIVE: of numbers that are not negative, for edges that are not.
@@ -27,9 +40,9 @@ struct Finder {
 
   template <int kMost>
   explicit Finder(const Searched<kMost>& s) : edges(s.edges), values(s.values) {
-    for (int i = 1; i < 4; ++i) first[i] = all(s.first[i]);
+    for (int i = 1; i < 4 && i < 1 << BITS; ++i) first[i] = all(s.first[i]);
     if constexpr (BITS <= 2) {
-      for (int i = 0; i < 1 << BITS; ++i) first[4 + i] = all(values[i]);
+      for (int i = 0; i < 1 << BITS; ++i) first[(1 << BITS) + i] = all(values[i]);
     } else {
       third = Across::eight(s.third);
       for (int i = 1; i < 1 << (BITS - 3) && i < 16; ++i) tables[i] = Across::eight(edges + 8 * i);
@@ -77,8 +90,11 @@ struct Finder {
     Reals edge[kTogether];
     for (int j = 0; j < kTogether; ++j) top[j] = exceeds(x[j], first[1]);
     if constexpr (BITS == 1) {
-      for (int j = 0; j < kTogether; ++j) found[j] = Across::either(top[j], first[5], first[4]);
-      return;  // two values are only ever tried
+      for (int j = 0; j < kTogether; ++j) {
+        found[j] = Across::either(top[j], first[3], first[2]);
+        if (codes) codes[j] = -Across::less(top[j]);
+      }
+      return;
     }
     for (int j = 0; j < kTogether; ++j) edge[j] = Across::either(top[j], first[3], first[2]);
     for (int j = 0; j < kTogether; ++j) next[j] = exceeds(x[j], edge[j]);

@@ -164,12 +164,17 @@ struct Across {
   static Mask larger(Reals a, Reals b) { return exceeds(a, b); }
   static Reals either(Mask mask, Reals yes, Reals no) { return vbslq_f32(mask, yes, no); }
   static Whole less(Mask mask) { return vreinterpretq_s32_u32(mask); }
+  static Words marked(Words words, Mask mask, uint32_t bit) { return vbslq_u32(vdupq_n_u32(bit), mask, words); }
   static Eight eight(const float* values) {
     return {{vreinterpretq_u8_f32(vld1q_f32(values)), vreinterpretq_u8_f32(vld1q_f32(values + 4))}};
   }
   static Reals pick(Eight from, Whole index) {  // bytes 4 i to 4 i + 3
     const Whole bytes = vmlaq_n_s32(vdupq_n_s32(0x03020100), vandq_s32(index, vdupq_n_s32(7)), 0x04040404);
     return vreinterpretq_f32_u8(vqtbl2q_u8(from, vreinterpretq_u8_s32(bytes)));
+  }
+  static Reals across(Reals from, Whole lane) {  // bytes 4 i to 4 i + 3
+    const Whole bytes = vmlaq_n_s32(vdupq_n_s32(0x03020100), vandq_s32(lane, vdupq_n_s32(3)), 0x04040404);
+    return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(from), vreinterpretq_u8_s32(bytes)));
   }
   static Reals gather(const float* table, Whole index) {
     Reals found;
@@ -183,7 +188,9 @@ struct Across {
 #include "products.inl"
 #include "exact.inl"
 #include "finder.inl"
+#include "rings.inl"
 #include "encode.inl"
+#include "survivors.inl"
 #include "feedback.inl"
 #include "step.inl"
 

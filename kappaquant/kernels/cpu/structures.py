@@ -19,9 +19,10 @@ class Encoding(Structure):
 
     _fields_ = (
         ("weight", c_void_p), ("signs", c_void_p), ("books", c_void_p), ("magnitudes", c_void_p), ("scales", c_void_p),
-        ("steps", c_void_p), ("packed", c_void_p), ("norms", c_void_p), ("errors", c_void_p), ("energies", c_void_p),
+        ("steps", c_void_p), ("subsets", c_void_p), ("packed", c_void_p), ("norms", c_void_p), ("errors", c_void_p), ("energies", c_void_p),
         ("rows", c_int64), ("width", c_int64), ("groups", c_int64), ("dtype", c_int32), ("group", c_int32),
         ("wide_norms", c_int32), ("trials", c_int32), ("count", c_int32), ("bits", c_int32 * 7),
+        ("states", c_int32),
     )  # fmt: skip
 
 

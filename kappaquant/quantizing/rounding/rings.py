@@ -16,12 +16,16 @@ from torch import Tensor
 from kappaquant.formats import codec, trials
 from kappaquant.formats.trellis import SUBSETS, TRELLIS, Trellis, TrellisFormat
 from kappaquant.formats.viterbi import branches, first_least, held, trace
+from kappaquant.kernels import dispatch
 
 _FLOATS = {"cpu": 1 << 21, "cuda": 1 << 29}  # that survivors' errors take, roughly
 
 
 def choose(block: Tensor, upper: Tensor, scales: Sequence[float], fmt: TrellisFormat) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, norms and errors of a group, as ``groups.choose``."""
+    if kernel := dispatch.trellis_feedback(block, fmt):
+        codes, kept, errors = kernel.choose(block, upper, scales, fmt)
+        return codes, kept, errors
     norms = trials.tried_norms(block, scales, fmt)
     codes, errors = feed(block, norms, upper, fmt)
     return trials.kept(codes, norms, errors)
@@ -41,12 +45,12 @@ def feed(block: Tensor, norms: Tensor, upper: Tensor, fmt: TrellisFormat) -> tup
     count, size, rows = block.shape
     tried = len(norms)
     codes = torch.empty(size, tried, count, rows, dtype=torch.uint8, device=block.device)
-    step = max(1, _FLOATS[block.device.type] // (2 * TRELLIS.states * size * tried * count))
+    step = max(1, _FLOATS[block.device.type] // (2 * fmt.code.states * size * tried * count))
     for start in range(0, rows, step):
         some = slice(start, start + step)
         targets = block[:, :, None, some].expand(-1, -1, tried, -1).flatten(2)
         scales = norms[..., some].transpose(0, 1).flatten(1)
-        found = closed(targets, scales, upper, codec.centroids(fmt, block.device))
+        found = closed(targets, scales, upper, codec.centroids(fmt, block.device), fmt.code)
         codes[..., some] = found.view(count, size, tried, -1).permute(1, 2, 0, 3)
     values = codec.centroids(fmt, block.device)[codes.int()] * norms
     left = (block.transpose(0, 1)[:, None] - values).permute(2, 0, 1, 3)

@@ -11,25 +11,28 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hard_weights import hard, numbers
 from torch import Tensor
 
 from kappaquant.formats import codec
 from kappaquant.formats.base import EFFORTS, Effort
-from kappaquant.formats.codebook import BITS, CodebookFormat
-from kappaquant.formats.search import SCALES
+from kappaquant.formats.codebook import BITS, CodebookFormat, GroupedFormat
 from kappaquant.formats.signs import GROUP_SIZES, signs
+from kappaquant.formats.trellis import TRELLIS_FORMATS, TrellisFormat
 from kappaquant.kernels import dispatch
 from kappaquant.kernels.base import Arranged
-from kappaquant.kernels.cpu import encoder, library, step
+from kappaquant.kernels.cpu import library, step
 from kappaquant.kernels.cpu.native import weight_of
 from kappaquant.kernels.cpu.structures import Attention, DeltaNet, Matrix, Mlp, Moe
-from kappaquant.quantizing.rounding import groups
+from kappaquant.kernels.cpu.tables import Tables, of_codebooks, tables
+from kappaquant.quantizing.rounding import groups, rings
 
 pytestmark = pytest.mark.slow
 
 DRIVER = Path(__file__).parents[2] / "support" / "native_driver.cpp"
 CORE = Path(codec.__file__).parents[1] / "kernels" / "cpu"
 EXPERTS, K, INNER = 3, 2, 40
+CODEBOOKS = [CodebookFormat(b, g) for b in BITS for g in GROUP_SIZES]
 
 
 class Build(NamedTuple):
@@ -61,10 +64,6 @@ def command(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return [*build.run, str(program)]
 
 
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def driven(command: list[str], given: bytes) -> bytes:
     """What the driver makes of it."""
     ran = subprocess.run(command, input=given, capture_output=True)
@@ -82,7 +81,7 @@ def stored(fmt: CodebookFormat, weight: Tensor) -> tuple[bytes, Tensor]:
     return sizes + packed + norms + struct.pack(f"<{len(floats)}f", *floats), fmt.decode(parts, inputs)
 
 
-@pytest.mark.parametrize("fmt", [CodebookFormat(b, g) for b in BITS for g in GROUP_SIZES], ids=lambda fmt: fmt.id)
+@pytest.mark.parametrize("fmt", CODEBOOKS, ids=lambda fmt: fmt.id)
 def test_products(command: list[str], fmt: CodebookFormat) -> None:
     inputs, tokens = 2 * fmt.group_size - 9, 2 if fmt.bits % 2 else 11
     one, gate_up = stored(fmt, numbers(EXPERTS, 2 * INNER, inputs))
@@ -172,52 +171,38 @@ def test_steps(command: list[str], dim: int, value_dim: int, slot: int) -> None:
         assert float((part - truth.flatten()).norm() / truth.norm()) < 1e-5, number
 
 
-def hard(fmt: CodebookFormat) -> Tensor:
-    """A row with its last group cut for each: Gaussian, long tails, zeros, tiny, large, constant, and some on thresholds."""
-    group = fmt.group_size
-    width = 3 * group - 7
-    plain = numbers(7, width, seed=group)
-    c = torch.tensor(fmt.codebook)
-    exact = ((c[1:] + c[:-1]) / 2)[
-        torch.randint(len(c) - 1, (1, 3 * group), generator=torch.Generator().manual_seed(6))
-    ]
-    factors = torch.tensor([1.0, 1.0, 0.0, 1e-20, 3e-23, 300.0, 0.0])[:, None]
-    rows = plain * factors
-    rows[1] *= torch.exp(2 * numbers(width, seed=7))
-    rows[6] = 0.25
-    return torch.cat([rows, codec.unrotate(exact, group)[:, :width]])
+def values_of(of: Tables) -> tuple[Tensor, ...]:
+    return of.books, of.magnitudes, of.scales, of.steps, of.subsets
 
 
-def told(
-    weight: Tensor, group: int, books: Sequence[tuple[float, ...]], effort: Effort, codes: bool, wide: bool
-) -> bytes:
+def told(weight: Tensor, group: int, bits: Sequence[int], of: Tables, codes: bool, wide: bool) -> bytes:
     """An encoding as the driver reads it."""
-    scales = SCALES if effort == "best" else ()
     sizes = (
         *weight.shape,
         -(-weight.shape[1] // group),
         library.DTYPES[weight.dtype],
         group,
         wide,
-        len(scales),
-        len(books),
+        len(of.scales),
+        len(bits),
         codes,
+        of.told["states"],
     )
-    bits = struct.pack(f"<{len(books)}i", *(len(book).bit_length() - 1 for book in books))
-    parts = (weight.view(torch.uint8), library.signs_of(group), *encoder.tables(tuple(books), scales))
-    return b"encoding" + struct.pack("<9q", *sizes) + bits + b"".join(part.numpy().tobytes() for part in parts)
+    parts = (weight.view(torch.uint8), library.signs_of(group), *values_of(of))
+    widths = struct.pack(f"<{len(bits)}i", *bits)
+    return b"encoding" + struct.pack("<10q", *sizes) + widths + b"".join(part.numpy().tobytes() for part in parts)
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
-@pytest.mark.parametrize("fmt", [CodebookFormat(b, g) for b in BITS for g in GROUP_SIZES], ids=lambda fmt: fmt.id)
-def test_encoding(command: list[str], fmt: CodebookFormat, effort: Effort) -> None:
+@pytest.mark.parametrize("fmt", [*CODEBOOKS, *TRELLIS_FORMATS.values()], ids=lambda fmt: fmt.id)
+def test_encoding(command: list[str], fmt: GroupedFormat, effort: Effort) -> None:
     """The bytes are the codec's, whatever a compiler may fuse."""
     dtype = list(library.DTYPES)[(fmt.bits + fmt.group_size // 32) % 3]
     for wide in (False, True):
-        fmt = CodebookFormat(fmt.bits, fmt.group_size, norms="F32" if wide else "F16")
+        fmt = fmt.variant(fmt.codebook, "F32" if wide else "F16")
         weight = hard(fmt).to(dtype)
         expected = codec.encode(weight, fmt, effort)
-        found = driven(command, told(weight, fmt.group_size, [fmt.codebook], effort, True, wide))
+        found = driven(command, told(weight, fmt.group_size, [fmt.bits], tables(fmt, effort == "best"), True, wide))
         assert found.startswith(b"".join(part.numpy().tobytes() for part in expected.parts.values()))
         errors, energies = torch.frombuffer(bytearray(found), dtype=torch.float32)[-2 * expected.norms.numel() :].chunk(
             2
@@ -229,9 +214,9 @@ def test_encoding(command: list[str], fmt: CodebookFormat, effort: Effort) -> No
 @pytest.mark.parametrize("group", GROUP_SIZES)
 def test_errors_of_a_scan(command: list[str], group: int) -> None:
     weight = hard(CodebookFormat(4, group))
-    books = [CodebookFormat(bits, group).codebook for bits in BITS]
+    of = of_codebooks(tuple(CodebookFormat(bits, group).codebook for bits in BITS))
     found = torch.frombuffer(
-        bytearray(driven(command, told(weight, group, books, "fast", False, False))), dtype=torch.float32
+        bytearray(driven(command, told(weight, group, BITS, of, False, False))), dtype=torch.float32
     )
     errors = found.view(len(BITS) + 1, -1)[:-1].sum(1, dtype=torch.float64)
     assert dict(zip(BITS, errors.tolist(), strict=True)) == codec.squared_errors(weight, group)
@@ -239,28 +224,26 @@ def test_errors_of_a_scan(command: list[str], group: int) -> None:
 
 def test_numbers_that_are_none_are_survived(command: list[str]) -> None:
     """What they become is not finite, by which the caller knows them."""
-    for bits in (3, 8):
-        fmt = CodebookFormat(bits, 64)
+    for fmt in (CodebookFormat(3, 64), CodebookFormat(8, 64), TrellisFormat(3, 64)):
         weight = numbers(5, 192)
         weight[1, 3], weight[2, 70], weight[4, 191] = torch.nan, torch.inf, 3e38
-        found = driven(command, told(weight, 64, [fmt.codebook], "best", True, False))
+        found = driven(command, told(weight, 64, [fmt.bits], tables(fmt, True), True, False))
         energies = torch.frombuffer(bytearray(found[-4 * 15 :]), dtype=torch.float32)
         assert (~energies.isfinite()).nonzero().flatten().tolist() == [3, 7, 14]
 
 
 def told_to_feed_back(
-    fmt: CodebookFormat, first: Tensor, across: Tensor, scales: Sequence[float], *now: Tensor
+    fmt: GroupedFormat, first: Tensor, across: Tensor, scales: Sequence[float], *now: Tensor
 ) -> bytes:
     """A group to be rounded as the driver reads it: with scales to be tried, or with values of before, inverses and norms."""
     matrices, group, rows = first.shape
-    trials = SCALES if scales else ()
-    wide = fmt.norms == "F32"
-    sizes = struct.pack("<7q", matrices, group, rows, fmt.bits, wide, len(trials), len(scales))
-    parts = (*encoder.tables((fmt.codebook,), trials), first, across.mT, torch.tensor(scales), *now)
+    of, wide = tables(fmt, bool(scales)), fmt.norms == "F32"
+    sizes = struct.pack("<8q", matrices, group, rows, fmt.bits, wide, len(of.scales), len(scales), of.told["states"])
+    parts = (*values_of(of), first, across.mT, torch.tensor(scales), *now)
     return b"feedback" + sizes + b"".join(part.contiguous().numpy().tobytes() for part in parts)
 
 
-@pytest.mark.parametrize("fmt", [CodebookFormat(b, g) for b in BITS for g in GROUP_SIZES], ids=lambda fmt: fmt.id)
+@pytest.mark.parametrize("fmt", CODEBOOKS, ids=lambda fmt: fmt.id)
 def test_feedback(command: list[str], fmt: CodebookFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes are those of torch, whatever a compiler may fuse."""
     monkeypatch.setattr(dispatch, "_FEEDBACKS", ())
@@ -286,6 +269,25 @@ def test_feedback(command: list[str], fmt: CodebookFormat, monkeypatch: pytest.M
     assert changed == b"".join(part.contiguous().numpy().tobytes() for part in expected)
 
 
+@pytest.mark.parametrize("fmt", TRELLIS_FORMATS.values(), ids=lambda fmt: fmt.id)
+def test_feedback_of_trellis_codes(command: list[str], fmt: TrellisFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is lost is what torch loses, but for roundings."""
+    monkeypatch.setattr(dispatch, "_TRELLIS_FEEDBACKS", ())
+    size, rows, scales = fmt.group_size, 19, (1.0, 0.94)
+    block, x = numbers(2, size, rows), numbers(2, 4 * size, size, seed=3)
+    block[1, :, 0] = 0
+    upper = torch.linalg.cholesky(x.mT @ x).mT / size
+    codes, _, errors = rings.choose(block, upper, scales, fmt)
+    found = driven(command, told_to_feed_back(fmt, block, upper, scales))
+    mine = torch.frombuffer(bytearray(found[: codes.numel()]), dtype=torch.uint8).view_as(codes)
+    assert (mine == codes).float().mean() > 0.97
+    assert torch.equal(
+        fmt.unpack_block(fmt.pack_block(mine.transpose(0, 1).flatten(1))), mine.transpose(0, 1).flatten(1)
+    )
+    others = torch.frombuffer(bytearray(found[-4 * errors.numel() :]), dtype=torch.float32)
+    assert float(others.square().sum()) == pytest.approx(float(errors.square().sum()), rel=5e-3)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
 def test_a_group_with_numbers_that_are_none_is_survived(command: list[str], value: float) -> None:
     for bits in (3, 8):
@@ -296,3 +298,5 @@ def test_a_group_with_numbers_that_are_none_is_survived(command: list[str], valu
             told_to_feed_back(fmt, block, upper, (), block, torch.ones(1, 64), torch.ones(1, 5)),
         ):
             assert max(driven(command, given)[: 64 * 5]) < 1 << bits
+    trellis = TrellisFormat(3, 64)
+    assert max(driven(command, told_to_feed_back(trellis, block, upper, (1.0,)))[: 64 * 5]) < 16

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kappaquant.formats import viterbi
 from kappaquant.formats.trellis import Trellis, TrellisFormat
+from kappaquant.kernels import dispatch
 from kappaquant.quantizing.rounding import rings
 
 
@@ -98,3 +99,14 @@ def test_what_is_searched_together_changes_nothing(monkeypatch: pytest.MonkeyPat
     again, others = rings.feed(block, norms, upper, fmt)
     assert (codes == again).float().mean() > 0.98  # products of other shapes round otherwise
     assert float(others.square().sum()) == pytest.approx(float(errors.square().sum()), rel=0.02)
+
+
+def test_matrices_are_rounded_together_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_TRELLIS_FEEDBACKS", ())
+    fmt, block, upper = TrellisFormat(3, 32), draw(2, 32, 5, seed=0), factor(2, 32, 1)
+    together = rings.choose(block, upper, (1.0, 0.94), fmt)
+    for at in range(2):
+        alone = rings.choose(block[at : at + 1], upper[at : at + 1], (1.0, 0.94), fmt)
+        assert [part.shape[1:] for part in alone] == [part.shape[1:] for part in together]
+        assert (together[0][at] == alone[0][0]).float().mean() > 0.98  # products of other shapes round otherwise
+        assert float(together[2][at].square().sum()) == pytest.approx(float(alone[2].square().sum()), rel=0.02)
