@@ -35,7 +35,8 @@ def problem(size: int, rows: int) -> tuple[Tensor, Tensor]:
     """The middle one of three groups of inputs of two matrices, of which some inputs count more: views into larger tensors; a row is 0."""
     some = slice(size, 2 * size)
     x = numbers(2, 4 * size, 3 * size, seed=size) * torch.arange(1, 3 * size + 1).float() ** -0.5
-    upper = torch.linalg.cholesky(torch.linalg.inv(x.mT @ x), upper=True)[:, some, some]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(x.mT @ x))
+    upper = torch.linalg.cholesky(inverse, upper=True)[:, some, some]
     block = numbers(2, 3 * size, rows, seed=rows)[:, some]
     block[1, :, 0] = 0
     return block, upper
