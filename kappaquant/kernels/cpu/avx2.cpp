@@ -52,9 +52,11 @@ struct Across {
 
 bool runs() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
+const Multiplier codebooks = {few<Codes, 8>, many<Codes, 8>, exact<Book, 8>};
+
 }  // namespace
 
-const Level kAvx2 = {"avx2", runs, rotate, narrow, few, many, exact, encode, feedback::feed_back, {norm, gated<true>, gated<false>, dense, attend, delta}};
+const Level kAvx2 = {"avx2", runs, rotate, narrow, {&codebooks, &kAvx2Trellis}, encode, feedback::feed_back, {norm, gated<true>, gated<false>, dense, attend, delta}};
 
 }  // namespace kq
 

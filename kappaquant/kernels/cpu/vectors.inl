@@ -25,14 +25,16 @@ struct Arranged {
   const float* offsets;  // likewise, or null
 };
 
-// 64 codes' weights, or fewer of an instruction set that decodes fewer at a time; of the first half `alone` where a row ends with it.
-template <int BITS, class Codes, class Bytes>
-inline void decode(const Codes& codes, const uint8_t* p, bool alone, Bytes* weights) {
-  if (alone) {
-    uint8_t half[8 * BITS] = {};
-    std::memcpy(half, p, 4 * BITS);
-    codes(half, weights);
-  } else {
-    codes(p, weights);
+// A step of a row's codes, from that of weight `n` on; see products.inl. Where a step is G groups and the row ends with `left` of them, which
+// are fewer, zeros follow.
+template <int G, class Codes, class... To>
+inline void decode(const Codes& codes, const uint8_t* row, int64_t n, int64_t left, To... to) {
+  uint8_t some[Codes::kCodes * Codes::kBits / 8];
+  if (G > 1 && left < G) {
+    const size_t bytes = left * (sizeof some / G);
+    std::memcpy(some, row + n * Codes::kBits / 8, bytes);
+    std::memset(some + bytes, 0, sizeof some - bytes);
+    row = some, n = 0;
   }
+  codes.template step<G>(row, n, to...);
 }
