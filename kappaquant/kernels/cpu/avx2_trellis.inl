@@ -60,7 +60,7 @@ class Indices {
   template <int G>
   void operator()(const uint8_t* row, int64_t n, __m256i* found, __m256i* top) const {
     constexpr int kBytes = 32 / G, kStride = kBytes * BITS;
-    const uint8_t* p = row + n * BITS / 8;
+    const uint8_t* p = row + bytes_of<BITS>(n);
     const Halves path(plane<G>(p, kStride)), first(plane<G>(p + kBytes, kStride));
     const __m256i past[2] = {before<G>(path.of[0]), before<G>(path.of[1])};
     const __m256i evens = _mm256_set1_epi8(0x33);
@@ -162,6 +162,7 @@ struct TrellisCodes {
     }
   }
 
+  static constexpr int sums(int) { return 1; }
   template <int G>
   void step(const uint8_t* row, int64_t n, __m256i* found) const {
     __m256i top[kEights];

@@ -41,9 +41,10 @@ struct Codes {
     for (int i = 0; i < kTables; ++i) table[i] = _mm512_load_si512(entries + 64 * i);
   }
 
+  static constexpr int sums(int) { return 1; }
   template <int G>
   void step(const uint8_t* row, int64_t n, __m512i* found) const {
-    __m512i codes = _mm512_maskz_loadu_epi8(kRead, row + n * BITS / 8);
+    __m512i codes = _mm512_maskz_loadu_epi8(kRead, row + bytes_of<BITS>(n));
     if constexpr (BITS < 8)
       codes = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, codes));
     if constexpr (BITS <= 6) {
@@ -82,7 +83,7 @@ struct Book {
 
   template <int G>
   void step(const uint8_t* row, int64_t n, float* to, const float* norm) const {
-    const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(0xFFFF >> (16 - 2 * BITS)), row + n * BITS / 8);
+    const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(0xFFFF >> (16 - 2 * BITS)), row + bytes_of<BITS>(n));
     const __m512i codes = _mm512_srlv_epi32(_mm512_permutexvar_epi8(spread, _mm512_zextsi128_si512(bytes)), shifts);
     __m512 found;
     if constexpr (BITS <= 4) {

@@ -10,22 +10,22 @@ struct Lanes {
   typedef __m512i Ints;
   typedef __m512 Floats;
 
-  // as it is, unless the last step is half
+  // as it is, unless a row ends within a step
   template <class Codes>
   static Arranged arrange(const Weight& w, const Input& in, int8_t* room) {
     const int64_t width = w.groups * w.group;
     if (width % Codes::kCodes == 0) return {in.values, in.scales, in.offsets};
     std::memcpy(room, in.values, width);
-    std::memset(room + width, 0, up(width) - width);
+    std::memset(room + width, 0, decoded_width(w) - width);
     return {room, in.scales, in.offsets};
   }
 
   template <int G, class Codes>
   static void keep(const Codes& codes, const Weight& w, const uint8_t* row, int8_t* to, float*) {
     for (int64_t n = 0; n < w.groups * w.group; n += Codes::kCodes) {
-      __m512i found;
-      decode<G>(codes, row, n, w.groups - n / (Codes::kCodes / G), &found);
-      _mm512_storeu_si512(to + n, found);
+      __m512i found[Codes::kParts];
+      decode<G>(codes, row, n, w.groups - n / (Codes::kCodes / G), found);
+      for (int part = 0; part < Codes::kParts; ++part) _mm512_storeu_si512(to + n + 64 * part, found[part]);
     }
   }
 

@@ -1,6 +1,6 @@
-// Trellis codes by AVX-512 with VBMI, VNNI and GFNI: 64 at a time. A permutation brings the bytes of eight weights together, a shift by bits
-// makes of them a matrix whose columns are weights and whose rows are the path bits that count, each so far back as it counts, and the
-// other bits; of GFNI's products of matrices of bits one turns it, so that each weight has a byte, and another adds the parities up.
+// Trellis codes by AVX-512 with VBMI, VNNI and GFNI. A permutation brings the bytes of two times eight weights together, and a shift by bits
+// makes of either a matrix whose columns are weights and whose rows are the path bits that count, each so far back as it counts, and the
+// other bits. Of GFNI's products of matrices of bits one turns it, so that each weight has a byte, and another adds the parities up.
 #include "core.h"
 #include "trellis.h"
 
@@ -22,110 +22,184 @@ namespace {
 #include "vectors.inl"
 #include "avx512_lanes.inl"
 
-constexpr int kStep = 64;
-constexpr int kColumns = 8;  // and rows, of a matrix of bits
+constexpr int kSpan = 128;  // weights that are decoded at a time, of which either half becomes a vector
+constexpr int kRows = 8;    // of a matrix, and its columns
 
-// Numbers of the levels of 64 weights, a byte each.
+// What decides the level of each of 128 weights, a byte each: bits of the path, the newest lowest, and above them those of the other planes.
+// Where they are more than eight, the last plane's are apart.
 template <int BITS>
-class Indices {
+class Columns {
  public:
-  explicit Indices(const Weight& w) {
-    const int bytes = w.group / 8, last = bytes - 1;  // of a plane
-    inside_ = (w.group > kStep ? w.group : kStep) - 1;
-    const int64_t unit = (inside_ + 1) * BITS / 8;
-    first_ = ~0ull >> (64 - least(64, unit));
-    second_ = unit > 64 ? ~0ull >> (128 - unit) : 0;
-    for (int s = 0; s <= inside_ / kStep; ++s) {
-      alignas(64) uint8_t from[64] = {};
-      for (int eight = 0; eight < 8; ++eight) {
-        const int weight = s * kStep + 8 * eight, byte = weight % w.group / 8, start = weight / w.group * bytes * BITS;
-        uint8_t* to = from + 8 * eight;
-        to[0] = static_cast<uint8_t>(start + ((byte + last) & last));
-        for (int plane = 0; plane < BITS; ++plane) to[1 + plane] = static_cast<uint8_t>(start + plane * bytes + byte);
-      }
-      spread_[s] = _mm512_load_si512(from);
-    }
-    uint8_t rows[8] = {}, sums[8] = {}, top[8];
-    int row = 0;
-    for (int back = 0; back <= 8; ++back) {
-      if (!(kTaps >> back & 1)) continue;
-      for (int bit = 0; bit < 2; ++bit)
-        if ((bit ? kUpperTaps : kLowerTaps) >> back & 1) sums[bit] |= static_cast<uint8_t>(1 << row);
-      rows[row++] = static_cast<uint8_t>(8 - back);
-    }
-    for (int plane = 1; plane < (kApart ? BITS - 1 : BITS); ++plane) {
-      sums[1 + plane] = static_cast<uint8_t>(1 << row);
-      rows[row++] = plane_at(plane);
-    }
-    for (int i = 0; i < 8; ++i) top[i] = static_cast<uint8_t>(plane_at(BITS - 1) + i - BITS);
-    shifts_ = eights(rows, true);
-    sums_ = eights(sums, true);
-    top_ = eights(top, false);
-  }
-
-  // Those from weight `n` of a row on.
-  __m512i operator()(const uint8_t* row, int64_t n) const {
-    const int64_t in = n & inside_;
-    const uint8_t* p = row + (n - in) * BITS / 8;
-    __m512i bytes = _mm512_maskz_loadu_epi8(first_, p);
-    if (BITS > 2 && second_) {  // groups of 256
-      bytes = _mm512_permutex2var_epi8(bytes, spread_[in / kStep], _mm512_maskz_loadu_epi8(second_, p + 64));
-    } else {
-      bytes = _mm512_permutexvar_epi8(spread_[in / kStep], bytes);
-    }
-    const __m512i units = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201));
-    const __m512i turned = _mm512_gf2p8affine_epi64_epi8(units, _mm512_multishift_epi64_epi8(shifts_, bytes), 0);
-    __m512i found = _mm512_gf2p8affine_epi64_epi8(turned, sums_, 0);
-    if constexpr (kApart)
-      found = _mm512_ternarylogic_epi64(_mm512_set1_epi8(1 << BITS), _mm512_multishift_epi64_epi8(top_, bytes), found, 0xCA);
-    return found;
-  }
-
- private:
   static constexpr int path_rows() {
     int count = 0;
     for (uint32_t left = kTaps; left; left &= left - 1) ++count;
     return count;
   }
 
-  static constexpr bool kApart = path_rows() + BITS - 1 > kColumns;  // the last plane finds no row
+  static constexpr bool kApart = path_rows() + BITS - 1 > kRows;
+  static constexpr int kPlanes = kApart ? BITS - 1 : BITS, kUsed = path_rows() + kPlanes - 1;
+  static_assert(kUsed <= kRows && 4 + 2 * (kPlanes - 1) <= 8, "bits of a weight in a byte, and bytes of two times eight weights in eight");
 
-  // where a plane but the path's begins in 8 weights' bits, of which the byte before the path's is the first
-  static constexpr uint8_t plane_at(int plane) { return static_cast<uint8_t>(8 * (1 + plane)); }
+  // Which of them are summed up to a bit of the level's number.
+  static constexpr uint8_t summed(int bit) {
+    if (bit > 1) return static_cast<uint8_t>(bit <= kPlanes ? 1 << (path_rows() + bit - 2) : 0);
+    uint8_t made = 0;
+    int row = 0;
+    for (int back = 0; back <= 8; ++back) {
+      if (!(kTaps >> back & 1)) continue;
+      if ((bit ? kUpperTaps : kLowerTaps) >> back & 1) made |= static_cast<uint8_t>(1 << row);
+      ++row;
+    }
+    return made;
+  }
 
-  // eight bytes to each eight; of a matrix the last is the first row
-  static __m512i eights(const uint8_t* bytes, bool matrix) {
+  explicit Columns(const Weight& w) {
+    const int bytes = w.group / 8, last = bytes - 1;  // of a plane
+    inside_ = (w.group > kSpan ? w.group : kSpan) - 1;
+    plane_ = bytes;
+    const int64_t unit = bytes_of<BITS>(inside_ + 1);
+    first_ = ~0ull >> (64 - least(64, unit));
+    second_ = unit > 64 ? ~0ull >> (128 - unit) : 0;
+    for (int s = 0; s <= inside_ / kSpan; ++s) {
+      alignas(64) uint8_t from[64] = {};
+      for (int i = 0; i < 16; ++i) {
+        const int weight = s * kSpan + 8 * i, byte = weight % w.group / 8, start = weight / w.group * bytes * BITS;
+        uint8_t* to = from + i % 8 * 8;
+        to[place(0, i / 8)] = static_cast<uint8_t>(start + ((byte + last) & last));
+        to[place(0, i / 8) + 1] = static_cast<uint8_t>(start + byte);
+        for (int plane = 1; plane < kPlanes; ++plane) to[place(plane, i / 8)] = static_cast<uint8_t>(start + plane * bytes + byte);
+      }
+      spread_[s] = _mm512_load_si512(from);
+    }
+    for (int half = 0; half < 2; ++half) {
+      uint8_t rows[kRows] = {};
+      int row = 0;
+      for (int back = 0; back <= 8; ++back)
+        if (kTaps >> back & 1) rows[row++] = static_cast<uint8_t>(8 * place(0, half) + 8 - back);
+      for (int plane = 1; plane < kPlanes; ++plane) rows[row++] = static_cast<uint8_t>(8 * place(plane, half));
+      shifts_[half] = matrix(rows);
+    }
+  }
+
+  // Those of a row from weight `n` on.
+  template <int G>
+  void operator()(const uint8_t* row, int64_t n, __m512i* found) const {
+    const int64_t in = G > 1 ? 0 : n & inside_;
+    const uint8_t* p = row + bytes_of<BITS>(n - in);
+    __m512i bytes = _mm512_maskz_loadu_epi8(first_, p);
+    if (G == 1 && BITS > 2 && second_) {  // groups of 256
+      bytes = _mm512_permutex2var_epi8(bytes, spread_[in / kSpan], _mm512_maskz_loadu_epi8(second_, p + 64));
+    } else {
+      bytes = _mm512_permutexvar_epi8(spread_[in / kSpan], bytes);
+    }
+    const __m512i units = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201));
+    for (int half = 0; half < 2; ++half)
+      found[half] = _mm512_gf2p8affine_epi64_epi8(units, _mm512_multishift_epi64_epi8(shifts_[half], bytes), 0);
+  }
+
+  // The last plane of either half.
+  template <int G>
+  __mmask64 apart(const uint8_t* row, int64_t n, int half) const {
+    const int64_t in = G > 1 ? 0 : n & inside_;
+    const uint8_t* p = row + bytes_of<BITS>(n - in) + (BITS - 1) * plane_;
+    if (G == 1) return bits<uint64_t>(p + in / 8 + 8 * half);
+    if (G == 2) return bits<uint64_t>(p + 8 * BITS * half);
+    return bits<uint32_t>(p + 8 * BITS * half) | static_cast<uint64_t>(bits<uint32_t>(p + 8 * BITS * half + 4 * BITS)) << 32;
+  }
+
+  // Eight bytes to each eight, of which the last is the first row.
+  static __m512i matrix(const uint8_t* rows) {
     uint64_t word = 0;
-    for (int i = 0; i < 8; ++i) word |= static_cast<uint64_t>(bytes[matrix ? 7 - i : i]) << (8 * i);
+    for (int row = 0; row < kRows; ++row) word |= static_cast<uint64_t>(rows[row]) << (8 * (kRows - 1 - row));
     return _mm512_set1_epi64(static_cast<int64_t>(word));
   }
 
-  int64_t inside_;  // weights in the least number of whole groups and steps, less one
+ private:
+  // Where in eight bytes a plane's byte of either half lies; the path has the byte before it there.
+  static constexpr int place(int plane, int half) { return plane ? 4 + 2 * (plane - 1) + half : 2 * half; }
+
+  template <class T>
+  static T bits(const uint8_t* p) {
+    T value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+  }
+
+  int64_t inside_, plane_;  // weights in the least number of whole groups and spans, less one; bytes of a plane
   __mmask64 first_, second_;
-  __m512i spread_[kMostCodes / kStep], shifts_, sums_, top_;
+  __m512i spread_[kMostCodes / kSpan], shifts_[2];
 };
 
+// Numbers of the levels of 128 weights.
 template <int BITS>
-struct TrellisCodes {
-  static constexpr int kBits = BITS, kCodes = kStep, kParts = 1;
-  const Indices<BITS> indices;
-  __m512i table;
+struct Indices {
+  const Columns<BITS> columns;
+  __m512i sums;
 
-  TrellisCodes(const Weight& w, const int8_t* bytes) : indices(w) {
-    alignas(64) uint8_t made[64];
-    for (int i = 0; i < 64; ++i) made[i] = static_cast<uint8_t>(bytes[i & ((2 << BITS) - 1)] ^ 0x80);
-    table = _mm512_load_si512(made);
+  explicit Indices(const Weight& w) : columns(w) {
+    uint8_t rows[kRows] = {};
+    for (int bit = 0; bit <= BITS; ++bit) rows[bit] = Columns<BITS>::summed(bit);
+    sums = Columns<BITS>::matrix(rows);
   }
 
   template <int G>
+  void operator()(const uint8_t* row, int64_t n, __m512i* found) const {
+    columns.template operator()<G>(row, n, found);
+    for (int half = 0; half < 2; ++half) {
+      found[half] = _mm512_gf2p8affine_epi64_epi8(found[half], sums, 0);
+      if constexpr (Columns<BITS>::kApart)
+        found[half] = _mm512_mask_add_epi8(found[half], columns.template apart<G>(row, n, half), found[half], _mm512_set1_epi8(1 << BITS));
+    }
+  }
+};
+
+// Up to seven bits are looked up as they are; of more their sums.
+template <int BITS>
+struct TrellisCodes {
+  static constexpr int kBits = BITS, kCodes = kSpan, kParts = 2;
+  static constexpr bool kWhole = !Columns<BITS>::kApart && Columns<BITS>::kUsed < 8;
+  const Indices<BITS> indices;
+  __m512i table[2];
+
+  TrellisCodes(const Weight& w, const int8_t* bytes) : indices(w) {
+    alignas(64) uint8_t made[128];
+    for (int i = 0; i < 128; ++i) {
+      int index = i & ((2 << BITS) - 1);
+      if (kWhole) {
+        index = 0;
+        for (int bit = 0; bit <= BITS; ++bit) index |= odd(i & Columns<BITS>::summed(bit)) << bit;
+      }
+      made[i] = static_cast<uint8_t>(bytes[index] ^ 0x80);
+    }
+    for (int i = 0; i < 2; ++i) table[i] = _mm512_load_si512(made + 64 * i);
+  }
+
+  // Groups that are smaller have sums of their own.
+  static constexpr int sums(int groups) { return groups > 1 ? 2 : 1; }
+
+  template <int G>
   void step(const uint8_t* row, int64_t n, __m512i* found) const {
-    *found = _mm512_permutexvar_epi8(indices(row, n), table);
+    if constexpr (kWhole) {
+      indices.columns.template operator()<G>(row, n, found);
+    } else {
+      indices.template operator()<G>(row, n, found);
+    }
+    for (int half = 0; half < 2; ++half)
+      found[half] = kWhole && Columns<BITS>::kUsed == 7 ? _mm512_permutex2var_epi8(table[0], found[half], table[1])
+                                                        : _mm512_permutexvar_epi8(found[half], table[0]);
+  }
+
+ private:
+  static int odd(int bits) {
+    int sum = 0;
+    for (; bits; bits &= bits - 1) sum ^= 1;
+    return sum;
   }
 };
 
 template <int BITS>
 struct TrellisBook {
-  static constexpr int kBits = BITS, kCodes = kStep;
+  static constexpr int kBits = BITS, kCodes = kSpan;
   const Indices<BITS> indices;
   __m512 table[2];
 
@@ -137,9 +211,11 @@ struct TrellisBook {
 
   template <int G>
   void step(const uint8_t* row, int64_t n, float* to, const float* norms) const {
-    alignas(64) uint8_t bytes[64];
-    _mm512_store_si512(bytes, indices(row, n));
-    for (int i = 0; i < 4; ++i) {
+    alignas(64) uint8_t bytes[kSpan];
+    __m512i halves[2];
+    indices.template operator()<G>(row, n, halves);
+    for (int half = 0; half < 2; ++half) _mm512_store_si512(bytes + 64 * half, halves[half]);
+    for (int i = 0; i < 8; ++i) {
       const __m512i index = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes + 16 * i)));
       __m512 found;
       if constexpr (BITS == 4) {
@@ -147,7 +223,7 @@ struct TrellisBook {
       } else {
         found = _mm512_permutexvar_ps(index, table[0]);
       }
-      _mm512_storeu_ps(to + 16 * i, _mm512_mul_ps(found, _mm512_set1_ps(norms[i * G / 4])));
+      _mm512_storeu_ps(to + 16 * i, _mm512_mul_ps(found, _mm512_set1_ps(norms[i * G / 8])));
     }
   }
 };

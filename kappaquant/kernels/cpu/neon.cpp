@@ -69,9 +69,10 @@ struct Codes {
     for (int i = 0; i < kTables; ++i) table[i] = vld1q_u8(entries + 16 * i);
   }
 
+  static constexpr int sums(int) { return 1; }
   template <int G>
   void step(const uint8_t* row, int64_t n, int8x16_t* weights) const {
-    const uint8x16_t codes = unpack(row + n * BITS / 8);
+    const uint8x16_t codes = unpack(row + bytes_of<BITS>(n));
     uint8x16_t found;
     if constexpr (BITS <= 4) {
       found = vqtbl1q_u8(table[0], codes);
@@ -103,7 +104,7 @@ struct Book {
 
   template <int G>
   void step(const uint8_t* row, int64_t n, float* to, const float* norm) const {
-    look_up(entries, unpack(row + n * BITS / 8), *norm, to);
+    look_up(entries, unpack(row + bytes_of<BITS>(n)), *norm, to);
   }
 };
 

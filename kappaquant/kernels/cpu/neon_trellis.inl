@@ -21,7 +21,7 @@ struct Indices {
 
   uint8x16_t operator()(const uint8_t* row, int64_t n) const {
     const int64_t in = n & inside, at = in / 8;
-    const uint8_t* p = row + (n - in) * BITS / 8;
+    const uint8_t* p = row + bytes_of<BITS>(n - in);
     const uint32_t path = p[(at - 1) & (bytes - 1)] | static_cast<uint32_t>(sixteen(p + at)) << 8;
     uint64_t bits[2] = {sums(path, kLower) | static_cast<uint64_t>(sums(path, kUpper)) << 16, 0};
     for (int plane = 1; plane < BITS; ++plane)
@@ -63,6 +63,7 @@ struct TrellisCodes {
     table = {{vld1q_u8(some), vld1q_u8(some + 16)}};
   }
 
+  static constexpr int sums(int) { return 1; }
   template <int G>
   void step(const uint8_t* row, int64_t n, int8x16_t* weights) const {
     const uint8x16_t numbers = indices(row, n);

@@ -4,6 +4,7 @@
 // Of such a class:
 //   kBits, kCodes, kParts     bits of a code, codes that are decoded at a time, a step, and the vectors that they become
 //   step<G>                   decodes those of a row from one of them on
+//   sums                      of how many vectors groups have lanes of their own, one after another
 //
 // Of Lanes:
 //   Bytes, Ints, Floats       a vector of weights or inputs, of sums of products, and of sums that are scaled
@@ -45,7 +46,7 @@ inline void load_norms(const Weight& w, int64_t row, int64_t g, float* norms) {
 // A row times T tokens, decoded on the way.
 template <class Codes, int G, int T>
 void row_by_few(const Weight& w, const Codes& codes, int64_t row, const Arranged* x, float unit, float* const* out, int64_t to) {
-  constexpr int kBytes = Codes::kCodes * Codes::kBits / 8;
+  constexpr int kBytes = Codes::kCodes * Codes::kBits / 8, kSums = Codes::sums(G);
   const int steps = G > 1 ? 1 : w.group / Codes::kCodes;
   const uint8_t* p = w.codes + row * row_bytes(w);
   int64_t n = 0;
@@ -60,17 +61,19 @@ void row_by_few(const Weight& w, const Codes& codes, int64_t row, const Arranged
     }
     const int count = static_cast<int>(least(kNorms, w.groups - g));
     for (int i = 0; i < count; i += G) {
-      Lanes::Ints dots[T];
-      for (int t = 0; t < T; ++t) dots[t] = Lanes::zero();
+      Lanes::Ints dots[kSums][T];
+      for (int s = 0; s < kSums; ++s)
+        for (int t = 0; t < T; ++t) dots[s][t] = Lanes::zero();
       for (int s = 0; s < steps; ++s, n += Codes::kCodes) {
         Lanes::Bytes weights[Codes::kParts];
-        for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(p + n * Codes::kBits / 8 + line + kAhead);
+        for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(p + bytes_of<Codes::kBits>(n) + line + kAhead);
         decode<G>(codes, p, n, count - i, weights);
         for (int t = 0; t < T; ++t)
           for (int part = 0; part < Codes::kParts; ++part)
-            dots[t] = Lanes::dot_arranged(dots[t], weights[part], x[t].values + Lanes::kWide * n, part);
+            dots[part % kSums][t] = Lanes::dot_arranged(dots[part % kSums][t], weights[part], x[t].values + Lanes::kWide * n, part);
       }
-      for (int t = 0; t < T; ++t) acc[t] = Lanes::template add<G>(acc[t], dots[t], scale[t] + i);
+      for (int s = 0; s < kSums; ++s)
+        for (int t = 0; t < T; ++t) acc[t] = Lanes::template add<G / kSums>(acc[t], dots[s][t], scale[t] + i + s * (G / kSums));
     }
   }
   for (int t = 0; t < T; ++t) out[t][to] = Lanes::sum(acc[t]) * unit;

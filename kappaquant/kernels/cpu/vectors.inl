@@ -25,6 +25,12 @@ struct Arranged {
   const float* offsets;  // likewise, or null
 };
 
+// Where a weight of a row begins, whose number is a multiple of 8.
+template <int BITS>
+inline int64_t bytes_of(int64_t n) {
+  return static_cast<int64_t>(static_cast<uint64_t>(n) / 8 * BITS);
+}
+
 // A step of a row's codes, from that of weight `n` on; see products.inl. Where a step is G groups and the row ends with `left` of them, which
 // are fewer, zeros follow.
 template <int G, class Codes, class... To>
@@ -32,7 +38,7 @@ inline void decode(const Codes& codes, const uint8_t* row, int64_t n, int64_t le
   uint8_t some[Codes::kCodes * Codes::kBits / 8];
   if (G > 1 && left < G) {
     const size_t bytes = left * (sizeof some / G);
-    std::memcpy(some, row + n * Codes::kBits / 8, bytes);
+    std::memcpy(some, row + bytes_of<Codes::kBits>(n), bytes);
     std::memset(some + bytes, 0, sizeof some - bytes);
     row = some, n = 0;
   }
