@@ -69,7 +69,6 @@ struct Codes<2> {
   }
 
   // two codes in each byte: either is looked up as if the other did not matter
-  static constexpr int sums(int) { return 1; }
   template <int G>
   void step(const uint8_t* row, int64_t n, __m256i* found) const {
     const uint8_t* p = row + bytes_of<kBits>(n);
@@ -109,7 +108,6 @@ struct Codes<3> {
   }
 
   // of the four in bits 0 to 11 two are brought into each byte's bits 0 to 5; the table does not mind what is in bits 3 to 6 of an index
-  static constexpr int sums(int) { return 1; }
   template <int G>
   void step(const uint8_t* row, int64_t n, __m256i* found) const {
     const uint8_t* p = row + bytes_of<kBits>(n);
@@ -134,7 +132,6 @@ struct Codes<4> {
     v[0] = low;
   }
 
-  static constexpr int sums(int) { return 1; }
   template <int G>
   void step(const uint8_t* row, int64_t n, __m256i* found) const {
     const uint8_t* p = row + bytes_of<kBits>(n);
@@ -188,7 +185,6 @@ struct Codes<5> : Long<5> {
   static constexpr int place(int vector, int i) { return 16 * vector + i; }
   static void order(__m256i*) {}
 
-  static constexpr int sums(int) { return 1; }
   template <int G>
   void step(const uint8_t* row, int64_t n, __m256i* found) const {
     const uint8_t* p = row + bytes_of<kBits>(n);
@@ -209,7 +205,6 @@ struct Codes<6> : Long<6> {
   static constexpr int place(int vector, int i) { return 16 * vector + i; }
   static void order(__m256i*) {}
 
-  static constexpr int sums(int) { return 1; }
   template <int G>
   void step(const uint8_t* row, int64_t n, __m256i* found) const {
     const uint8_t* p = row + bytes_of<kBits>(n);
@@ -234,7 +229,6 @@ struct Codes<7> : Long<7> {
     for (int i = 0; i < 2; ++i) v[i] = _mm256_shuffle_epi8(v[i], evens);
   }
 
-  static constexpr int sums(int) { return 1; }
   template <int G>
   void step(const uint8_t* row, int64_t n, __m256i* found) const {
     const uint8_t* p = row + bytes_of<kBits>(n);
@@ -255,7 +249,6 @@ struct Codes<8> : Long<8> {
   static constexpr int place(int vector, int i) { return 16 * vector + i; }
   static void order(__m256i*) {}
 
-  static constexpr int sums(int) { return 1; }
   template <int G>
   void step(const uint8_t* row, int64_t n, __m256i* found) const {
     const uint8_t* p = row + bytes_of<kBits>(n);

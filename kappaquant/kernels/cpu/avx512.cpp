@@ -41,7 +41,6 @@ struct Codes {
     for (int i = 0; i < kTables; ++i) table[i] = _mm512_load_si512(entries + 64 * i);
   }
 
-  static constexpr int sums(int) { return 1; }
   template <int G>
   void step(const uint8_t* row, int64_t n, __m512i* found) const {
     __m512i codes = _mm512_maskz_loadu_epi8(kRead, row + bytes_of<BITS>(n));

@@ -14,7 +14,8 @@
 
 namespace kq {
 
-constexpr int kMostCodes = 256;  // of the largest codebook, weights of the largest group, and weights that are decoded at a time
+constexpr int kMostCodes = 256;  // of the largest codebook, and weights of the largest group
+constexpr int kMostStep = 512;   // weights that are decoded at a time, at most
 
 enum Kind : int32_t { kCodebook, kTrellis };
 
@@ -116,7 +117,7 @@ inline int64_t padded_groups(int64_t groups) { return (groups + 15) / 16 * 16; }
 inline int64_t up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // The weights of a row, and those behind it that are decoded with its last.
-inline int64_t decoded_width(const Weight& w) { return (w.groups * w.group + kMostCodes - 1) / kMostCodes * kMostCodes; }
+inline int64_t decoded_width(const Weight& w) { return (w.groups * w.group + kMostStep - 1) / kMostStep * kMostStep; }
 
 // A row of weights, or of an input, as an instruction set likes it best: up to two bytes for each value.
 inline int64_t kept_bytes(const Weight& w) { return 2 * decoded_width(w); }

@@ -53,10 +53,10 @@ void exact_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, cons
   }
 }
 
-template <template <int> class Of, int kMost>
+template <template <int> class Of, int kBits>
 void exact(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Input* in, int64_t tokens, float* const* out,
            int8_t* room) {
-  by_width<Of, kMost>(w, [&](auto step) {
+  by_width<Of, kBits, kLeastGroup, kMostGroup>(w, [&](auto step) {
     exact_of<typename decltype(step)::Codes, decltype(step)::kGroups>(w, matrix, first, last, in, tokens, out, room);
   });
 }

@@ -69,7 +69,6 @@ struct Codes {
     for (int i = 0; i < kTables; ++i) table[i] = vld1q_u8(entries + 16 * i);
   }
 
-  static constexpr int sums(int) { return 1; }
   template <int G>
   void step(const uint8_t* row, int64_t n, int8x16_t* weights) const {
     const uint8x16_t codes = unpack(row + bytes_of<BITS>(n));

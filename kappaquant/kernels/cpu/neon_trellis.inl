@@ -63,7 +63,6 @@ struct TrellisCodes {
     table = {{vld1q_u8(some), vld1q_u8(some + 16)}};
   }
 
-  static constexpr int sums(int) { return 1; }
   template <int G>
   void step(const uint8_t* row, int64_t n, int8x16_t* weights) const {
     const uint8x16_t numbers = indices(row, n);

@@ -4,7 +4,6 @@
 // Of such a class:
 //   kBits, kCodes, kParts     bits of a code, codes that are decoded at a time, a step, and the vectors that they become
 //   step<G>                   decodes those of a row from one of them on
-//   sums                      of how many vectors groups have lanes of their own, one after another
 //
 // Of Lanes:
 //   Bytes, Ints, Floats       a vector of weights or inputs, of sums of products, and of sums that are scaled
@@ -17,7 +16,7 @@
 // A group is some steps; or, where it is smaller than a step, a step is G groups, of which each has as many of a vector's lanes.
 
 constexpr int kNorms = 16;      // at once, a multiple of G
-constexpr int kLeastGroup = 32;
+constexpr int kLeastGroup = 32, kMostGroup = 256;
 constexpr int kAhead = 1 << 12;  // bytes of codes that are asked for before they are needed: processors do not look beyond a page of 4096
 
 // The next up to kNorms norms of a row, zeros behind them.
@@ -43,10 +42,14 @@ inline void load_norms(const Weight& w, int64_t row, int64_t g, float* norms) {
   Lanes::halves(some, norms);
 }
 
+// Of how many parts groups have sums of their own: the first groups of a step of the first, and so on.
+template <class Codes, int G>
+constexpr int kSums = 1;
+
 // A row times T tokens, decoded on the way.
 template <class Codes, int G, int T>
 void row_by_few(const Weight& w, const Codes& codes, int64_t row, const Arranged* x, float unit, float* const* out, int64_t to) {
-  constexpr int kBytes = Codes::kCodes * Codes::kBits / 8, kSums = Codes::sums(G);
+  constexpr int kBytes = Codes::kCodes * Codes::kBits / 8, kOwn = kSums<Codes, G>;
   const int steps = G > 1 ? 1 : w.group / Codes::kCodes;
   const uint8_t* p = w.codes + row * row_bytes(w);
   int64_t n = 0;
@@ -61,19 +64,19 @@ void row_by_few(const Weight& w, const Codes& codes, int64_t row, const Arranged
     }
     const int count = static_cast<int>(least(kNorms, w.groups - g));
     for (int i = 0; i < count; i += G) {
-      Lanes::Ints dots[kSums][T];
-      for (int s = 0; s < kSums; ++s)
-        for (int t = 0; t < T; ++t) dots[s][t] = Lanes::zero();
+      Lanes::Ints dots[kOwn][T];
+      for (int own = 0; own < kOwn; ++own)
+        for (int t = 0; t < T; ++t) dots[own][t] = Lanes::zero();
       for (int s = 0; s < steps; ++s, n += Codes::kCodes) {
         Lanes::Bytes weights[Codes::kParts];
         for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(p + bytes_of<Codes::kBits>(n) + line + kAhead);
         decode<G>(codes, p, n, count - i, weights);
         for (int t = 0; t < T; ++t)
           for (int part = 0; part < Codes::kParts; ++part)
-            dots[part % kSums][t] = Lanes::dot_arranged(dots[part % kSums][t], weights[part], x[t].values + Lanes::kWide * n, part);
+            dots[part % kOwn][t] = Lanes::dot_arranged(dots[part % kOwn][t], weights[part], x[t].values + Lanes::kWide * n, part);
       }
-      for (int s = 0; s < kSums; ++s)
-        for (int t = 0; t < T; ++t) acc[t] = Lanes::template add<G / kSums>(acc[t], dots[s][t], scale[t] + i + s * (G / kSums));
+      for (int own = 0; own < kOwn; ++own)
+        for (int t = 0; t < T; ++t) acc[t] = Lanes::template add<G / kOwn>(acc[t], dots[own][t], scale[t] + i + G / kOwn * own);
     }
   }
   for (int t = 0; t < T; ++t) out[t][to] = Lanes::sum(acc[t]) * unit;
@@ -197,28 +200,33 @@ struct Step {
   static constexpr int kGroups = G;
 };
 
-// Calls go(Step) for a weight, of whose kind kMost is the largest width.
-template <template <int> class Of, int kMost, int BITS = 2, int G = 1, class F>
-void by_width(const Weight& w, const F& go) {
-  if constexpr (BITS < kMost)
-    if (w.bits != BITS) return by_width<Of, kMost, BITS + 1>(w, go);
-  if constexpr (G * kLeastGroup < Of<BITS>::kCodes)
-    if (w.group * G < Of<BITS>::kCodes) return by_width<Of, kMost, BITS, 2 * G>(w, go);
-  go(Step<Of<BITS>, G>());
+template <class Codes, int kLeast, int G, class F>
+void by_groups(const Weight& w, const F& go) {
+  if constexpr (G * kLeast < Codes::kCodes)
+    if (w.group * G < Codes::kCodes) return by_groups<Codes, kLeast, 2 * G>(w, go);
+  go(Step<Codes, G>());
 }
 
-template <template <int> class Of, int kMost>
+// Calls go(Step) for a weight of such widths and groups as there may be.
+template <template <int> class Of, int kBits, int kLeast, int kMost, int BITS = 2, class F>
+void by_width(const Weight& w, const F& go) {
+  if constexpr (BITS < kBits)
+    if (w.bits != BITS) return by_width<Of, kBits, kLeast, kMost, BITS + 1>(w, go);
+  by_groups<Of<BITS>, kLeast, Of<BITS>::kCodes <= kMost ? 1 : Of<BITS>::kCodes / kMost>(w, go);
+}
+
+template <template <int> class Of, int kBits, int kLeast = kLeastGroup, int kMost = kMostGroup>
 void few(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, int64_t tokens,
          float* const* out, int8_t* room) {
-  by_width<Of, kMost>(w, [&](auto step) {
+  by_width<Of, kBits, kLeast, kMost>(w, [&](auto step) {
     few_of<typename decltype(step)::Codes, decltype(step)::kGroups>(w, matrix, first, last, table, in, tokens, out, room);
   });
 }
 
-template <template <int> class Of, int kMost>
+template <template <int> class Of, int kBits>
 void many(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, int64_t tokens,
           float* const* out, int8_t* room) {
-  by_width<Of, kMost>(w, [&](auto step) {
+  by_width<Of, kBits, kLeastGroup, kMostGroup>(w, [&](auto step) {
     many_of<typename decltype(step)::Codes, decltype(step)::kGroups>(w, matrix, first, last, table, in, tokens, out, room);
   });
 }
