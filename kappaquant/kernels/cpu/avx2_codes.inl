@@ -70,8 +70,7 @@ struct Codes<2> {
 
   // two codes in each byte: either is looked up as if the other did not matter
   template <int G>
-  void step(const uint8_t* row, int64_t n, __m256i* found) const {
-    const uint8_t* p = row + bytes_of<kBits>(n);
+  void step(const uint8_t* p, int64_t, __m256i* found) const {
     const __m256i bytes = table16(p);
     const __m256i pairs = nibbles(_mm256_srlv_epi64(_mm256_shuffle_epi8(bytes, spread), shifts));
     found[0] = _mm256_shuffle_epi8(lower, pairs);
@@ -109,8 +108,7 @@ struct Codes<3> {
 
   // of the four in bits 0 to 11 two are brought into each byte's bits 0 to 5; the table does not mind what is in bits 3 to 6 of an index
   template <int G>
-  void step(const uint8_t* row, int64_t n, __m256i* found) const {
-    const uint8_t* p = row + bytes_of<kBits>(n);
+  void step(const uint8_t* p, int64_t, __m256i* found) const {
     const __m256i fours = _mm256_srlv_epi64(_mm256_shuffle_epi8(lanes(p, p + 8), spread), shifts);
     const __m256i pairs = merge(fours, _mm256_slli_epi16(fours, 2)), kept = _mm256_set1_epi8(0x7F);
     found[0] = _mm256_shuffle_epi8(table, _mm256_and_si256(pairs, kept));
@@ -133,8 +131,7 @@ struct Codes<4> {
   }
 
   template <int G>
-  void step(const uint8_t* row, int64_t n, __m256i* found) const {
-    const uint8_t* p = row + bytes_of<kBits>(n);
+  void step(const uint8_t* p, int64_t, __m256i* found) const {
     const __m256i both = load32(p);
     found[0] = _mm256_shuffle_epi8(table, nibbles(both));
     found[1] = _mm256_shuffle_epi8(table, nibbles(_mm256_srli_epi16(both, 4)));
@@ -186,8 +183,7 @@ struct Codes<5> : Long<5> {
   static void order(__m256i*) {}
 
   template <int G>
-  void step(const uint8_t* row, int64_t n, __m256i* found) const {
-    const uint8_t* p = row + bytes_of<kBits>(n);
+  void step(const uint8_t* p, int64_t, __m256i* found) const {
     for (int vector = 0; vector < 2; ++vector) {
       const __m256i lifted = two(sixteen(p, vector)), top = merge(_mm256_srli_epi16(lifted, 3), lifted);
       found[vector] = pair(0, nibbles(_mm256_srli_epi16(top, 3)), top);
@@ -206,8 +202,7 @@ struct Codes<6> : Long<6> {
   static void order(__m256i*) {}
 
   template <int G>
-  void step(const uint8_t* row, int64_t n, __m256i* found) const {
-    const uint8_t* p = row + bytes_of<kBits>(n);
+  void step(const uint8_t* p, int64_t, __m256i* found) const {
     for (int vector = 0; vector < 2; ++vector) {
       const __m256i lifted = two(sixteen(p, vector)), top = merge(_mm256_srli_epi16(lifted, 2), lifted);
       const __m256i low = nibbles(_mm256_srli_epi16(top, 2)), next = _mm256_add_epi8(top, top);
@@ -230,8 +225,7 @@ struct Codes<7> : Long<7> {
   }
 
   template <int G>
-  void step(const uint8_t* row, int64_t n, __m256i* found) const {
-    const uint8_t* p = row + bytes_of<kBits>(n);
+  void step(const uint8_t* p, int64_t, __m256i* found) const {
     for (int vector = 0; vector < 2; ++vector) {
       const __m256i bytes = sixteen(p, vector);
       const __m256i top = merge(_mm256_srli_epi16(first(bytes), 8), second(bytes));
@@ -250,8 +244,7 @@ struct Codes<8> : Long<8> {
   static void order(__m256i*) {}
 
   template <int G>
-  void step(const uint8_t* row, int64_t n, __m256i* found) const {
-    const uint8_t* p = row + bytes_of<kBits>(n);
+  void step(const uint8_t* p, int64_t, __m256i* found) const {
     for (int vector = 0; vector < 2; ++vector) {
       const __m256i top = sixteen(p, vector), next = _mm256_add_epi8(top, top);
       const Quarters at(_mm256_and_si256(top, _mm256_set1_epi8(63)));
@@ -304,8 +297,8 @@ struct Book {
   }
 
   template <int G>
-  void step(const uint8_t* row, int64_t n, float* to, const float* norm) const {
-    const __m256i bytes = _mm256_broadcastsi128_si256(first_bytes<2 * BITS>(row + bytes_of<BITS>(n)));
+  void step(const uint8_t* p, int64_t, float* to, const float* norm) const {
+    const __m256i bytes = _mm256_broadcastsi128_si256(first_bytes<2 * BITS>(p));
     for (int i = 0; i < 2; ++i) {
       __m256 found;
       const __m256i codes = _mm256_srlv_epi32(_mm256_shuffle_epi8(bytes, spread[i]), shifts);

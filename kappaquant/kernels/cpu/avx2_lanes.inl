@@ -111,7 +111,7 @@ struct Lanes {
     sum_negative(w, sums, [&](int64_t n, bool, __m256i* v) {
       const int64_t in = n % Codes::kCodes;
       if (in == 0) {
-        decode<G>(codes, row, n, w.groups - n / kGroup, found);
+        decode<G>(codes, row + n * Codes::kBits / 8, n % w.group / Codes::kCodes, w.groups - n / kGroup, found);
         Order<Codes>::restore(found);
       }
       for (int i = 0; i < 2; ++i) split(v[i] = found[in / 32 + i], to + 2 * n + 64 * i);

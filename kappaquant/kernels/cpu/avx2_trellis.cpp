@@ -40,9 +40,9 @@ struct TrellisBook {
   }
 
   template <int G>
-  void step(const uint8_t* row, int64_t n, float* to, const float* norms) const {
+  void step(const uint8_t* p, int64_t, float* to, const float* norms) const {
     __m256i found[kEights], last;
-    indices.template operator()<G>(row, n, found, &last);
+    indices.template operator()<G>(p, found, &last);
     if constexpr (BITS == 4)  // where look-ups do not see it
       for (int i = 0; i < kEights; ++i)
         found[i] = _mm256_or_si256(found[i], _mm256_and_si256(_mm256_srli_epi16(_mm256_slli_epi16(last, 7 - i), 3), _mm256_set1_epi8(16)));

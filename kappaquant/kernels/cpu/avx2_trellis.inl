@@ -78,9 +78,9 @@ struct TrellisCodes {
   }
 
   template <int G>
-  void step(const uint8_t* row, int64_t n, __m256i* found) const {
+  void step(const uint8_t* p, int64_t, __m256i* found) const {
     __m256i last;
-    indices.template operator()<G>(row, n, found, &last);
+    indices.template operator()<G>(p, found, &last);
     for (int i = 0; i < kEights; ++i) {
       const __m256i low = _mm256_shuffle_epi8(table[0], found[i]);
       found[i] = BITS < 4 ? low : _mm256_blendv_epi8(low, _mm256_shuffle_epi8(table[1], found[i]), _mm256_slli_epi16(last, 7 - i));

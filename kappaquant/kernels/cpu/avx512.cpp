@@ -42,8 +42,8 @@ struct Codes {
   }
 
   template <int G>
-  void step(const uint8_t* row, int64_t n, __m512i* found) const {
-    __m512i codes = _mm512_maskz_loadu_epi8(kRead, row + bytes_of<BITS>(n));
+  void step(const uint8_t* p, int64_t, __m512i* found) const {
+    __m512i codes = _mm512_maskz_loadu_epi8(kRead, p);
     if constexpr (BITS < 8)
       codes = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, codes));
     if constexpr (BITS <= 6) {
@@ -81,8 +81,8 @@ struct Book {
   }
 
   template <int G>
-  void step(const uint8_t* row, int64_t n, float* to, const float* norm) const {
-    const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(0xFFFF >> (16 - 2 * BITS)), row + bytes_of<BITS>(n));
+  void step(const uint8_t* p, int64_t, float* to, const float* norm) const {
+    const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(0xFFFF >> (16 - 2 * BITS)), p);
     const __m512i codes = _mm512_srlv_epi32(_mm512_permutexvar_epi8(spread, _mm512_zextsi128_si512(bytes)), shifts);
     __m512 found;
     if constexpr (BITS <= 4) {

@@ -36,12 +36,11 @@ class Columns {
 
   explicit Columns(const Weight& w) {
     const int bytes = w.group / 8, last = bytes - 1;  // of a plane
-    inside_ = (w.group > kSpan ? w.group : kSpan) - 1;
+    const int steps = w.group > kSpan ? w.group / kSpan : 1, unit = steps * kBytes;
     plane_ = bytes;
-    const int64_t unit = bytes_of<BITS>(inside_ + 1);
     first_ = ~0ull >> (64 - least(64, unit));
     second_ = unit > 64 ? ~0ull >> (128 - unit) : 0;
-    for (int s = 0; s <= inside_ / kSpan; ++s) {
+    for (int s = 0; s < steps; ++s) {
       alignas(64) uint8_t from[64] = {};
       for (int i = 0; i < 16; ++i) {
         const int weight = s * kSpan + 8 * i, byte = weight % w.group / 8, start = weight / w.group * bytes * BITS;
@@ -62,16 +61,15 @@ class Columns {
     }
   }
 
-  // Those of a row from weight `n` on.
+  // Those of a group's step of that number, which would begin at p if codes lay one after another.
   template <int G>
-  void operator()(const uint8_t* row, int64_t n, __m512i* found) const {
-    const int64_t in = G > 1 ? 0 : n & inside_;
-    const uint8_t* p = row + bytes_of<BITS>(n - in);
+  void operator()(const uint8_t* p, int64_t number, __m512i* found) const {
+    p -= number * kBytes;
     __m512i bytes = _mm512_maskz_loadu_epi8(first_, p);
     if (G == 1 && BITS > 2 && second_) {  // groups of 256
-      bytes = _mm512_permutex2var_epi8(bytes, spread_[in / kSpan], _mm512_maskz_loadu_epi8(second_, p + 64));
+      bytes = _mm512_permutex2var_epi8(bytes, spread_[number], _mm512_maskz_loadu_epi8(second_, p + 64));
     } else {
-      bytes = _mm512_permutexvar_epi8(spread_[in / kSpan], bytes);
+      bytes = _mm512_permutexvar_epi8(spread_[number], bytes);
     }
     const __m512i units = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201));
     for (int half = 0; half < 2; ++half)
@@ -80,10 +78,9 @@ class Columns {
 
   // The last plane of either half.
   template <int G>
-  __mmask64 apart(const uint8_t* row, int64_t n, int half) const {
-    const int64_t in = G > 1 ? 0 : n & inside_;
-    const uint8_t* p = row + bytes_of<BITS>(n - in) + (BITS - 1) * plane_;
-    if (G == 1) return bits<uint64_t>(p + in / 8 + 8 * half);
+  __mmask64 apart(const uint8_t* p, int64_t number, int half) const {
+    p += (BITS - 1) * plane_ - number * kBytes;
+    if (G == 1) return bits<uint64_t>(p + kSpan / 8 * number + 8 * half);
     if (G == 2) return bits<uint64_t>(p + 8 * BITS * half);
     return bits<uint32_t>(p + 8 * BITS * half) | static_cast<uint64_t>(bits<uint32_t>(p + 8 * BITS * half + 4 * BITS)) << 32;
   }
@@ -106,7 +103,9 @@ class Columns {
     return value;
   }
 
-  int64_t inside_, plane_;  // weights in the least number of whole groups and spans, less one; bytes of a plane
+  static constexpr int kBytes = kSpan * BITS / 8;
+
+  int64_t plane_;  // its bytes
   __mmask64 first_, second_;
   __m512i spread_[kMostCodes / kSpan], shifts_[2];
 };
@@ -124,12 +123,12 @@ struct ColumnNumbers {
   }
 
   template <int G>
-  void operator()(const uint8_t* row, int64_t n, __m512i* found) const {
-    columns.template operator()<G>(row, n, found);
+  void operator()(const uint8_t* p, int64_t number, __m512i* found) const {
+    columns.template operator()<G>(p, number, found);
     for (int half = 0; half < 2; ++half) {
       found[half] = _mm512_gf2p8affine_epi64_epi8(found[half], sums, 0);
       if constexpr (Columns<BITS>::kApart)
-        found[half] = _mm512_mask_add_epi8(found[half], columns.template apart<G>(row, n, half), found[half], _mm512_set1_epi8(1 << BITS));
+        found[half] = _mm512_mask_add_epi8(found[half], columns.template apart<G>(p, number, half), found[half], _mm512_set1_epi8(1 << BITS));
     }
   }
 };
@@ -156,11 +155,11 @@ struct ColumnCodes {
   }
 
   template <int G>
-  void step(const uint8_t* row, int64_t n, __m512i* found) const {
+  void step(const uint8_t* p, int64_t number, __m512i* found) const {
     if constexpr (kWhole) {
-      numbers.columns.template operator()<G>(row, n, found);
+      numbers.columns.template operator()<G>(p, number, found);
     } else {
-      numbers.template operator()<G>(row, n, found);
+      numbers.template operator()<G>(p, number, found);
     }
     for (int half = 0; half < 2; ++half)
       found[half] = kWhole && Columns<BITS>::kUsed == 7 ? _mm512_permutex2var_epi8(table[0], found[half], table[1])
@@ -192,10 +191,10 @@ struct ColumnBook {
   }
 
   template <int G>
-  void step(const uint8_t* row, int64_t n, float* to, const float* norms) const {
+  void step(const uint8_t* p, int64_t number, float* to, const float* norms) const {
     alignas(64) uint8_t bytes[kSpan];
     __m512i halves[2];
-    numbers.template operator()<G>(row, n, halves);
+    numbers.template operator()<G>(p, number, halves);
     for (int half = 0; half < 2; ++half) _mm512_store_si512(bytes + 64 * half, halves[half]);
     for (int i = 0; i < 8; ++i) {
       const __m512i index = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes + 16 * i)));

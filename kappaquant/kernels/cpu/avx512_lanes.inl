@@ -37,7 +37,7 @@ struct Lanes {
   static void keep(const Codes& codes, const Weight& w, const uint8_t* row, int8_t* to, float*) {
     for (int64_t n = 0; n < w.groups * w.group; n += Codes::kCodes) {
       __m512i found[Codes::kParts];
-      decode<G>(codes, row, n, w.groups - n / (Codes::kCodes / G), found);
+      decode<G>(codes, row + n * Codes::kBits / 8, n % w.group / Codes::kCodes, w.groups - n / (Codes::kCodes / G), found);
       Order<Codes>::restore(found);
       for (int part = 0; part < Codes::kParts; ++part) _mm512_storeu_si512(to + n + 64 * part, found[part]);
     }

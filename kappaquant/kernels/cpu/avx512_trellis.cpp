@@ -107,9 +107,9 @@ struct TrellisCodes {
   }
 
   template <int G>
-  void step(const uint8_t* row, int64_t n, __m512i* found) const {
+  void step(const uint8_t* p, int64_t, __m512i* found) const {
     __m512i last;
-    indices.template operator()<G>(row, n, found, &last);
+    indices.template operator()<G>(p, found, &last);
     for (int i = 0; i < kEights; ++i) {
       if constexpr (BITS == 4) {
         const __m512i moved = i < 4 ? _mm512_slli_epi16(last, 4 - i) : _mm512_srli_epi16(last, i - 4);

@@ -26,7 +26,7 @@ void exact_tiles(const float* values, int64_t width, int64_t rows, const Input* 
 }
 
 template <class Book, int G>
-void exact_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Input* in, int64_t tokens, float* const* out,
+KQ_APART void exact_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Input* in, int64_t tokens, float* const* out,
               int8_t* room) {
   const Book book(w);
   const int64_t width = w.groups * w.group;
@@ -34,20 +34,18 @@ void exact_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, cons
   float* values = reinterpret_cast<float*>(room);
   for (int64_t row = first; row < last; row += kExact) {
     const int64_t rows = least(kExact, last - row);
-    float* to = values;
     for (int64_t r = 0; r < rows; ++r) {
+      float* to = values + r * width;  // what a last step decodes beyond a row is written over
       const int64_t absolute = matrix * w.rows + row + r;
       const uint8_t* p = w.codes + absolute * row_bytes(w);
-      int64_t n = 0;
       for (int64_t g = 0; g < w.groups; g += kNorms) {
         alignas(64) float norms[kNorms];
         load_norms(w, absolute, g, norms);
         const int64_t count = least(kNorms, w.groups - g);
         for (int64_t i = 0; i < count; i += G)
-          for (int s = 0; s < steps; ++s, n += Book::kCodes)
-            decode<G>(book, p, n, count - i, to + n, norms + i);
+          for (int s = 0; s < steps; ++s, p += Book::kCodes * Book::kBits / 8, to += Book::kCodes)
+            decode<G>(book, p, s, count - i, to, norms + i);
       }
-      to += width;  // what a last step has decoded beyond it is written over
     }
     exact_tiles<2>(values, width, rows, in, 0, tokens, out, row - first);
   }

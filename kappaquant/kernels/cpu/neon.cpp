@@ -70,8 +70,8 @@ struct Codes {
   }
 
   template <int G>
-  void step(const uint8_t* row, int64_t n, int8x16_t* weights) const {
-    const uint8x16_t codes = unpack(row + bytes_of<BITS>(n));
+  void step(const uint8_t* p, int64_t, int8x16_t* weights) const {
+    const uint8x16_t codes = unpack(p);
     uint8x16_t found;
     if constexpr (BITS <= 4) {
       found = vqtbl1q_u8(table[0], codes);
@@ -102,8 +102,8 @@ struct Book {
   explicit Book(const Weight& w) : entries(w.book) {}
 
   template <int G>
-  void step(const uint8_t* row, int64_t n, float* to, const float* norm) const {
-    look_up(entries, unpack(row + bytes_of<BITS>(n)), *norm, to);
+  void step(const uint8_t* p, int64_t, float* to, const float* norm) const {
+    look_up(entries, unpack(p), *norm, to);
   }
 };
 
@@ -127,7 +127,7 @@ struct Lanes {
   static void keep(const Codes& codes, const Weight& w, const uint8_t* row, int8_t* to, float*) {
     for (int64_t n = 0; n < w.groups * w.group; n += Codes::kCodes) {
       int8x16_t found;
-      codes.template step<G>(row, n, &found);
+      codes.template step<G>(row + n * Codes::kBits / 8, n % w.group / Codes::kCodes, &found);
       vst1q_s8(to + n, found);
     }
   }

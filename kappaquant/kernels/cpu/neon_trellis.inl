@@ -6,9 +6,9 @@ template <int BITS>
 struct Indices {
   uint8x16_t spread[BITS + 1];
   int8x16_t down;
-  int64_t inside, bytes;  // weights of a group, less one, and bytes of a plane
+  int64_t bytes;  // of a plane
 
-  explicit Indices(const Weight& w) : inside(w.group - 1), bytes(w.group / 8) {
+  explicit Indices(const Weight& w) : bytes(w.group / 8) {
     uint8_t from[16];
     int8_t by[16];
     for (int bit = 0; bit <= BITS; ++bit) {
@@ -19,9 +19,10 @@ struct Indices {
     down = vld1q_s8(by);
   }
 
-  uint8x16_t operator()(const uint8_t* row, int64_t n) const {
-    const int64_t in = n & inside, at = in / 8;
-    const uint8_t* p = row + bytes_of<BITS>(n - in);
+  // Those of a group's step of that number, which would begin at p if codes lay one after another.
+  uint8x16_t operator()(const uint8_t* p, int64_t number) const {
+    const int64_t at = 2 * number;
+    p -= at * BITS;
     const uint32_t path = p[(at - 1) & (bytes - 1)] | static_cast<uint32_t>(sixteen(p + at)) << 8;
     uint64_t bits[2] = {sums(path, kLower) | static_cast<uint64_t>(sums(path, kUpper)) << 16, 0};
     for (int plane = 1; plane < BITS; ++plane)
@@ -64,8 +65,8 @@ struct TrellisCodes {
   }
 
   template <int G>
-  void step(const uint8_t* row, int64_t n, int8x16_t* weights) const {
-    const uint8x16_t numbers = indices(row, n);
+  void step(const uint8_t* p, int64_t number, int8x16_t* weights) const {
+    const uint8x16_t numbers = indices(p, number);
     *weights = vreinterpretq_s8_u8(BITS < 4 ? vqtbl1q_u8(table.val[0], numbers) : vqtbl2q_u8(table, numbers));
   }
 };
@@ -79,7 +80,7 @@ struct TrellisBook {
   explicit TrellisBook(const Weight& w) : indices(w), entries(w.book) {}
 
   template <int G>
-  void step(const uint8_t* row, int64_t n, float* to, const float* norm) const {
-    look_up(entries, indices(row, n), *norm, to);
+  void step(const uint8_t* p, int64_t number, float* to, const float* norm) const {
+    look_up(entries, indices(p, number), *norm, to);
   }
 };

@@ -3,7 +3,7 @@
 //
 // Of such a class:
 //   kBits, kCodes, kParts     bits of a code, codes that are decoded at a time, a step, and the vectors that they become
-//   step<G>                   decodes those of a row from one of them on
+//   step<G>                   decodes those of a group's step of some number, which would begin at some byte if codes lay one after another
 //
 // Of Lanes:
 //   Bytes, Ints, Floats       a vector of weights or inputs, of sums of products, and of sums that are scaled
@@ -52,7 +52,7 @@ void row_by_few(const Weight& w, const Codes& codes, int64_t row, const Arranged
   constexpr int kBytes = Codes::kCodes * Codes::kBits / 8, kOwn = kSums<Codes, G>;
   const int steps = G > 1 ? 1 : w.group / Codes::kCodes;
   const uint8_t* p = w.codes + row * row_bytes(w);
-  int64_t n = 0;
+  int64_t at = 0;
   Lanes::Floats acc[T];
   for (int t = 0; t < T; ++t) acc[t] = Lanes::none();
   for (int64_t g = 0; g < w.groups; g += kNorms) {
@@ -67,13 +67,13 @@ void row_by_few(const Weight& w, const Codes& codes, int64_t row, const Arranged
       Lanes::Ints dots[kOwn][T];
       for (int own = 0; own < kOwn; ++own)
         for (int t = 0; t < T; ++t) dots[own][t] = Lanes::zero();
-      for (int s = 0; s < steps; ++s, n += Codes::kCodes) {
+      for (int s = 0; s < steps; ++s, p += kBytes, at += Codes::kCodes * Lanes::kWide) {
         Lanes::Bytes weights[Codes::kParts];
-        for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(p + bytes_of<Codes::kBits>(n) + line + kAhead);
-        decode<G>(codes, p, n, count - i, weights);
+        for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(p + line + kAhead);
+        decode<G>(codes, p, s, count - i, weights);
         for (int t = 0; t < T; ++t)
           for (int part = 0; part < Codes::kParts; ++part)
-            dots[part % kOwn][t] = Lanes::dot_arranged(dots[part % kOwn][t], weights[part], x[t].values + Lanes::kWide * n, part);
+            dots[part % kOwn][t] = Lanes::dot_arranged(dots[part % kOwn][t], weights[part], x[t].values + at, part);
       }
       for (int own = 0; own < kOwn; ++own)
         for (int t = 0; t < T; ++t) acc[t] = Lanes::template add<G / kOwn>(acc[t], dots[own][t], scale[t] + i + G / kOwn * own);
@@ -83,7 +83,7 @@ void row_by_few(const Weight& w, const Codes& codes, int64_t row, const Arranged
 }
 
 template <class Codes, int G, int T>
-void rows_by_few(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, float* const* out,
+KQ_APART void rows_by_few(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, float* const* out,
                  int8_t* room) {
   const Codes codes(w, table.bytes);
   Arranged x[T];
@@ -168,7 +168,7 @@ void tiles(const Weight& w, const Rows& rows, const Input* in, int64_t t, int64_
 }
 
 template <class Codes, int G>
-void many_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, int64_t tokens,
+KQ_APART void many_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, int64_t tokens,
              float* const* out, int8_t* room) {
   const Codes codes(w, table.bytes);
   const int64_t stride = kept_bytes(w), padded = padded_groups(w.groups);

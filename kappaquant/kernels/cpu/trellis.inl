@@ -34,9 +34,8 @@ class Indices {
 
   // Parts' numbers, of which the lower four bits count: of 4 bits a weight the last plane's, which is left in `last`, are above them.
   template <int G>
-  void operator()(const uint8_t* row, int64_t n, Vector* found, Vector* last) const {
+  void operator()(const uint8_t* p, Vector* found, Vector* last) const {
     constexpr int kPlane = Planes::kBytes / G, kStride = kPlane * BITS;
-    const uint8_t* p = row + bytes_of<BITS>(n);
     const Vector path = Planes::template load<G>(p, kStride), past = Planes::template before<G>(path);
     const Vector first = Planes::template load<G>(p + kPlane, kStride);
     const Vector paths[] = {Planes::low(past), Planes::high(past), Planes::low(path), Planes::high(path)};

@@ -3,6 +3,9 @@
 typedef float F16 __attribute__((vector_size(64)));
 typedef int32_t I16 __attribute__((vector_size(64)));
 
+// One for each width stays a function: in one for all of them compilers keep what a loop needs in memory.
+#define KQ_APART __attribute__((noinline))
+
 // no templates of the standard library: the linker would keep one copy for all instruction sets
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -25,22 +28,15 @@ struct Arranged {
   const float* offsets;  // likewise, or null
 };
 
-// Where a weight of a row begins, whose number is a multiple of 8.
-template <int BITS>
-inline int64_t bytes_of(int64_t n) {
-  return static_cast<int64_t>(static_cast<uint64_t>(n) / 8 * BITS);
-}
-
-// A step of a row's codes, from that of weight `n` on; see products.inl. Where a step is G groups and the row ends with `left` of them, which
-// are fewer, zeros follow.
+// A step of codes; see products.inl. Where a step is G groups and the row ends with `left` of them, which are fewer, zeros follow.
 template <int G, class Codes, class... To>
-inline void decode(const Codes& codes, const uint8_t* row, int64_t n, int64_t left, To... to) {
+inline void decode(const Codes& codes, const uint8_t* p, int64_t number, int64_t left, To... to) {
   uint8_t some[Codes::kCodes * Codes::kBits / 8];
   if (G > 1 && left < G) {
     const size_t bytes = left * (sizeof some / G);
-    std::memcpy(some, row + bytes_of<Codes::kBits>(n), bytes);
+    std::memcpy(some, p, bytes);
     std::memset(some + bytes, 0, sizeof some - bytes);
-    row = some, n = 0;
+    p = some;
   }
-  codes.template step<G>(row, n, to...);
+  codes.template step<G>(p, number, to...);
 }
