@@ -7,7 +7,7 @@ constexpr int kSpan = 128;  // weights that are decoded at a time, of which eith
 constexpr int kRows = 8;    // of a matrix, and its columns
 
 // What decides the level of each of 128 weights, a byte each: bits of the path, the newest lowest, and above them those of the other planes.
-// Where they are more than eight, the last plane's are apart.
+// Where those are more than eight, or two times eight weights lie in more than eight bytes, the last plane's are apart.
 template <int BITS>
 class Columns {
  public:
@@ -17,9 +17,12 @@ class Columns {
     return count;
   }
 
-  static constexpr bool kApart = path_rows() + BITS - 1 > kRows;
+  // Where in eight bytes a plane's byte of either half lies; that of the path has the one before it there.
+  static constexpr int place(int plane, int half) { return plane ? 4 + 2 * (plane - 1) + half : 2 * half; }
+
+  static constexpr bool kApart = path_rows() + BITS - 1 > kRows || place(BITS - 1, 1) >= 8;
   static constexpr int kPlanes = kApart ? BITS - 1 : BITS, kUsed = path_rows() + kPlanes - 1;
-  static_assert(kUsed <= kRows && 4 + 2 * (kPlanes - 1) <= 8, "bits of a weight in a byte, and bytes of two times eight weights in eight");
+  static_assert(kUsed <= kRows && place(kPlanes - 1, 1) < 8, "but for one plane, they are as many as that");
 
   // Which of them are summed up to a bit of the level's number.
   static constexpr uint8_t summed(int bit) {
@@ -93,9 +96,6 @@ class Columns {
   }
 
  private:
-  // Where in eight bytes a plane's byte of either half lies; the path has the byte before it there.
-  static constexpr int place(int plane, int half) { return plane ? 4 + 2 * (plane - 1) + half : 2 * half; }
-
   template <class T>
   static T bits(const uint8_t* p) {
     T value;
