@@ -25,7 +25,7 @@ namespace {
 // 256 codes' levels as floats, in their order. 8 are permuted; of more each of the four bytes is looked up.
 template <int BITS>
 struct TrellisBook {
-  static constexpr int kBits = BITS, kCodes = kStep;
+  static constexpr int kBits = BITS, kCodes = kSpan;
   const Indices<BITS> indices;
   __m256 eight;
   __m256i bytes[2][4];  // of the lower 16 levels and of the upper, from the lowest byte to the highest
@@ -41,11 +41,11 @@ struct TrellisBook {
 
   template <int G>
   void step(const uint8_t* p, int64_t, float* to, const float* norms) const {
-    __m256i found[kEights], last;
-    indices.template operator()<G>(p, found, &last);
+    __m256i found[kEights], top[kEights];
+    indices.template operator()<G>(p, found, top);
     if constexpr (BITS == 4)  // where look-ups do not see it
       for (int i = 0; i < kEights; ++i)
-        found[i] = _mm256_or_si256(found[i], _mm256_and_si256(_mm256_srli_epi16(_mm256_slli_epi16(last, 7 - i), 3), _mm256_set1_epi8(16)));
+        found[i] = _mm256_or_si256(found[i], _mm256_and_si256(_mm256_srli_epi16(top[i], 3), _mm256_set1_epi8(16)));
     Turned::restore(found);
     for (int i = 0; i < kEights; ++i) levels(found[i], _mm256_set1_ps(norms[i * G / kEights]), to + 32 * i);
   }

@@ -1,13 +1,5 @@
 // `Lanes` of AVX-512. Included by avx512.cpp, and by avx512_trellis.cpp.
 
-// How values are brought from their order into that of a class of codes, and back: nothing to do, unless it says otherwise.
-template <class Codes>
-struct Order {
-  static constexpr bool kSame = true;
-  static void arrange(__m512i*) {}
-  static void restore(__m512i*) {}
-};
-
 // Products are of weights + 128, unsigned, and of x, signed; offsets of inputs make up for it.
 struct Lanes {
   static constexpr int kWide = 1;
@@ -18,18 +10,13 @@ struct Lanes {
   typedef __m512i Ints;
   typedef __m512 Floats;
 
+  // as it is, unless a row ends within a step
   template <class Codes>
   static Arranged arrange(const Weight& w, const Input& in, int8_t* room) {
     const int64_t width = w.groups * w.group;
-    if (Order<Codes>::kSame && width % Codes::kCodes == 0) return {in.values, in.scales, in.offsets};
+    if (width % Codes::kCodes == 0) return {in.values, in.scales, in.offsets};
     std::memcpy(room, in.values, width);
     std::memset(room + width, 0, decoded_width(w) - width);
-    for (int64_t n = 0; n < width; n += Codes::kCodes) {
-      __m512i v[Codes::kParts];
-      for (int part = 0; part < Codes::kParts; ++part) v[part] = _mm512_loadu_si512(room + n + 64 * part);
-      Order<Codes>::arrange(v);
-      for (int part = 0; part < Codes::kParts; ++part) _mm512_storeu_si512(room + n + 64 * part, v[part]);
-    }
     return {room, in.scales, in.offsets};
   }
 
@@ -38,7 +25,6 @@ struct Lanes {
     for (int64_t n = 0; n < w.groups * w.group; n += Codes::kCodes) {
       __m512i found[Codes::kParts];
       decode<G>(codes, row + n * Codes::kBits / 8, n % w.group / Codes::kCodes, w.groups - n / (Codes::kCodes / G), found);
-      Order<Codes>::restore(found);
       for (int part = 0; part < Codes::kParts; ++part) _mm512_storeu_si512(to + n + 64 * part, found[part]);
     }
   }
@@ -61,15 +47,7 @@ struct Lanes {
   static Floats add(Floats acc, Ints dots, const float* scale) {
     __m512 by = _mm512_set1_ps(scale[0]);
     if constexpr (G == 2) by = _mm512_mask_broadcastss_ps(by, 0xFF00, _mm_load_ss(scale + 1));
-    if constexpr (G == 4) by = spread(_mm512_castps128_ps512(_mm_loadu_ps(scale)), 2);
-    if constexpr (G == 8) by = spread(_mm512_castps256_ps512(_mm256_loadu_ps(scale)), 1);
-    if constexpr (G == 16) by = _mm512_loadu_ps(scale);
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), by, acc);
-  }
-  // each number 2^shift times
-  static __m512 spread(__m512 numbers, int shift) {
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, shift), numbers);
   }
   // of 16 numbers
   static void times(const float* a, const float* b, float* to) {

@@ -15,7 +15,7 @@
 namespace kq {
 
 constexpr int kMostCodes = 256;  // of the largest codebook, and weights of the largest group
-constexpr int kMostStep = 512;   // weights that are decoded at a time, at most
+constexpr int kMostStep = 256;   // weights that are decoded at a time, at most
 
 enum Kind : int32_t { kCodebook, kTrellis };
 

@@ -51,10 +51,10 @@ KQ_APART void exact_of(const Weight& w, int64_t matrix, int64_t first, int64_t l
   }
 }
 
-template <template <int> class Of, int kBits>
+template <template <int> class Of, int kMost>
 void exact(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Input* in, int64_t tokens, float* const* out,
            int8_t* room) {
-  by_width<Of, kBits, kLeastGroup, kMostGroup>(w, [&](auto step) {
+  by_width<Of, kMost>(w, [&](auto step) {
     exact_of<typename decltype(step)::Codes, decltype(step)::kGroups>(w, matrix, first, last, in, tokens, out, room);
   });
 }

@@ -16,7 +16,7 @@
 // A group is some steps; or, where it is smaller than a step, a step is G groups, of which each has as many of a vector's lanes.
 
 constexpr int kNorms = 16;      // at once, a multiple of G
-constexpr int kLeastGroup = 32, kMostGroup = 256;
+constexpr int kLeastGroup = 32;
 constexpr int kAhead = 1 << 12;  // bytes of codes that are asked for before they are needed: processors do not look beyond a page of 4096
 
 // The next up to kNorms norms of a row, zeros behind them.
@@ -200,33 +200,28 @@ struct Step {
   static constexpr int kGroups = G;
 };
 
-template <class Codes, int kLeast, int G, class F>
-void by_groups(const Weight& w, const F& go) {
-  if constexpr (G * kLeast < Codes::kCodes)
-    if (w.group * G < Codes::kCodes) return by_groups<Codes, kLeast, 2 * G>(w, go);
-  go(Step<Codes, G>());
-}
-
-// Calls go(Step) for a weight of such widths and groups as there may be.
-template <template <int> class Of, int kBits, int kLeast, int kMost, int BITS = 2, class F>
+// Calls go(Step) for a weight, of whose kind kMost is the largest width.
+template <template <int> class Of, int kMost, int BITS = 2, int G = 1, class F>
 void by_width(const Weight& w, const F& go) {
-  if constexpr (BITS < kBits)
-    if (w.bits != BITS) return by_width<Of, kBits, kLeast, kMost, BITS + 1>(w, go);
-  by_groups<Of<BITS>, kLeast, Of<BITS>::kCodes <= kMost ? 1 : Of<BITS>::kCodes / kMost>(w, go);
+  if constexpr (BITS < kMost && G == 1)
+    if (w.bits != BITS) return by_width<Of, kMost, BITS + 1>(w, go);
+  if constexpr (G * kLeastGroup < Of<BITS>::kCodes)
+    if (w.group * G < Of<BITS>::kCodes) return by_width<Of, kMost, BITS, 2 * G>(w, go);
+  go(Step<Of<BITS>, G>());
 }
 
-template <template <int> class Of, int kBits, int kLeast = kLeastGroup, int kMost = kMostGroup>
+template <template <int> class Of, int kMost>
 void few(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, int64_t tokens,
          float* const* out, int8_t* room) {
-  by_width<Of, kBits, kLeast, kMost>(w, [&](auto step) {
+  by_width<Of, kMost>(w, [&](auto step) {
     few_of<typename decltype(step)::Codes, decltype(step)::kGroups>(w, matrix, first, last, table, in, tokens, out, room);
   });
 }
 
-template <template <int> class Of, int kBits>
+template <template <int> class Of, int kMost>
 void many(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, int64_t tokens,
           float* const* out, int8_t* room) {
-  by_width<Of, kBits, kLeastGroup, kMostGroup>(w, [&](auto step) {
+  by_width<Of, kMost>(w, [&](auto step) {
     many_of<typename decltype(step)::Codes, decltype(step)::kGroups>(w, matrix, first, last, table, in, tokens, out, room);
   });
 }

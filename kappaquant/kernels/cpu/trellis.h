@@ -20,6 +20,4 @@ constexpr uint32_t taps(const int (&backs)[COUNT]) {
 constexpr uint32_t kLowerTaps = taps(kLower), kUpperTaps = taps(kUpper), kTaps = kLowerTaps | kUpperTaps;
 static_assert(kTaps < 1 << 9, "the path bits of a weight lie in its byte and in the one before it");
 
-constexpr int kPairs = 0x33;  // of the bits of a byte the lower two of each four
-
 }  // namespace kq

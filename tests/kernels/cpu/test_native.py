@@ -187,8 +187,10 @@ def gated(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
 @pytest.mark.parametrize(
     "formats",
     [
-        (CodebookFormat(3, 64), CodebookFormat(4, 32)), (CodebookFormat(2, 64), CodebookFormat(8, 32)),
-        (TrellisFormat(4, 64), CodebookFormat(3, 32)), (TrellisFormat(2, 128), TrellisFormat(3, 32)),
+        (CodebookFormat(3, 64), CodebookFormat(4, 32)),
+        (CodebookFormat(2, 64), CodebookFormat(8, 32)),
+        (TrellisFormat(4, 64), CodebookFormat(3, 32)),
+        (TrellisFormat(2, 128), TrellisFormat(3, 32)),
     ],
     ids=lambda pair: "-".join(fmt.id for fmt in pair),
 )
