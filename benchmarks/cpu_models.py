@@ -29,6 +29,7 @@ VOCABULARY = 1024  # of the layers' models: what is measured is layers
 PLANS: dict[str, dict[str, Any]] = {
     "uniform 4": {"policy": "uniform", "bits": 4},
     "uniform 3": {"policy": "uniform", "bits": 3},
+    "trellis 3": {"policy": "uniform", "bits": 3, "kinds": ("t",)},
     "apex2": {"policy": "recipe", "recipe": "apex2"},
 }
 SMALL_PLANS: dict[str, dict[str, Any]] = {

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from benchmarks.cpu_turns import in_turns
-from kappaquant.formats.codebook import BITS, PACKED_SUFFIX, CodebookFormat
+from kappaquant.formats.codebook import BITS, PACKED_SUFFIX, CodebookFormat, GroupedFormat
+from kappaquant.formats.trellis import TRELLIS_BITS, TrellisFormat
 from kappaquant.kernels import dispatch
 from kappaquant.kernels.base import ACTIVATIONS, Arranged, Kernel
 
 SHAPE = (28672, 4096)
 GROUP = 128
-WIDTHS = tuple(bits for bits in BITS if bits != 7)
+FORMATS: dict[str, GroupedFormat] = {f"{bits} bits": CodebookFormat(bits, GROUP) for bits in BITS if bits != 7}
+FORMATS |= {f"trellis {bits}": TrellisFormat(bits, GROUP) for bits in TRELLIS_BITS}
 TOKENS = (1, 8, 64, 512)
 PLAIN = "bf16 (torch)"
 ENOUGH, MOST = 0.2, 16  # seconds of calls in a turn, and calls
@@ -31,22 +33,20 @@ Calls = Sequence[Callable[[], Any]]
 
 
 def rows(rounds: int, shape: tuple[int, int] = SHAPE, tokens: Sequence[int] = TOKENS) -> Iterator[Row]:
-    """A row for each width and number of tokens; inputs are prepared anew for each product, as for one that stands alone."""
-    weights = {bits: _weights(bits, shape) for bits in WIDTHS}
+    """A row for each format and number of tokens; inputs are prepared anew for each product, as for one that stands alone."""
+    weights = {name: _weights(fmt, shape) for name, fmt in FORMATS.items()}
     plain = [torch.randn(shape, dtype=torch.bfloat16) for _ in range(_copies(2 * shape[0] * shape[1]))]
     for count in tokens:
         x = torch.randn(count, shape[1], dtype=torch.bfloat16)
         things: dict[str, Calls] = {
-            f"{bits} bits": [partial(_product, kernel, weight, x) for weight in held]
-            for bits, (kernel, held) in weights.items()
+            name: [partial(_product, kernel, weight, x) for weight in held] for name, (kernel, held) in weights.items()
         }
         things[PLAIN] = [partial(torch.nn.functional.linear, x, weight) for weight in plain]
         found = in_turns({name: cycle(calls) for name, calls in things.items()}, _timed, rounds)
         for name, times in found.items():
-            bits = next((b for b in WIDTHS if name == f"{b} bits"), None)
-            nbytes = weights[bits][1][0].fmt.nbytes(shape) if bits else plain[0].nbytes
+            nbytes = FORMATS[name].nbytes(shape) if name in FORMATS else plain[0].nbytes
             yield {
-                "part": "products", "what": name, "kernel": weights[bits][0].name if bits else "torch", "rows": shape[0],
+                "part": "products", "what": name, "kernel": weights[name][0].name if name in FORMATS else "torch", "rows": shape[0],
                 "inputs": shape[1], "tokens": count, **times.to_json(), "weight_bytes": nbytes,
                 "gb_per_s": round(nbytes / times.median / 1e9, 2), "times_faster_than": {PLAIN: round(times.ratio(found[PLAIN]), 3)},
             }  # fmt: skip
@@ -65,9 +65,8 @@ def _copies(nbytes: int) -> int:
     return max(2, -(-TIMES_THE_CACHE * last_cache() // nbytes))
 
 
-def _weights(bits: int, shape: tuple[int, int]) -> tuple[Kernel, list[Arranged]]:
-    """The kernel that serves this width here, and copies that no cache holds: any bytes are codes, and as fast to read as encoded ones."""
-    fmt = CodebookFormat(bits, GROUP)
+def _weights(fmt: GroupedFormat, shape: tuple[int, int]) -> tuple[Kernel, list[Arranged]]:
+    """The kernel that serves this format here, and copies that no cache holds: any bytes are codes, and as fast to read as encoded ones."""
     made = []
     for _ in range(_copies(fmt.nbytes(shape))):
         parts = {}

@@ -98,7 +98,13 @@ def test_rows_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_products, "last_cache", lambda: 1)  # or there would be thousands of copies
     rows = list(cpu_products.rows(1, (64, 256), (1, 3)))
     assert [(row["tokens"], row["what"]) for row in rows] == [
-        (tokens, name) for tokens in (1, 3) for name in (*(f"{b} bits" for b in (2, 3, 4, 5, 6, 8)), cpu_products.PLAIN)
+        (tokens, name)
+        for tokens in (1, 3)
+        for name in (
+            *(f"{bits} bits" for bits in (2, 3, 4, 5, 6, 8)),
+            *(f"trellis {bits}" for bits in (2, 3, 4)),
+            cpu_products.PLAIN,
+        )
     ]
     assert rows[0]["weight_bytes"] == 64 * (256 * 2 // 8 + 2 * 2)
     assert all(row["ms"] > 0 for row in rows)

@@ -101,7 +101,7 @@ def _say_what_is_slow(chosen: Kernel, reasons: Sequence[str], parts: Mapping[str
     refused = [reason for reason in reasons if "does not serve" not in reason]
     if device == "cuda" and refused and isinstance(chosen, AnyFormat):
         _say_once(f"{refused[0]}; this weight runs in torch, which is slower")
-    elif device == "cpu" and isinstance(chosen, Lookups) and absence():
+    elif device == "cpu" and absence() and absence() in refused:
         _say_once(f"{absence()}; weights run in torch, which is many times slower")
 
 

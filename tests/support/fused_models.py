@@ -33,14 +33,16 @@ def save(architecture: str, folder: Path) -> Path:
 
 
 def packed_families(work: Path) -> dict[str, Path]:
-    """Packed checkpoints of ``FAMILIES`` in a folder: some tensors in 16 bits, experts at 3, others at 4."""
+    """Packed checkpoints of ``FAMILIES`` in a folder: some tensors in 16 bits, experts at 3, others at 4, of which some in trellis codes."""
     made = {}
     for architecture in FAMILIES:
         folder = work / architecture
         folder.mkdir()
         source = kappaquant.open_source(save(architecture, folder / "source"))
-        wanted = (
+        wanted: tuple[tuple[str, int | str], ...] = (
             ("*.experts.*", 3),
+            ("*.0.mlp.down_proj.weight", "t4g64"),
+            ("*.k_proj.weight", "t3g128"),
             ("*.v_proj.weight", 16),
             ("*.in_proj_a.weight", 16),
             ("*.1.mlp.up_proj.weight", 16),

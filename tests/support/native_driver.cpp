@@ -50,14 +50,15 @@ struct Held {
 };
 
 Held take_weight() {
-  const auto n = take<int64_t>(6);  // experts, rows, inputs, groups, bits, group
+  const auto n = take<int64_t>(7);  // experts, rows, inputs, groups, bits, group, kind
   Held held;
   held.weight = {};
   held.weight.experts = n[0], held.weight.rows = n[1], held.inputs = n[2], held.weight.groups = n[3];
   held.weight.bits = static_cast<int32_t>(n[4]), held.weight.group = static_cast<int32_t>(n[5]);
+  held.weight.kind = static_cast<int32_t>(n[6]);
   held.codes = take<uint8_t>(n[0] * n[1] * kq::row_bytes(held.weight));
   held.norms = take<uint16_t>(n[0] * n[1] * n[3]);
-  held.book = take<float>(1 << n[4]);
+  held.book = take<float>(kq::entries(held.weight));
   held.signs = take<float>(2 * n[5]);
   held.weight.codes = held.codes.get(), held.weight.norms = held.norms.get(), held.weight.book = held.book.get();
   return held;

@@ -3,6 +3,7 @@
 
 #include "numbers.h"
 #include "product.h"
+#include "trellis.h"
 
 namespace kq {
 
@@ -22,6 +23,9 @@ const Level* const* levels() {
 using namespace kq;
 
 KQ_API int32_t kq_weight_bytes() { return static_cast<int32_t>(sizeof(Weight)); }
+
+// Path bits of trellis codes whose parity is a level number's bit 0, or bit 1: bit i of this, the one i weights back.
+KQ_API int32_t kq_trellis_taps(int32_t bit) { return static_cast<int32_t>(bit ? kUpperTaps : kLowerTaps); }
 
 // Instruction sets of this build, fastest first: how many, their names, and whether this processor has them.
 KQ_API int32_t kq_levels() {

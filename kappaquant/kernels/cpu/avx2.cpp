@@ -60,9 +60,11 @@ bool runs() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
 }
 
+const Multiplier codebooks = {few<Codes, 8>, many<Codes, 8>, exact<Book, 8>};
+
 }  // namespace
 
-const Level kAvx2 = {"avx2", runs, rotate, narrow, few, many, exact, encode, feedback::feed_back, {norm, gated<true>, gated<false>, dense, attend, delta}};
+const Level kAvx2 = {"avx2", runs, rotate, narrow, {&codebooks, &kAvx2Trellis}, encode, feedback::feed_back, {norm, gated<true>, gated<false>, dense, attend, delta}};
 
 }  // namespace kq
 

@@ -49,9 +49,10 @@ struct Codes;
 
 template <>
 struct Codes<2> {
+  static constexpr int kBits = 2, kCodes = 64, kParts = 2;
   __m256i spread, shifts, lower, upper;
 
-  explicit Codes(const int8_t* bytes) {
+  Codes(const Weight&, const int8_t* bytes) {
     int8_t low[16], high[16];
     for (int i = 0; i < 16; ++i) low[i] = bytes[i & 3], high[i] = bytes[i >> 2];
     lower = table16(low);
@@ -68,7 +69,8 @@ struct Codes<2> {
   }
 
   // two codes in each byte: either is looked up as if the other did not matter
-  void operator()(const uint8_t* p, __m256i* found) const {
+  template <int G>
+  void step(const uint8_t* p, int64_t, __m256i* found) const {
     const __m256i bytes = table16(p);
     const __m256i pairs = nibbles(_mm256_srlv_epi64(_mm256_shuffle_epi8(bytes, spread), shifts));
     found[0] = _mm256_shuffle_epi8(lower, pairs);
@@ -78,9 +80,10 @@ struct Codes<2> {
 
 template <>
 struct Codes<3> {
+  static constexpr int kBits = 3, kCodes = 64, kParts = 2;
   __m256i spread, shifts, table;
 
-  explicit Codes(const int8_t* bytes) {
+  Codes(const Weight&, const int8_t* bytes) {
     alignas(32) uint8_t from[32];
     int8_t twice[16];
     for (int i = 0; i < 16; ++i) {
@@ -104,7 +107,8 @@ struct Codes<3> {
   }
 
   // of the four in bits 0 to 11 two are brought into each byte's bits 0 to 5; the table does not mind what is in bits 3 to 6 of an index
-  void operator()(const uint8_t* p, __m256i* found) const {
+  template <int G>
+  void step(const uint8_t* p, int64_t, __m256i* found) const {
     const __m256i fours = _mm256_srlv_epi64(_mm256_shuffle_epi8(lanes(p, p + 8), spread), shifts);
     const __m256i pairs = merge(fours, _mm256_slli_epi16(fours, 2)), kept = _mm256_set1_epi8(0x7F);
     found[0] = _mm256_shuffle_epi8(table, _mm256_and_si256(pairs, kept));
@@ -114,9 +118,10 @@ struct Codes<3> {
 
 template <>
 struct Codes<4> {
+  static constexpr int kBits = 4, kCodes = 64, kParts = 2;
   __m256i table;
 
-  explicit Codes(const int8_t* bytes) : table(table16(bytes)) {}
+  Codes(const Weight&, const int8_t* bytes) : table(table16(bytes)) {}
 
   static constexpr int place(int vector, int i) { return 2 * i + vector; }
   static void order(__m256i* v) {
@@ -125,7 +130,8 @@ struct Codes<4> {
     v[0] = low;
   }
 
-  void operator()(const uint8_t* p, __m256i* found) const {
+  template <int G>
+  void step(const uint8_t* p, int64_t, __m256i* found) const {
     const __m256i both = load32(p);
     found[0] = _mm256_shuffle_epi8(table, nibbles(both));
     found[1] = _mm256_shuffle_epi8(table, nibbles(_mm256_srli_epi16(both, 4)));
@@ -168,14 +174,16 @@ struct Long {
 
 template <>
 struct Codes<5> : Long<5> {
+  static constexpr int kBits = 5, kCodes = 64, kParts = 2;
   Lifted two;
 
-  explicit Codes(const int8_t* bytes) : Long(bytes), two(Words<10>(0, kSkip)) {}
+  Codes(const Weight&, const int8_t* bytes) : Long(bytes), two(Words<10>(0, kSkip)) {}
 
   static constexpr int place(int vector, int i) { return 16 * vector + i; }
   static void order(__m256i*) {}
 
-  void operator()(const uint8_t* p, __m256i* found) const {
+  template <int G>
+  void step(const uint8_t* p, int64_t, __m256i* found) const {
     for (int vector = 0; vector < 2; ++vector) {
       const __m256i lifted = two(sixteen(p, vector)), top = merge(_mm256_srli_epi16(lifted, 3), lifted);
       found[vector] = pair(0, nibbles(_mm256_srli_epi16(top, 3)), top);
@@ -185,14 +193,16 @@ struct Codes<5> : Long<5> {
 
 template <>
 struct Codes<6> : Long<6> {
+  static constexpr int kBits = 6, kCodes = 64, kParts = 2;
   Lifted two;
 
-  explicit Codes(const int8_t* bytes) : Long(bytes), two(Words<12>(0, kSkip)) {}
+  Codes(const Weight&, const int8_t* bytes) : Long(bytes), two(Words<12>(0, kSkip)) {}
 
   static constexpr int place(int vector, int i) { return 16 * vector + i; }
   static void order(__m256i*) {}
 
-  void operator()(const uint8_t* p, __m256i* found) const {
+  template <int G>
+  void step(const uint8_t* p, int64_t, __m256i* found) const {
     for (int vector = 0; vector < 2; ++vector) {
       const __m256i lifted = two(sixteen(p, vector)), top = merge(_mm256_srli_epi16(lifted, 2), lifted);
       const __m256i low = nibbles(_mm256_srli_epi16(top, 2)), next = _mm256_add_epi8(top, top);
@@ -203,9 +213,10 @@ struct Codes<6> : Long<6> {
 
 template <>
 struct Codes<7> : Long<7> {
+  static constexpr int kBits = 7, kCodes = 64, kParts = 2;
   Lifted first, second;  // 8 codes each, of a word each
 
-  explicit Codes(const int8_t* bytes) : Long(bytes), first(Words<7>(0, kSkip)), second(Words<7>(8, kSkip)) {}
+  Codes(const Weight&, const int8_t* bytes) : Long(bytes), first(Words<7>(0, kSkip)), second(Words<7>(8, kSkip)) {}
 
   static constexpr int place(int vector, int i) { return 16 * vector + i / 2 + i % 2 * 8; }
   static void order(__m256i* v) {
@@ -213,7 +224,8 @@ struct Codes<7> : Long<7> {
     for (int i = 0; i < 2; ++i) v[i] = _mm256_shuffle_epi8(v[i], evens);
   }
 
-  void operator()(const uint8_t* p, __m256i* found) const {
+  template <int G>
+  void step(const uint8_t* p, int64_t, __m256i* found) const {
     for (int vector = 0; vector < 2; ++vector) {
       const __m256i bytes = sixteen(p, vector);
       const __m256i top = merge(_mm256_srli_epi16(first(bytes), 8), second(bytes));
@@ -225,12 +237,14 @@ struct Codes<7> : Long<7> {
 
 template <>
 struct Codes<8> : Long<8> {
-  using Long::Long;
+  static constexpr int kBits = 8, kCodes = 64, kParts = 2;
+  Codes(const Weight&, const int8_t* bytes) : Long(bytes) {}
 
   static constexpr int place(int vector, int i) { return 16 * vector + i; }
   static void order(__m256i*) {}
 
-  void operator()(const uint8_t* p, __m256i* found) const {
+  template <int G>
+  void step(const uint8_t* p, int64_t, __m256i* found) const {
     for (int vector = 0; vector < 2; ++vector) {
       const __m256i top = sixteen(p, vector), next = _mm256_add_epi8(top, top);
       const Quarters at(_mm256_and_si256(top, _mm256_set1_epi8(63)));
@@ -262,11 +276,12 @@ __m128i first_bytes(const uint8_t* p) {
 // 16 codes looked up in a codebook of floats, in their order.
 template <int BITS>
 struct Book {
+  static constexpr int kBits = BITS, kCodes = 16;
   __m256i spread[2], shifts;
   __m256 eight[2];
   const float* entries;
 
-  explicit Book(const float* from) : entries(from) {
+  explicit Book(const Weight& w) : entries(w.book) {
     alignas(32) uint8_t bytes[2][32];
     alignas(32) int32_t by[8];
     for (int i = 0; i < 16; ++i) {  // to each 32 bits the bytes in which a code lies
@@ -276,12 +291,13 @@ struct Book {
     }
     for (int i = 0; i < 2; ++i) spread[i] = load32(bytes[i]);
     shifts = load32(by);
-    if constexpr (BITS == 2) eight[0] = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from));
-    if constexpr (BITS >= 3) eight[0] = _mm256_loadu_ps(from);
-    if constexpr (BITS >= 4) eight[1] = _mm256_loadu_ps(from + 8);
+    if constexpr (BITS == 2) eight[0] = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(entries));
+    if constexpr (BITS >= 3) eight[0] = _mm256_loadu_ps(entries);
+    if constexpr (BITS >= 4) eight[1] = _mm256_loadu_ps(entries + 8);
   }
 
-  void operator()(const uint8_t* p, float norm, float* to) const {
+  template <int G>
+  void step(const uint8_t* p, int64_t, float* to, const float* norm) const {
     const __m256i bytes = _mm256_broadcastsi128_si256(first_bytes<2 * BITS>(p));
     for (int i = 0; i < 2; ++i) {
       __m256 found;
@@ -294,7 +310,7 @@ struct Book {
       } else {
         found = _mm256_i32gather_ps(entries, _mm256_and_si256(codes, _mm256_set1_epi32((1 << BITS) - 1)), 4);
       }
-      _mm256_storeu_ps(to + 8 * i, _mm256_mul_ps(found, _mm256_set1_ps(norm)));
+      _mm256_storeu_ps(to + 8 * i, _mm256_mul_ps(found, _mm256_set1_ps(*norm)));
     }
   }
 };

@@ -1,9 +1,9 @@
 // `Lanes` of AVX2: products of sizes, unsigned, and of bytes that take the signs. Included by avx2.cpp, and by avxvnni.cpp, which has one
 // instruction for them.
 
-// How a token's inputs are brought into the order of Codes<BITS>, 64 at a time: bytes of either vector from the first and the second 16
-// of each lane's 32.
-template <int BITS>
+// How values are brought from their order into that of a class of codes, a step at a time: bytes of either vector from the first and the
+// second 16 of each lane's 32. And back.
+template <class Codes>
 struct Order {
   __m256i from[2][2];
 
@@ -12,11 +12,24 @@ struct Order {
       for (int half = 0; half < 2; ++half) {
         int8_t bytes[16];
         for (int i = 0; i < 16; ++i) {
-          const int at = Codes<BITS>::place(vector, i) - 16 * half;
+          const int at = Codes::place(vector, i) - 16 * half;
           bytes[i] = static_cast<int8_t>(at >= 0 && at < 16 ? at : -128);
         }
         from[vector][half] = table16(bytes);
       }
+  }
+
+  void arrange(__m256i* v) const {
+    const __m256i first = _mm256_permute2x128_si256(v[0], v[1], 0x20), second = _mm256_permute2x128_si256(v[0], v[1], 0x31);
+    for (int i = 0; i < 2; ++i)
+      v[i] = _mm256_or_si256(_mm256_shuffle_epi8(first, from[i][0]), _mm256_shuffle_epi8(second, from[i][1]));
+  }
+
+  static void restore(__m256i* v) {
+    Codes::order(v);
+    const __m256i first = _mm256_permute2x128_si256(v[0], v[1], 0x20);
+    v[1] = _mm256_permute2x128_si256(v[0], v[1], 0x31);
+    v[0] = first;
   }
 };
 
@@ -24,7 +37,7 @@ struct Order {
 // for tiles weights are. A number y takes a minus sign as ~y, which is -y - 1: one operation that every unit of a processor has. Sums then
 // lack the size of each negative factor that was split, which is what offsets and `Rows::sums` make up for.
 struct Lanes {
-  static constexpr int kCodes = 64, kParts = 2, kStep = 128;
+  static constexpr int kWide = 2;
   static constexpr int kVector = 32, kTileRows = 2, kTile = 4;
   static constexpr Shifts kShifts = kInputs;
   typedef __m256i Bytes;
@@ -48,19 +61,21 @@ struct Lanes {
     return static_cast<float>(_mm_cvtsi128_si32(_mm_add_epi32(two, _mm_unpackhi_epi64(two, two))));
   }
 
-  // Calls visit(at, alone) for each 64 values of a row, and sums up what it returns for the first and the second 32 of them by group.
+  // Sums of what is negative in a row, by group. visit(n, alone, v) gives the values from n on, of which there are 64, or the first 32 alone.
   template <class F>
-  static void by_steps(const Weight& w, float* sums, const F& visit) {
+  static void sum_negative(const Weight& w, float* sums, const F& visit) {
     const int64_t width = w.groups * w.group;
-    __m256i sum = _mm256_setzero_si256(), halves[2];
-    for (int64_t at = 0; at < width; at += kCodes) {
-      visit(at, at + kCodes > width, halves);
-      if (w.group < kCodes) {
-        *sums++ = total(halves[0]);
-        if (at + kCodes <= width) *sums++ = total(halves[1]);
+    __m256i sum = _mm256_setzero_si256(), v[2];
+    for (int64_t n = 0; n < width; n += 64) {
+      const bool alone = n + 64 > width;
+      visit(n, alone, v);
+      const __m256i low = negative(v[0]), high = negative(v[1]);
+      if (w.group < 64) {
+        *sums++ = total(low);
+        if (!alone) *sums++ = total(high);
       } else {
-        sum = _mm256_add_epi32(sum, _mm256_add_epi32(halves[0], halves[1]));
-        if (((at + kCodes) & (w.group - 1)) == 0) {  // groups are powers of two
+        sum = _mm256_add_epi32(sum, _mm256_add_epi32(low, high));
+        if (((n + 64) & (w.group - 1)) == 0) {  // groups are powers of two
           *sums++ = total(sum);
           sum = _mm256_setzero_si256();
         }
@@ -69,35 +84,37 @@ struct Lanes {
     for (int64_t g = w.groups; g < padded_groups(w.groups); ++g) *sums++ = 0;
   }
 
-  template <int BITS>
+  template <class Codes>
   static Arranged arrange(const Weight& w, const Input& in, int8_t* room) {
-    const Order<BITS> order;
+    const Order<Codes> order;
+    const int64_t width = w.groups * w.group;
+    for (int64_t n = 0; n < width; n += Codes::kCodes) {
+      __m256i v[Codes::kParts] = {};
+      for (int part = 0; part < Codes::kParts && n + 32 * part < width; ++part) v[part] = load32(in.values + n + 32 * part);
+      order.arrange(v);
+      for (int part = 0; part < Codes::kParts; ++part) split(v[part], room + 2 * n + 64 * part);
+    }
     float* offsets = reinterpret_cast<float*>(room + kept_bytes(w));
-    by_steps(w, offsets, [&](int64_t at, bool alone, __m256i* sums) {
-      const __m256i low = load32(in.values + at), high = alone ? _mm256_setzero_si256() : load32(in.values + at + 32);
-      sums[0] = negative(low);
-      sums[1] = negative(high);
-      const __m256i first = _mm256_permute2x128_si256(low, high, 0x20), second = _mm256_permute2x128_si256(low, high, 0x31);
-      for (int i = 0; i < 2; ++i)
-        split(_mm256_or_si256(_mm256_shuffle_epi8(first, order.from[i][0]), _mm256_shuffle_epi8(second, order.from[i][1])),
-              room + 2 * at + 64 * i);
+    sum_negative(w, offsets, [&](int64_t n, bool alone, __m256i* v) {
+      v[0] = load32(in.values + n);
+      v[1] = alone ? _mm256_setzero_si256() : load32(in.values + n + 32);
     });
     for (int64_t g = 0; g < w.groups; ++g) offsets[g] *= in.scales[g];
     return {room, in.scales, offsets};
   }
 
   // A row in its order: sizes and signs.
-  template <int BITS>
-  static void keep(const Codes<BITS>& codes, const Weight& w, const uint8_t* p, int8_t* to, float* sums) {
-    by_steps(w, sums, [&](int64_t at, bool alone, __m256i* halves) {
-      __m256i found[2];
-      decode<BITS>(codes, p + at * BITS / 8, alone, found);
-      Codes<BITS>::order(found);
-      for (int i = 0; i < 2; ++i) {
-        const __m256i v = i ? _mm256_permute2x128_si256(found[0], found[1], 0x31) : _mm256_permute2x128_si256(found[0], found[1], 0x20);
-        halves[i] = negative(v);
-        split(v, to + 2 * at + 64 * i);
+  template <int G, class Codes>
+  static void keep(const Codes& codes, const Weight& w, const uint8_t* row, int8_t* to, float* sums) {
+    constexpr int kGroup = Codes::kCodes / G;  // where G > 1
+    __m256i found[Codes::kParts];
+    sum_negative(w, sums, [&](int64_t n, bool, __m256i* v) {
+      const int64_t in = n % Codes::kCodes;
+      if (in == 0) {
+        decode<G>(codes, row + n * Codes::kBits / 8, n % w.group / Codes::kCodes, w.groups - n / kGroup, found);
+        Order<Codes>::restore(found);
       }
+      for (int i = 0; i < 2; ++i) split(v[i] = found[in / 32 + i], to + 2 * n + 64 * i);
     });
   }
 
@@ -125,9 +142,14 @@ struct Lanes {
   }
   static Ints zero() { return _mm256_setzero_si256(); }
   static Floats none() { return _mm256_setzero_ps(); }
-  template <bool kPairs>
+  template <int G>
   static Floats add(Floats acc, Ints dots, const float* scale) {
-    const __m256 by = kPairs ? _mm256_set_m128(_mm_set1_ps(scale[1]), _mm_set1_ps(scale[0])) : _mm256_set1_ps(scale[0]);
+    __m256 by;
+    if constexpr (G == 1) by = _mm256_set1_ps(scale[0]);
+    if constexpr (G == 2) by = _mm256_set_m128(_mm_set1_ps(scale[1]), _mm_set1_ps(scale[0]));
+    if constexpr (G == 4)
+      by = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(scale)), _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+    if constexpr (G == 8) by = _mm256_loadu_ps(scale);
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), by, acc);
   }
   // of 16 numbers

@@ -23,11 +23,12 @@ namespace {
 
 template <int BITS>
 struct Codes {
+  static constexpr int kBits = BITS, kCodes = 64, kParts = 1;
   static constexpr int kTables = BITS <= 6 ? 1 : 1 << (BITS - 6);  // of 64 entries
   static constexpr __mmask64 kRead = ~0ull >> (64 - 8 * BITS);
   __m512i spread, shifts, table[kTables];
 
-  explicit Codes(const int8_t* bytes) {
+  Codes(const Weight&, const int8_t* bytes) {
     alignas(64) uint8_t from[64], by[64], entries[64 * kTables];
     for (int i = 0; i < 64; ++i) {  // 8 codes, which are BITS bytes, to each 8 bytes
       from[i] = static_cast<uint8_t>((i / 8 * BITS + i % 8) & 63);
@@ -40,7 +41,8 @@ struct Codes {
     for (int i = 0; i < kTables; ++i) table[i] = _mm512_load_si512(entries + 64 * i);
   }
 
-  void operator()(const uint8_t* p, __m512i* found) const {
+  template <int G>
+  void step(const uint8_t* p, int64_t, __m512i* found) const {
     __m512i codes = _mm512_maskz_loadu_epi8(kRead, p);
     if constexpr (BITS < 8)
       codes = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, codes));
@@ -58,11 +60,12 @@ struct Codes {
 // 16 codes looked up in a codebook of floats.
 template <int BITS>
 struct Book {
+  static constexpr int kBits = BITS, kCodes = 16;
   __m512i spread, shifts;
   __m512 table[2];
   const float* entries;
 
-  explicit Book(const float* book) : entries(book) {
+  explicit Book(const Weight& w) : entries(w.book) {
     alignas(64) uint8_t from[64];
     alignas(64) int32_t by[16];
     alignas(64) float some[32];
@@ -70,14 +73,15 @@ struct Book {
       for (int b = 0; b < 4; ++b) from[4 * i + b] = static_cast<uint8_t>(i * BITS / 8 + b);
       by[i] = i * BITS % 8;
     }
-    for (int i = 0; i < 32; ++i) some[i] = book[i & ((1 << BITS) - 1)];  // what lies above a code is looked up with it
+    for (int i = 0; i < 32; ++i) some[i] = entries[i & ((1 << BITS) - 1)];  // what lies above a code is looked up with it
     spread = _mm512_load_si512(from);
     shifts = _mm512_load_si512(by);
     table[0] = _mm512_load_ps(some);
     table[1] = _mm512_load_ps(some + 16);
   }
 
-  void operator()(const uint8_t* p, float norm, float* to) const {
+  template <int G>
+  void step(const uint8_t* p, int64_t, float* to, const float* norm) const {
     const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(0xFFFF >> (16 - 2 * BITS)), p);
     const __m512i codes = _mm512_srlv_epi32(_mm512_permutexvar_epi8(spread, _mm512_zextsi128_si512(bytes)), shifts);
     __m512 found;
@@ -88,70 +92,7 @@ struct Book {
     } else {
       found = _mm512_i32gather_ps(_mm512_and_si512(codes, _mm512_set1_epi32((1 << BITS) - 1)), entries, 4);
     }
-    _mm512_storeu_ps(to, _mm512_mul_ps(found, _mm512_set1_ps(norm)));
-  }
-};
-
-// Products are of weights + 128, unsigned, and of x, signed; offsets of inputs make up for it.
-struct Lanes {
-  static constexpr int kCodes = 64, kParts = 1, kStep = 64;
-  static constexpr int kVector = 64, kTileRows = 4, kTile = 4;
-  static constexpr Shifts kShifts = kWeights;
-  typedef __m512i Bytes;
-  typedef __m512i Kept;
-  typedef __m512i Ints;
-  typedef __m512 Floats;
-
-  // as it is, unless the last step is half
-  template <int BITS>
-  static Arranged arrange(const Weight& w, const Input& in, int8_t* room) {
-    const int64_t width = w.groups * w.group;
-    if (width % kCodes == 0) return {in.values, in.scales, in.offsets};
-    std::memcpy(room, in.values, width);
-    std::memset(room + width, 0, up(width) - width);
-    return {room, in.scales, in.offsets};
-  }
-
-  template <int BITS>
-  static void keep(const Codes<BITS>& codes, const Weight& w, const uint8_t* p, int8_t* to, float*) {
-    const int64_t width = w.groups * w.group;
-    for (int64_t at = 0; at < width; at += kCodes) {
-      __m512i found;
-      decode<BITS>(codes, p + at * BITS / 8, at + kCodes > width, &found);
-      _mm512_storeu_si512(to + at, found);
-    }
-  }
-
-  template <bool kHalf>
-  static Bytes input(const int8_t* p, int64_t part) {
-    if constexpr (kHalf) return _mm512_maskz_loadu_epi8(~0ull >> 32, p + 32 * part);
-    return _mm512_loadu_si512(p + 64 * part);
-  }
-  template <bool kHalf>
-  static Kept kept(const int8_t* p, int64_t part) {
-    return input<kHalf>(p, part);
-  }
-  static Ints dot(Ints acc, Kept weights, Bytes x) { return _mm512_dpbusd_epi32(acc, weights, x); }
-  static Ints dot_arranged(Ints acc, Bytes weights, const int8_t* x, int part) { return dot(acc, weights, input<false>(x, part)); }
-  static Ints dot_in_turn(Ints acc, Kept weights, Bytes x) { return dot(acc, weights, x); }
-  static Ints zero() { return _mm512_setzero_si512(); }
-  static Floats none() { return _mm512_setzero_ps(); }
-  template <bool kPairs>
-  static Floats add(Floats acc, Ints dots, const float* scale) {
-    __m512 by = _mm512_set1_ps(scale[0]);
-    if constexpr (kPairs) by = _mm512_mask_broadcastss_ps(by, 0xFF00, _mm_load_ss(scale + 1));
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), by, acc);
-  }
-  // of 16 numbers
-  static void times(const float* a, const float* b, float* to) {
-    _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b)));
-  }
-  static Floats add_times(Floats acc, const float* a, const float* b) {
-    return _mm512_fmadd_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b), acc);
-  }
-  static float sum(Floats v) { return _mm512_reduce_add_ps(v); }
-  static void halves(const uint16_t* from, float* to) {
-    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+    _mm512_storeu_ps(to, _mm512_mul_ps(found, _mm512_set1_ps(*norm)));
   }
 };
 
@@ -178,6 +119,7 @@ struct Across {
   static Whole whole(Reals v) { return reinterpret_cast<Whole>(_mm512_cvttps_epi32(v)); }
 };
 
+#include "avx512_lanes.inl"
 #include "rotation.inl"
 #include "products.inl"
 #include "exact.inl"
@@ -190,12 +132,15 @@ struct Across {
 
 bool runs() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("gfni");
 }
+
+const Multiplier codebooks = {few<Codes, 8>, many<Codes, 8>, exact<Book, 8>};
 
 }  // namespace
 
-const Level kAvx512 = {"avx512", runs, rotate, narrow, few, many, exact, encode, feedback::feed_back, {norm, gated<true>, gated<false>, dense, attend, delta}};
+const Level kAvx512 = {"avx512", runs, rotate, narrow, {&codebooks, &kAvx512Trellis}, encode, feedback::feed_back, {norm, gated<true>, gated<false>, dense, attend, delta}};
 
 }  // namespace kq
 

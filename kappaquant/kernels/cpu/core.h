@@ -15,15 +15,18 @@
 namespace kq {
 
 constexpr int kMostCodes = 256;  // of the largest codebook, and weights of the largest group
+constexpr int kMostStep = 256;   // weights that are decoded at a time, at most
+
+enum Kind : int32_t { kCodebook, kTrellis };
 
 struct Weight {
   const uint8_t* codes;  // [experts, rows, groups * group * bits / 8]
   const void* norms;     // [experts, rows, groups]
-  const float* book;     // [2^bits]
+  const float* book;     // [2^bits], of a trellis twice as many
   int64_t experts, rows, groups;
   int32_t bits, group;
   int32_t wide_norms;  // 1: norms are float32, 0: float16
-  int32_t unused;
+  int32_t kind;        // of Kind: how codes lie, and what they say
 };
 
 // One token's input. For int8 products `offsets` makes up for codebooks shifted to be unsigned: -128 * scale * sum(values).
@@ -70,14 +73,8 @@ struct Steps {
   void (*delta)(float* state, int64_t dk, int64_t dv, const float* q, const float* k, const float* v, float decay, float beta, float* out);
 };
 
-// One instruction set. Functions take rows [first, last) of one matrix.
-struct Level {
-  const char* name;
-  bool (*runs)();
-  // x [tokens, in] in float32 -> rotated [tokens, groups * group]; in is padded by zeros; signs: 2 * group values, s1 then s2
-  void (*rotate)(const float* x, int64_t in, int64_t groups, int group, const float* signs, float* out);
-  // one rotated token -> int8, scales and offsets
-  void (*narrow)(const float* rotated, int64_t groups, int group, int8_t* values, float* scales, float* offsets);
+// Of one instruction set and one kind of codes, products of rows [first, last) of one matrix.
+struct Multiplier {
   // out[t][row - first] for up to kFew tokens: rows are decoded as they are multiplied. `room` has `few_room` bytes
   void (*few)(const Weight&, int64_t matrix, int64_t first, int64_t last, const Table&, const Input* inputs, int64_t tokens,
               float* const* out, int8_t* room);
@@ -87,6 +84,17 @@ struct Level {
   // the same in float32, for inputs that have `floats`; `room` has `exact_room` bytes
   void (*exact)(const Weight&, int64_t matrix, int64_t first, int64_t last, const Input* inputs, int64_t tokens,
                 float* const* out, int8_t* room);
+};
+
+// One instruction set.
+struct Level {
+  const char* name;
+  bool (*runs)();
+  // x [tokens, in] in float32 -> rotated [tokens, groups * group]; in is padded by zeros; signs: 2 * group values, s1 then s2
+  void (*rotate)(const float* x, int64_t in, int64_t groups, int group, const float* signs, float* out);
+  // one rotated token -> int8, scales and offsets
+  void (*narrow)(const float* rotated, int64_t groups, int group, int8_t* values, float* scales, float* offsets);
+  const Multiplier* by[2];  // kind of codes
   // groups [first, last) of a weight as codes
   void (*encode)(const Encoding&, const Tables&, int64_t first, int64_t last);
   // one group of inputs of a matrix; `room` has `feedback_room` bytes
@@ -95,6 +103,7 @@ struct Level {
 };
 
 extern const Level kAvx2, kAvxVnni, kAvx512, kNeon;
+extern const Multiplier kAvx2Trellis, kAvx512Trellis;
 
 // Those of this build, fastest first, then null; whether the processor has them is for `runs` to say.
 const Level* const* levels();
@@ -107,8 +116,11 @@ inline int64_t padded_groups(int64_t groups) { return (groups + 15) / 16 * 16; }
 
 inline int64_t up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+// The weights of a row, and those behind it that are decoded with its last.
+inline int64_t decoded_width(const Weight& w) { return (w.groups * w.group + kMostStep - 1) / kMostStep * kMostStep; }
+
 // A row of weights, or of an input, as an instruction set likes it best: up to two bytes for each value.
-inline int64_t kept_bytes(const Weight& w) { return 2 * up(w.groups * w.group); }
+inline int64_t kept_bytes(const Weight& w) { return 2 * decoded_width(w); }
 
 // An input, and its offsets.
 inline int64_t arranged_room(const Weight& w) { return kept_bytes(w) + 4 * padded_groups(w.groups); }
@@ -118,8 +130,11 @@ inline int64_t few_room(const Weight& w) { return kFew * arranged_room(w); }
 // The decoded rows, their norms, and sums of each group.
 inline int64_t many_room(const Weight& w) { return kDecoded * (kept_bytes(w) + 2 * 4 * padded_groups(w.groups)); }
 
-inline int64_t exact_room(const Weight& w) { return kExact * 4 * w.groups * w.group; }
+inline int64_t exact_room(const Weight& w) { return kExact * 4 * decoded_width(w); }
 
 inline int64_t row_bytes(const Weight& w) { return w.groups * w.group * w.bits / 8; }
+
+// Entries of its codebook.
+inline int entries(const Weight& w) { return 1 << (w.bits + (w.kind == kTrellis)); }
 
 }  // namespace kq

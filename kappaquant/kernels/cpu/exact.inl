@@ -1,5 +1,5 @@
 // Products in float32, equal to the codec's weights. Included, after products.inl, by the file that compiles for one instruction set and
-// has defined `Book<BITS>`, which looks 16 codes up in a codebook and multiplies them by a norm.
+// has defined, for each width of a kind of codes, a class as those are that look codes up in bytes: its steps are floats, times norms.
 
 // R rows of decoded weights, [R][width], times T tokens.
 template <int R, int T>
@@ -25,30 +25,36 @@ void exact_tiles(const float* values, int64_t width, int64_t rows, const Input* 
   if constexpr (T > 1) exact_tiles<T / 2>(values, width, rows, in, t, tokens, out, to);
 }
 
-template <int BITS>
-void exact_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Input* in, int64_t tokens, float* const* out,
+template <class Book, int G>
+KQ_APART void exact_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Input* in, int64_t tokens, float* const* out,
               int8_t* room) {
-  const Book<BITS> book(w.book);
+  const Book book(w);
   const int64_t width = w.groups * w.group;
+  const int steps = G > 1 ? 1 : w.group / Book::kCodes;
   float* values = reinterpret_cast<float*>(room);
   for (int64_t row = first; row < last; row += kExact) {
     const int64_t rows = least(kExact, last - row);
-    float* to = values;
     for (int64_t r = 0; r < rows; ++r) {
+      float* to = values + r * width;  // what a last step decodes beyond a row is written over
       const int64_t absolute = matrix * w.rows + row + r;
       const uint8_t* p = w.codes + absolute * row_bytes(w);
       for (int64_t g = 0; g < w.groups; g += kNorms) {
         alignas(64) float norms[kNorms];
         load_norms(w, absolute, g, norms);
-        for (int64_t i = 0; i < least(kNorms, w.groups - g); ++i)
-          for (int at = 0; at < w.group; at += 16, p += 2 * BITS, to += 16) book(p, norms[i], to);
+        const int64_t count = least(kNorms, w.groups - g);
+        for (int64_t i = 0; i < count; i += G)
+          for (int s = 0; s < steps; ++s, p += Book::kCodes * Book::kBits / 8, to += Book::kCodes)
+            decode<G>(book, p, s, count - i, to, norms + i);
       }
     }
     exact_tiles<2>(values, width, rows, in, 0, tokens, out, row - first);
   }
 }
 
+template <template <int> class Of, int kMost>
 void exact(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Input* in, int64_t tokens, float* const* out,
            int8_t* room) {
-  KQ_BY_WIDTH(exact_of, w, matrix, first, last, in, tokens, out, room)
+  by_width<Of, kMost>(w, [&](auto step) {
+    exact_of<typename decltype(step)::Codes, decltype(step)::kGroups>(w, matrix, first, last, in, tokens, out, room);
+  });
 }

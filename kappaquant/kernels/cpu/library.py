@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats.signs import signs
+from kappaquant.formats.trellis import TRELLIS
 from kappaquant.kernels.cpu.structures import STRUCTURES, Encoding, Feedback, Weight
 
 NAME = "_core"
@@ -100,6 +101,7 @@ def _library() -> ctypes.CDLL:
     call = [c_int32, c_int32]  # level, threads
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "kq_weight_bytes": (c_int32, []),
+        "kq_trellis_taps": (c_int32, [c_int32]),
         "kq_levels": (c_int32, []),
         "kq_level_name": (c_char_p, [c_int32]),
         "kq_level_runs": (c_int32, [c_int32]),
@@ -125,12 +127,14 @@ def _library() -> ctypes.CDLL:
         "kq_feedback": (None, [*call, POINTER(Encoding), POINTER(Feedback)]),
     }
     mine = [ctypes.sizeof(each) for each in (Weight, Encoding, Feedback, *STRUCTURES)]
+    mine += [sum(1 << back for back in backs) for backs in (TRELLIS.lower, TRELLIS.upper)]
     try:
         for name, (result, arguments) in signatures.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
         its = [library.kq_weight_bytes(), library.kq_encoding_bytes(), library.kq_feedback_bytes()]
         its += [library.kq_step_bytes(number) for number in range(len(STRUCTURES))]
+        its += [library.kq_trellis_taps(bit) for bit in range(2)]
     except AttributeError:  # it lacks a function
         its = []
     if its != mine:

@@ -11,7 +11,8 @@ from torch import Tensor
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats import codec
 from kappaquant.formats.base import Format
-from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat
+from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat, GroupedFormat
+from kappaquant.formats.trellis import TrellisFormat
 from kappaquant.kernels.base import Arranged, Kernel, Use
 from kappaquant.kernels.cpu import threads
 from kappaquant.kernels.cpu.library import DTYPES, absence, core, signs_of
@@ -19,6 +20,8 @@ from kappaquant.kernels.cpu.structures import Weight
 
 _NORMS_AT_ONCE = 16
 """Scales of inputs are padded to a multiple of it."""
+_KINDS: tuple[type[GroupedFormat], ...] = (CodebookFormat, TrellisFormat)
+"""As core.h counts them."""
 
 
 class Native(Kernel):
@@ -35,8 +38,8 @@ class Native(Kernel):
         self._level = level
 
     def refusal(self, fmt: Format, parts: Mapping[str, Tensor]) -> str | None:
-        if not isinstance(fmt, CodebookFormat):
-            return f"takes codebook formats, not {fmt.id}"
+        if not isinstance(fmt, _KINDS):
+            return f"takes codebook and trellis formats, not {fmt.id}"
         if any(part.device.type != "cpu" for part in parts.values()):
             return "runs on CPUs"
         if reason := absence():
@@ -51,7 +54,7 @@ class Native(Kernel):
 
     def prepare(self, x: Tensor, fmt: Format, kind: Hashable) -> list[Tensor]:
         """Rotated: int8 [tokens, G * group] with scales and offsets [tokens, padded G], or float32 [tokens, G * group]."""
-        assert isinstance(fmt, CodebookFormat)
+        assert isinstance(fmt, GroupedFormat)
         assert isinstance(kind, tuple)
         x = _readable(x)
         tokens, inputs = x.shape
@@ -134,7 +137,7 @@ def weight_of(weight: Arranged) -> Weight:
         UnsupportedError: parts of other sizes.
     """
     fmt, shape = weight.fmt, weight.shape
-    assert isinstance(fmt, CodebookFormat)
+    assert isinstance(fmt, GroupedFormat)
     packed, norms = weight.parts[PACKED_SUFFIX], weight.parts[NORMS_SUFFIX]
     for part, expected in ((packed, fmt.packed_shape(shape)), (norms, fmt.norms_shape(shape))):
         if part.shape != expected or not part.is_contiguous():
@@ -144,7 +147,8 @@ def weight_of(weight: Arranged) -> Weight:
     experts = shape[0] if len(shape) == 3 else 1
     return Weight(
         packed.data_ptr(), norms.data_ptr(), codec.centroids(fmt, packed.device).data_ptr(), experts, shape[-2],
-        fmt.groups(shape[-1]), fmt.bits, fmt.group_size, norms.dtype == torch.float32, 0,
+        fmt.groups(shape[-1]), fmt.bits, fmt.group_size, norms.dtype == torch.float32,
+        next(number for number, kind in enumerate(_KINDS) if isinstance(fmt, kind)),
     )  # fmt: skip
 
 

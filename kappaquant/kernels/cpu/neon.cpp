@@ -2,6 +2,7 @@
 #include "core.h"
 #include "encode.h"
 #include "feedback.h"
+#include "trellis.h"
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
@@ -57,17 +58,19 @@ struct Unpack {
 
 template <int BITS>
 struct Codes {
+  static constexpr int kBits = BITS, kCodes = 16, kParts = 1;
   static constexpr int kTables = BITS <= 4 ? 1 : 1 << (BITS - 4);  // of 16 entries
   const Unpack<BITS> unpack;
   uint8x16_t table[kTables];
 
-  explicit Codes(const int8_t* bytes) {
+  Codes(const Weight&, const int8_t* bytes) {
     uint8_t entries[16 * kTables];
     for (int i = 0; i < 16 * kTables; ++i) entries[i] = static_cast<uint8_t>(bytes[i & ((1 << BITS) - 1)]);
     for (int i = 0; i < kTables; ++i) table[i] = vld1q_u8(entries + 16 * i);
   }
 
-  void operator()(const uint8_t* p, int8x16_t* weights) const {
+  template <int G>
+  void step(const uint8_t* p, int64_t, int8x16_t* weights) const {
     const uint8x16_t codes = unpack(p);
     uint8x16_t found;
     if constexpr (BITS <= 4) {
@@ -83,23 +86,31 @@ struct Codes {
   }
 };
 
-// 16 codes looked up in a codebook of floats.
+// 16 numbers looked up in a codebook of floats.
+inline void look_up(const float* entries, uint8x16_t numbers, float norm, float* to) {
+  uint8_t some[16];
+  vst1q_u8(some, numbers);
+  for (int i = 0; i < 16; ++i) to[i] = entries[some[i]] * norm;
+}
+
 template <int BITS>
 struct Book {
+  static constexpr int kBits = BITS, kCodes = 16;
   const Unpack<BITS> unpack;
   const float* entries;
 
-  explicit Book(const float* book) : entries(book) {}
+  explicit Book(const Weight& w) : entries(w.book) {}
 
-  void operator()(const uint8_t* p, float norm, float* to) const {
-    uint8_t codes[16];
-    vst1q_u8(codes, unpack(p));
-    for (int i = 0; i < 16; ++i) to[i] = entries[codes[i]] * norm;
+  template <int G>
+  void step(const uint8_t* p, int64_t, float* to, const float* norm) const {
+    look_up(entries, unpack(p), *norm, to);
   }
 };
 
+#include "neon_trellis.inl"
+
 struct Lanes {
-  static constexpr int kCodes = 16, kParts = 1, kStep = 16;
+  static constexpr int kWide = 1;
   static constexpr int kVector = 16, kTileRows = 4, kTile = 4;
   static constexpr Shifts kShifts = kNone;
   typedef int8x16_t Bytes;
@@ -107,17 +118,17 @@ struct Lanes {
   typedef int32x4_t Ints;
   typedef float32x4_t Floats;
 
-  template <int BITS>
+  template <class Codes>
   static Arranged arrange(const Weight&, const Input& in, int8_t*) {
     return {in.values, in.scales, nullptr};
   }
 
-  template <int BITS>
-  static void keep(const Codes<BITS>& codes, const Weight& w, const uint8_t* p, int8_t* to, float*) {
-    for (int64_t at = 0; at < w.groups * w.group; at += kCodes) {
+  template <int G, class Codes>
+  static void keep(const Codes& codes, const Weight& w, const uint8_t* row, int8_t* to, float*) {
+    for (int64_t n = 0; n < w.groups * w.group; n += Codes::kCodes) {
       int8x16_t found;
-      codes(p + at * BITS / 8, &found);
-      vst1q_s8(to + at, found);
+      codes.template step<G>(row + n * Codes::kBits / 8, n % w.group / Codes::kCodes, &found);
+      vst1q_s8(to + n, found);
     }
   }
 
@@ -134,7 +145,7 @@ struct Lanes {
   static Ints dot_in_turn(Ints acc, Kept weights, Bytes x) { return dot(acc, weights, x); }
   static Ints zero() { return vdupq_n_s32(0); }
   static Floats none() { return vdupq_n_f32(0); }
-  template <bool kPairs>
+  template <int G>
   static Floats add(Floats acc, Ints dots, const float* scale) {
     return vfmaq_n_f32(acc, vcvtq_f32_s32(dots), *scale);
   }
@@ -202,9 +213,12 @@ bool runs() {
 #endif
 }
 
+const Multiplier codebooks = {few<Codes, 8>, many<Codes, 8>, exact<Book, 8>};
+const Multiplier trellises = {few<TrellisCodes, 4>, many<TrellisCodes, 4>, exact<TrellisBook, 4>};
+
 }  // namespace
 
-const Level kNeon = {"neon", runs, rotate, narrow, few, many, exact, encode, feedback::feed_back, {norm, gated<true>, gated<false>, dense, attend, delta}};
+const Level kNeon = {"neon", runs, rotate, narrow, {&codebooks, &trellises}, encode, feedback::feed_back, {norm, gated<true>, gated<false>, dense, attend, delta}};
 
 }  // namespace kq
 

@@ -14,10 +14,9 @@ constexpr int64_t kJobs = 8;              // for each thread, where there are ro
 
 inline Table table_of(const Weight& w) {
   Table made = {};
-  const int codes = 1 << w.bits;
   float most = 0;
-  for (int i = 0; i < codes; ++i) most = std::fmax(most, std::fabs(w.book[i]));
-  for (int i = 0; i < codes; ++i)
+  for (int i = 0; i < entries(w); ++i) most = std::fmax(most, std::fabs(w.book[i]));
+  for (int i = 0; i < entries(w); ++i)
     made.bytes[i] = static_cast<int8_t>(most > 0 ? std::nearbyint(w.book[i] / most * 127.0f) : 0.0f);
   made.scale = most / 127.0f;
   return made;
@@ -47,12 +46,13 @@ inline int64_t rows_of_a_job(int64_t row_bytes, int64_t fair) {
 // Rows [first, last) of a matrix times some tokens, into out[token][row - first]; `room` has `product_room` bytes.
 inline void product(const Level& level, const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in,
              int64_t tokens, float* const* out, int8_t* room) {
+  const Multiplier& by = *level.by[w.kind];
   if (in->floats)
-    level.exact(w, matrix, first, last, in, tokens, out, room);
+    by.exact(w, matrix, first, last, in, tokens, out, room);
   else if (tokens <= kFew)
-    level.few(w, matrix, first, last, table, in, tokens, out, room);
+    by.few(w, matrix, first, last, table, in, tokens, out, room);
   else
-    level.many(w, matrix, first, last, table, in, tokens, out, room);
+    by.many(w, matrix, first, last, table, in, tokens, out, room);
 }
 
 inline int64_t product_room(const Weight& w, const Input* in, int64_t tokens) {

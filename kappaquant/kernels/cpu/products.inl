@@ -1,17 +1,22 @@
 // Products of int8 inputs by one instruction set. Included, after vectors.inl, by the file that compiles for it and has defined
-// `Codes<BITS>`, which unpacks some codes and looks them up in a table of bytes, and `Lanes`:
+// `Lanes`, and for each width of a kind of codes a class that unpacks some of them and looks them up in a table of bytes: `Codes<BITS>`.
 //
+// Of such a class:
+//   kBits, kCodes, kParts     bits of a code, codes that are decoded at a time, a step, and the vectors that they become
+//   step<G>                   decodes those of a group's step of some number, which would begin at some byte if codes lay one after another
+//
+// Of Lanes:
 //   Bytes, Ints, Floats       a vector of weights or inputs, of sums of products, and of sums that are scaled
-//   kCodes, kParts            codes that are decoded at a time, a step, and the vectors that they become
-//   kStep, arrange            a step's bytes in an input that is in the order of Codes<BITS>
+//   kWide, arrange            bytes for each value of an input that is in the order in which codes are decoded
 //   keep, Kept, kVector       a row as it is decoded for tiles, in its own order; what is loaded of it at a time, for so many inputs
 //   kTileRows, kTile          rows and tokens of a tile
 //   kShifts                   which factor is shifted
 //   dot, dot_arranged, dot_in_turn, input, kept, zero, none, add, times, add_times, sum, halves
 //
-// A group is some steps; or, where it is smaller than a step, a step is a pair of groups, of which each has half of a vector's lanes.
+// A group is some steps; or, where it is smaller than a step, a step is G groups, of which each has as many of a vector's lanes.
 
-constexpr int kNorms = 16;      // at once
+constexpr int kNorms = 16;      // at once, a multiple of G
+constexpr int kLeastGroup = 32;
 constexpr int kAhead = 1 << 12;  // bytes of codes that are asked for before they are needed: processors do not look beyond a page of 4096
 
 // The next up to kNorms norms of a row, zeros behind them.
@@ -37,11 +42,15 @@ inline void load_norms(const Weight& w, int64_t row, int64_t g, float* norms) {
   Lanes::halves(some, norms);
 }
 
+// Of how many parts groups have sums of their own: the first groups of a step of the first, and so on.
+template <class Codes, int G>
+constexpr int kSums = 1;
+
 // A row times T tokens, decoded on the way.
-template <int BITS, bool kPairs, int T>
-void row_by_few(const Weight& w, const Codes<BITS>& codes, int64_t row, const Arranged* x, float unit, float* const* out, int64_t to) {
-  constexpr int kBytes = Lanes::kCodes * BITS / 8;
-  const int steps = kPairs ? 1 : w.group / Lanes::kCodes;
+template <class Codes, int G, int T>
+void row_by_few(const Weight& w, const Codes& codes, int64_t row, const Arranged* x, float unit, float* const* out, int64_t to) {
+  constexpr int kBytes = Codes::kCodes * Codes::kBits / 8, kOwn = kSums<Codes, G>;
+  const int steps = G > 1 ? 1 : w.group / Codes::kCodes;
   const uint8_t* p = w.codes + row * row_bytes(w);
   int64_t at = 0;
   Lanes::Floats acc[T];
@@ -54,45 +63,44 @@ void row_by_few(const Weight& w, const Codes<BITS>& codes, int64_t row, const Ar
       if (Lanes::kShifts != kNone) acc[t] = Lanes::add_times(acc[t], norms, x[t].offsets + g);
     }
     const int count = static_cast<int>(least(kNorms, w.groups - g));
-    for (int i = 0; i < count; i += kPairs ? 2 : 1) {
-      Lanes::Ints dots[T];
-      for (int t = 0; t < T; ++t) dots[t] = Lanes::zero();
-      for (int s = 0; s < steps; ++s, p += kBytes, at += Lanes::kStep) {
-        Lanes::Bytes weights[Lanes::kParts];
-        __builtin_prefetch(p + kAhead);
-        decode<BITS>(codes, p, kPairs && i + 1 == count, weights);
+    for (int i = 0; i < count; i += G) {
+      Lanes::Ints dots[kOwn][T];
+      for (int own = 0; own < kOwn; ++own)
+        for (int t = 0; t < T; ++t) dots[own][t] = Lanes::zero();
+      for (int s = 0; s < steps; ++s, p += kBytes, at += Codes::kCodes * Lanes::kWide) {
+        Lanes::Bytes weights[Codes::kParts];
+        for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(p + line + kAhead);
+        decode<G>(codes, p, s, count - i, weights);
         for (int t = 0; t < T; ++t)
-          for (int part = 0; part < Lanes::kParts; ++part) dots[t] = Lanes::dot_arranged(dots[t], weights[part], x[t].values + at, part);
+          for (int part = 0; part < Codes::kParts; ++part)
+            dots[part % kOwn][t] = Lanes::dot_arranged(dots[part % kOwn][t], weights[part], x[t].values + at, part);
       }
-      for (int t = 0; t < T; ++t) acc[t] = Lanes::template add<kPairs>(acc[t], dots[t], scale[t] + i);
+      for (int own = 0; own < kOwn; ++own)
+        for (int t = 0; t < T; ++t) acc[t] = Lanes::template add<G / kOwn>(acc[t], dots[own][t], scale[t] + i + G / kOwn * own);
     }
   }
   for (int t = 0; t < T; ++t) out[t][to] = Lanes::sum(acc[t]) * unit;
 }
 
-template <int BITS, bool kPairs, int T>
-void rows_by_few(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, float* const* out,
+template <class Codes, int G, int T>
+KQ_APART void rows_by_few(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, float* const* out,
                  int8_t* room) {
-  const Codes<BITS> codes(table.bytes);
+  const Codes codes(w, table.bytes);
   Arranged x[T];
-  for (int t = 0; t < T; ++t) x[t] = Lanes::arrange<BITS>(w, in[t], room + t * arranged_room(w));
+  for (int t = 0; t < T; ++t) x[t] = Lanes::arrange<Codes>(w, in[t], room + t * arranged_room(w));
   for (int64_t row = first; row < last; ++row)
-    row_by_few<BITS, kPairs, T>(w, codes, matrix * w.rows + row, x, table.scale, out, row - first);
+    row_by_few<Codes, G, T>(w, codes, matrix * w.rows + row, x, table.scale, out, row - first);
 }
 
-template <int BITS>
+template <class Codes, int G>
 void few_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, int64_t tokens,
             float* const* out, int8_t* room) {
   static_assert(kFew == 4, "one case for each number of tokens");
-  switch (tokens * 2 + (w.group < Lanes::kCodes)) {
-    case 2: return rows_by_few<BITS, false, 1>(w, matrix, first, last, table, in, out, room);
-    case 4: return rows_by_few<BITS, false, 2>(w, matrix, first, last, table, in, out, room);
-    case 6: return rows_by_few<BITS, false, 3>(w, matrix, first, last, table, in, out, room);
-    case 8: return rows_by_few<BITS, false, 4>(w, matrix, first, last, table, in, out, room);
-    case 3: return rows_by_few<BITS, true, 1>(w, matrix, first, last, table, in, out, room);
-    case 5: return rows_by_few<BITS, true, 2>(w, matrix, first, last, table, in, out, room);
-    case 7: return rows_by_few<BITS, true, 3>(w, matrix, first, last, table, in, out, room);
-    case 9: return rows_by_few<BITS, true, 4>(w, matrix, first, last, table, in, out, room);
+  switch (tokens) {
+    case 1: return rows_by_few<Codes, G, 1>(w, matrix, first, last, table, in, out, room);
+    case 2: return rows_by_few<Codes, G, 2>(w, matrix, first, last, table, in, out, room);
+    case 3: return rows_by_few<Codes, G, 3>(w, matrix, first, last, table, in, out, room);
+    case 4: return rows_by_few<Codes, G, 4>(w, matrix, first, last, table, in, out, room);
   }
 }
 
@@ -140,7 +148,7 @@ void tile(const Weight& w, const Rows& rows, int64_t row, const Input* in, float
         }
       }
       for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) acc[r][t] = Lanes::template add<false>(acc[r][t], dots[r][t], scale[r][t] + i);
+        for (int t = 0; t < T; ++t) acc[r][t] = Lanes::template add<1>(acc[r][t], dots[r][t], scale[r][t] + i);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -159,10 +167,10 @@ void tiles(const Weight& w, const Rows& rows, const Input* in, int64_t t, int64_
   if constexpr (T > 1) tiles<PARTS, T / 2>(w, rows, in, t, tokens, unit, out, to);
 }
 
-template <int BITS>
-void many_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, int64_t tokens,
+template <class Codes, int G>
+KQ_APART void many_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, int64_t tokens,
              float* const* out, int8_t* room) {
-  const Codes<BITS> codes(table.bytes);
+  const Codes codes(w, table.bytes);
   const int64_t stride = kept_bytes(w), padded = padded_groups(w.groups);
   float* norms = reinterpret_cast<float*>(room + kDecoded * stride);
   float* sums = norms + kDecoded * padded;
@@ -171,7 +179,7 @@ void many_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, const
     for (int64_t r = 0; r < rows.count; ++r) {
       const int64_t absolute = matrix * w.rows + row + r;
       float *norm = norms + r * padded, *sum = sums + r * padded;
-      Lanes::keep<BITS>(codes, w, w.codes + absolute * row_bytes(w), room + r * stride, sum);
+      Lanes::keep<G>(codes, w, w.codes + absolute * row_bytes(w), room + r * stride, sum);
       for (int64_t g = 0; g < w.groups; g += kNorms) {
         load_norms(w, absolute, g, norm + g);
         if (Lanes::kShifts == kInputs) Lanes::times(norm + g, sum + g, sum + g);
@@ -185,24 +193,35 @@ void many_of(const Weight& w, int64_t matrix, int64_t first, int64_t last, const
   }
 }
 
-// The function of a weight's width.
-#define KQ_BY_WIDTH(name, ...)                  \
-  switch (w.bits) {                             \
-    case 2: return name<2>(__VA_ARGS__);        \
-    case 3: return name<3>(__VA_ARGS__);        \
-    case 4: return name<4>(__VA_ARGS__);        \
-    case 5: return name<5>(__VA_ARGS__);        \
-    case 6: return name<6>(__VA_ARGS__);        \
-    case 7: return name<7>(__VA_ARGS__);        \
-    case 8: return name<8>(__VA_ARGS__);        \
-  }
+// A class of codes, and how many groups a step of theirs is.
+template <class C, int G>
+struct Step {
+  typedef C Codes;
+  static constexpr int kGroups = G;
+};
 
-void few(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, int64_t tokens,
-         float* const* out, int8_t* room) {
-  KQ_BY_WIDTH(few_of, w, matrix, first, last, table, in, tokens, out, room)
+// Calls go(Step) for a weight, of whose kind kMost is the largest width.
+template <template <int> class Of, int kMost, int BITS = 2, int G = 1, class F>
+void by_width(const Weight& w, const F& go) {
+  if constexpr (BITS < kMost && G == 1)
+    if (w.bits != BITS) return by_width<Of, kMost, BITS + 1>(w, go);
+  if constexpr (G * kLeastGroup < Of<BITS>::kCodes)
+    if (w.group * G < Of<BITS>::kCodes) return by_width<Of, kMost, BITS, 2 * G>(w, go);
+  go(Step<Of<BITS>, G>());
 }
 
+template <template <int> class Of, int kMost>
+void few(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, int64_t tokens,
+         float* const* out, int8_t* room) {
+  by_width<Of, kMost>(w, [&](auto step) {
+    few_of<typename decltype(step)::Codes, decltype(step)::kGroups>(w, matrix, first, last, table, in, tokens, out, room);
+  });
+}
+
+template <template <int> class Of, int kMost>
 void many(const Weight& w, int64_t matrix, int64_t first, int64_t last, const Table& table, const Input* in, int64_t tokens,
           float* const* out, int8_t* room) {
-  KQ_BY_WIDTH(many_of, w, matrix, first, last, table, in, tokens, out, room)
+  by_width<Of, kMost>(w, [&](auto step) {
+    many_of<typename decltype(step)::Codes, decltype(step)::kGroups>(w, matrix, first, last, table, in, tokens, out, room);
+  });
 }

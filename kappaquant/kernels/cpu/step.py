@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.formats.codebook import GroupedFormat
 from kappaquant.kernels.base import Arranged
 from kappaquant.kernels.cpu import threads
 from kappaquant.kernels.cpu.library import DTYPES, Core, signs_of
@@ -40,8 +40,8 @@ MASKS = {**DTYPES, torch.bool: 3}
 
 
 def packed_matrix(weight: Arranged, bias: Tensor | None) -> Matrix:
-    """Of a weight [out, in] as on disk, in a codebook format."""
-    assert isinstance(weight.fmt, CodebookFormat)
+    """Of a weight [out, in] as on disk, in a format that ``Native`` takes."""
+    assert isinstance(weight.fmt, GroupedFormat)
     rows, inputs = weight.shape
     place, kind = _bias(bias)
     signs = signs_of(weight.fmt.group_size).data_ptr()

@@ -10,7 +10,7 @@ class Weight(Structure):
 
     _fields_ = (
         ("codes", c_void_p), ("norms", c_void_p), ("book", c_void_p), ("experts", c_int64), ("rows", c_int64), ("groups", c_int64),
-        ("bits", c_int32), ("group", c_int32), ("wide_norms", c_int32), ("unused", c_int32),
+        ("bits", c_int32), ("group", c_int32), ("wide_norms", c_int32), ("kind", c_int32),
     )  # fmt: skip
 
 

@@ -3,6 +3,9 @@
 typedef float F16 __attribute__((vector_size(64)));
 typedef int32_t I16 __attribute__((vector_size(64)));
 
+// One for each width stays a function: in one for all of them compilers keep what a loop needs in memory.
+#define KQ_APART __attribute__((noinline))
+
 // no templates of the standard library: the linker would keep one copy for all instruction sets
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -25,14 +28,15 @@ struct Arranged {
   const float* offsets;  // likewise, or null
 };
 
-// 64 codes' weights, or fewer of an instruction set that decodes fewer at a time; of the first half `alone` where a row ends with it.
-template <int BITS, class Codes, class Bytes>
-inline void decode(const Codes& codes, const uint8_t* p, bool alone, Bytes* weights) {
-  if (alone) {
-    uint8_t half[8 * BITS] = {};
-    std::memcpy(half, p, 4 * BITS);
-    codes(half, weights);
-  } else {
-    codes(p, weights);
+// A step of codes; see products.inl. Where a step is G groups and the row ends with `left` of them, which are fewer, zeros follow.
+template <int G, class Codes, class... To>
+inline void decode(const Codes& codes, const uint8_t* p, int64_t number, int64_t left, To... to) {
+  uint8_t some[Codes::kCodes * Codes::kBits / 8];
+  if (G > 1 && left < G) {
+    const size_t bytes = left * (sizeof some / G);
+    std::memcpy(some, p, bytes);
+    std::memset(some + bytes, 0, sizeof some - bytes);
+    p = some;
   }
+  codes.template step<G>(p, number, to...);
 }

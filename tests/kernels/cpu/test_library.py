@@ -12,6 +12,7 @@ import pytest
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.formats.trellis import TRELLIS, Trellis
 from kappaquant.kernels.cpu import library
 from kappaquant.kernels.cpu.native import Native
 
@@ -59,6 +60,16 @@ def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
         _fields_ = (("more", library.c_int64),)
 
     monkeypatch.setattr(library, "Weight", Longer)
+    assert "of another version of kappaquant; install the package again" in library.absence()
+
+
+@pytest.mark.skipif(bool(library.absence()), reason=library.absence())
+def test_a_library_of_another_trellis_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    taps = [library.core().library.kq_trellis_taps(bit) for bit in range(2)]
+    assert taps == [sum(1 << back for back in backs) for backs in (TRELLIS.lower, TRELLIS.upper)]
+    library._library.cache_clear()
+    library.absence.cache_clear()
+    monkeypatch.setattr(library, "TRELLIS", Trellis(TRELLIS.lower, (0, 2)))
     assert "of another version of kappaquant; install the package again" in library.absence()
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import BITS, CodebookFormat
+from kappaquant.formats.codebook import BITS, NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat, GroupedFormat
 from kappaquant.formats.signs import GROUP_SIZES
+from kappaquant.formats.trellis import TRELLIS_BITS, TrellisFormat
 from kappaquant.kernels.base import Arranged
 from kappaquant.kernels.cpu import library
 from kappaquant.kernels.cpu.native import Native
@@ -22,7 +23,8 @@ from kappaquant.kernels.cpu.native import Native
 if library.absence():
     pytest.skip(library.absence(), allow_module_level=True)
 LEVELS = [name for name, here in library.levels().items() if here]
-FORMATS = [CodebookFormat(bits, group) for bits in BITS for group in GROUP_SIZES]
+FORMATS: list[GroupedFormat] = [CodebookFormat(bits, group) for bits in BITS for group in GROUP_SIZES]
+FORMATS += [TrellisFormat(bits, group) for bits in TRELLIS_BITS for group in GROUP_SIZES]
 INT8_ERROR = 0.02  # of a few products by inputs in 255 steps of their group; 0.007 in the mean
 
 
@@ -35,10 +37,18 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def packed(fmt: CodebookFormat, *shape: int) -> tuple[Arranged, Tensor]:
-    """A weight, and what it is by the codec."""
-    parts = codec.encode(numbers(*shape, seed=sum(shape)), fmt, "fast").parts
+def packed(fmt: GroupedFormat, *shape: int) -> tuple[Arranged, Tensor]:
+    """A weight of about unit variance, and what it is by the codec: any bytes are codes."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    codes = torch.randint(256, fmt.packed_shape(shape), generator=generator).byte()
+    norms = (torch.rand(fmt.norms_shape(shape), generator=generator) + 0.5) * fmt.group_size**0.5
+    parts = {PACKED_SUFFIX: codes, NORMS_SUFFIX: norms.half() if fmt.norms == "F16" else norms}
     return Arranged(fmt, shape, tuple(parts.values())), fmt.decode(parts, shape[-1])
+
+
+def unpacked(codes: Tensor, fmt: GroupedFormat) -> Tensor:
+    """Which value of the codebook each weight has: bytes [rows, G * D * bits / 8] -> int64 [rows, G * D]."""
+    return fmt.unpack_block(codes.view(-1, fmt.bytes_per_group).T.contiguous()).T.reshape(len(codes), -1).long()
 
 
 def error(found: Tensor, x: Tensor, weight: Tensor) -> float:
@@ -49,19 +59,19 @@ def error(found: Tensor, x: Tensor, weight: Tensor) -> float:
 def by_bytes(x: Tensor, weight: Arranged, native: Native) -> Tensor:
     """x [tokens, in] times weight in float64, from what int8 products are to multiply: rounded inputs, and a codebook of bytes."""
     fmt = weight.fmt
-    assert isinstance(fmt, CodebookFormat)
+    assert isinstance(fmt, GroupedFormat)
     values, scales, _ = native.prepare(x, fmt, ("int8", fmt.step))
     groups = fmt.groups(x.shape[1])
     inputs = values.view(len(x), groups, -1).double() * scales[:, :groups, None]
     most = max(map(abs, fmt.codebook))
     book = torch.tensor([round(value / most * 127) for value in fmt.codebook], dtype=torch.float64) * most / 127
-    codes, norms = codec.unpack(weight.tensors[0], fmt.bits), weight.tensors[1]
-    decoded = book[codes.long()].view(*norms.shape, -1) * norms.double()[..., None]
+    codes, norms = unpacked(weight.tensors[0], fmt), weight.tensors[1]
+    decoded = book[codes].view(*norms.shape, -1) * norms.double()[..., None]
     return inputs.flatten(1) @ decoded.flatten(1).T
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.id)
-def test_products_are_the_codecs(native: Native, fmt: CodebookFormat) -> None:
+def test_products_are_the_codecs(native: Native, fmt: GroupedFormat) -> None:
     """Rows and inputs that no block divides; norms in passes of sixteen, and one more."""
     for rows, inputs in ((37, 3 * fmt.group_size - 5), (9, 17 * fmt.group_size)):
         weight, decoded = packed(fmt, rows, inputs)
@@ -76,11 +86,10 @@ def test_products_are_the_codecs(native: Native, fmt: CodebookFormat) -> None:
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.id)
-def test_the_largest_products_do_not_overflow(native: Native, fmt: CodebookFormat) -> None:
+def test_the_largest_products_do_not_overflow(native: Native, fmt: GroupedFormat) -> None:
     """Nothing but weights and inputs of almost 127 in size, in any order and all alike, against whole numbers."""
-    half = 1 << (fmt.bits - 1)
-    book = [1 - 1e-4 * i for i in range(half)]
-    fmt = CodebookFormat(fmt.bits, fmt.group_size, (*(-value for value in book), *reversed(book)), "F32")
+    book = [1 - 1e-4 * i for i in range(len(fmt.codebook) // 2)]
+    fmt = fmt.variant((*(-value for value in book), *reversed(book)), "F32")
     rows, groups, tokens = 13, 19, 11
     generator = torch.Generator().manual_seed(fmt.bits)
     packed = torch.randint(256, fmt.packed_shape((rows, groups * fmt.group_size)), generator=generator).byte()
@@ -94,7 +103,7 @@ def test_the_largest_products_do_not_overflow(native: Native, fmt: CodebookForma
     sums = values.view(tokens, groups, -1).sum(-1)
     offsets = torch.zeros_like(scales)
     offsets[:, :groups] = -128 * scales[:, :groups] * sums
-    decoded = torch.tensor([round(value * 127) for value in fmt.codebook])[codec.unpack(packed, fmt.bits).long()]
+    decoded = torch.tensor([round(value * 127) for value in fmt.codebook])[unpacked(packed, fmt)]
     dots = torch.einsum("tgi,rgi->trg", *(part.view(-1, groups, fmt.group_size).double() for part in (values, decoded)))
     expected = torch.einsum("trg,tg,rg->tr", dots, scales[:, :groups].double(), norms.double()) / 127
     size = float(expected.abs().max())
@@ -175,11 +184,20 @@ def gated(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-@pytest.mark.parametrize("bits", [(3, 4), (2, 8), (5, 3)])
-def test_experts(native: Native, tokens: int, bits: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    "formats",
+    [
+        (CodebookFormat(3, 64), CodebookFormat(4, 32)),
+        (CodebookFormat(2, 64), CodebookFormat(8, 32)),
+        (TrellisFormat(4, 64), CodebookFormat(3, 32)),
+        (TrellisFormat(2, 128), TrellisFormat(3, 32)),
+    ],
+    ids=lambda pair: "-".join(fmt.id for fmt in pair),
+)
+def test_experts(native: Native, tokens: int, formats: tuple[GroupedFormat, GroupedFormat]) -> None:
     experts, hidden, inner, k = 6, 192, 96, 3
-    first, gate_up = packed(CodebookFormat(bits[0], 64), experts, 2 * inner, hidden)
-    second, down = packed(CodebookFormat(bits[1], 32), experts, hidden, inner)
+    first, gate_up = packed(formats[0], experts, 2 * inner, hidden)
+    second, down = packed(formats[1], experts, hidden, inner)
     x, weights = numbers(tokens, hidden), numbers(tokens, k, seed=2).softmax(-1)
     index = torch.stack(
         [torch.randperm(experts, generator=torch.Generator().manual_seed(t))[:k] for t in range(tokens)]

@@ -71,21 +71,22 @@ def driven(command: list[str], given: bytes) -> bytes:
     return ran.stdout
 
 
-def stored(fmt: CodebookFormat, weight: Tensor) -> tuple[bytes, Tensor]:
+def stored(fmt: GroupedFormat, weight: Tensor) -> tuple[bytes, Tensor]:
     """A weight [experts, rows, in] as the driver reads it, and as the codec does."""
     parts = codec.encode(weight, fmt, "fast").parts
     experts, rows, inputs = weight.shape
-    sizes = struct.pack("<6q", experts, rows, inputs, fmt.groups(inputs), fmt.bits, fmt.group_size)
+    trellis = isinstance(fmt, TrellisFormat)
+    sizes = struct.pack("<7q", experts, rows, inputs, fmt.groups(inputs), fmt.bits, fmt.group_size, trellis)
     floats = [*fmt.codebook, *(sign for half in signs(fmt.group_size) for sign in half)]
     packed, norms = (part.numpy().tobytes() for part in parts.values())
     return sizes + packed + norms + struct.pack(f"<{len(floats)}f", *floats), fmt.decode(parts, inputs)
 
 
-@pytest.mark.parametrize("fmt", CODEBOOKS, ids=lambda fmt: fmt.id)
-def test_products(command: list[str], fmt: CodebookFormat) -> None:
+@pytest.mark.parametrize("fmt", [*CODEBOOKS, *TRELLIS_FORMATS.values()], ids=lambda fmt: fmt.id)
+def test_products(command: list[str], fmt: GroupedFormat) -> None:
     inputs, tokens = 2 * fmt.group_size - 9, 2 if fmt.bits % 2 else 11
     one, gate_up = stored(fmt, numbers(EXPERTS, 2 * INNER, inputs))
-    other, down = stored(CodebookFormat(4, 32), numbers(EXPERTS, inputs, INNER, seed=1))
+    other, down = stored(TrellisFormat(4, 32), numbers(EXPERTS, inputs, INNER, seed=1))
     x, bias = numbers(tokens, inputs, seed=2), numbers(2 * INNER, seed=3)
     index = torch.randint(-1, EXPERTS + 1, (tokens, K), generator=torch.Generator().manual_seed(4))
     shares = numbers(tokens, K, seed=5).softmax(-1)
@@ -145,10 +146,11 @@ def test_steps(command: list[str], dim: int, value_dim: int, slot: int) -> None:
     )  # fmt: skip
     window, state = made(tokens, channels, taps, of=dtype), made(tokens, value_heads, key_dim, value_dim)
     packed = []
-    for shape, fmt in (
+    formats: tuple[tuple[tuple[int, ...], GroupedFormat], ...] = (
         ((EXPERTS, 2 * inner, size), CodebookFormat(3, 64)),
-        ((EXPERTS, size, inner), CodebookFormat(4, 32)),
-    ):
+        ((EXPERTS, size, inner), TrellisFormat(4, 32)),
+    )
+    for shape, fmt in formats:
         weight = numbers(*shape, seed=len(given)) * shape[-1] ** -0.5
         given.append(stored(fmt, weight)[0])
         packed.append(Arranged(fmt, shape, tuple(codec.encode(weight, fmt, "fast").parts.values())))

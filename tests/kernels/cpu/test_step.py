@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.formats.codebook import CodebookFormat, GroupedFormat
+from kappaquant.formats.trellis import TrellisFormat
 from kappaquant.kernels.base import Arranged
 from kappaquant.kernels.cpu import step
 from kappaquant.kernels.cpu.library import absence, core, levels, signs_of
@@ -158,17 +159,16 @@ def test_gated_delta_net(stepper: step.Stepper, key_dim: int, value_dim: int, dt
     assert torch.equal(window[..., :-1], seen[..., 1:-1].to(dtype))
 
 
-def packed(rows: int, inputs: int, bits: int, group: int) -> tuple[Tensor, Arranged]:
+def packed(rows: int, inputs: int, fmt: GroupedFormat) -> tuple[Tensor, Arranged]:
     """A weight as it is packed, [rows, inputs], and its parts."""
-    fmt = CodebookFormat(bits, group)
     parts = codec.encode(torch.randn(rows, inputs) * inputs**-0.5, fmt, "fast").parts
     return fmt.decode(parts, inputs), Arranged(fmt, (rows, inputs), tuple(parts.values()))
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 11])
 def test_mlp_of_packed_and_plain_matrices(stepper: step.Stepper, tokens: int) -> None:
-    gate, gate_parts = packed(72, 128, 3, 32)
-    up, up_parts = packed(72, 128, 4, 64)
+    gate, gate_parts = packed(72, 128, CodebookFormat(3, 32))
+    up, up_parts = packed(72, 128, TrellisFormat(4, 64))
     down, bias, before = weights(torch.bfloat16, down=(128, 72))["down"], torch.randn(72).half(), gain(128) - 1
     layer = Mlp(
         step.packed_matrix(gate_parts, bias), step.packed_matrix(up_parts, None), matrix(down),
@@ -188,7 +188,8 @@ def test_mlp_of_packed_and_plain_matrices(stepper: step.Stepper, tokens: int) ->
 def test_experts(stepper: step.Stepper, tokens: int, renormalize: bool, shared: bool) -> None:
     experts, k, inner, hidden = 7, 3, 64, 128
     (gate_up, first), (down, second) = (
-        packed_stack(experts, 2 * inner, hidden, 3, 128), packed_stack(experts, hidden, inner, 4, 64)
+        packed_stack(experts, 2 * inner, hidden, TrellisFormat(3, 128)),
+        packed_stack(experts, hidden, inner, CodebookFormat(4, 64)),
     )  # fmt: skip
     w = weights(
         torch.bfloat16, router=(experts, hidden), gate=(40, hidden), up=(40, hidden), down=(hidden, 40), one=(1, hidden)
@@ -216,14 +217,14 @@ def test_experts(stepper: step.Stepper, tokens: int, renormalize: bool, shared: 
     near(stepper.mlp_(x, layer)[:, 0], expected)
 
 
-def packed_stack(experts: int, rows: int, inputs: int, bits: int, group: int) -> tuple[Tensor, Arranged]:
-    each = [packed(rows, inputs, bits, group) for _ in range(experts)]
+def packed_stack(experts: int, rows: int, inputs: int, fmt: GroupedFormat) -> tuple[Tensor, Arranged]:
+    each = [packed(rows, inputs, fmt) for _ in range(experts)]
     parts = [torch.stack(part) for part in zip(*(one.tensors for _, one in each), strict=True)]
     return torch.stack([weight for weight, _ in each]), Arranged(each[0][1].fmt, (experts, rows, inputs), tuple(parts))
 
 
 def test_experts_of_logits_that_are_no_numbers_are_still_experts(stepper: step.Stepper) -> None:
-    (_, first), (_, second) = packed_stack(4, 128, 128, 3, 128), packed_stack(4, 128, 64, 3, 64)
+    (_, first), (_, second) = (packed_stack(4, 128, inputs, CodebookFormat(3, inputs)) for inputs in (128, 64))
     router, before = torch.randn(4, 128), gain(128)
     layer = Moe(
         matrix(router), Matrix(), Mlp(before=step.norm(before, EPSILON, plus_one=False)), weight_of(first), weight_of(second),
