@@ -268,7 +268,7 @@ PAGES: Mapping[Path, Blocks] = {
     README: BLOCKS,
     COMPARISON: {"reference_calibrated": reference_calibrated},
     ARCHITECTURES: {"architectures": architectures},
-    CPU: {"cpu_decode_avx512": partial(cpu_decode, "cpu_decode_avx512", "../")},
+    CPU: {name: partial(cpu_decode, name, "../") for name in ("cpu_decode_avx512", "cpu_decode_avx2")},
 }
 
 

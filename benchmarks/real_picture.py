@@ -37,6 +37,7 @@ SERIES = {
     "calibrated": Series("kappaquant, calibrated", "D", "tab:red", "-", 9),
     "own text": Series("kappaquant, calibrated on text of the model's own", "d", "tab:orange", "--", 9),
     "calibrated, other": Series("kappaquant, calibrated: recipes, κ", "D", "lightcoral", "", 6),
+    "trellis": Series("kappaquant, calibrated, trellis codes", "P", "tab:brown", "-", 9),
     "embedding 8": Series("kappaquant, calibrated, embedding in 8 bits", "D", "tab:purple", "-", 8),
     "measured": Series("kappaquant, calibrated, bits by measured sensitivity", "D", "tab:green", "-", 9),
     "others": Series("others without text", "s", "dimgrey"),
@@ -95,6 +96,8 @@ def series_of(row: Row) -> str:
         return "own text"
     if setting["policy"] != "uniform":
         return "calibrated, other" if row["calibrated"] else "plain, other"
+    if "kinds" in setting:
+        return "trellis"
     if row["calibrated"]:
         return "embedding 8" if "overrides" in setting else "calibrated"
     return "plain, other" if "group_size" in setting else "plain"

@@ -22,6 +22,7 @@ from kappaquant.formats.codebook import BITS
         "cpu_encode",
         "activations",
         "cpu_decode",
+        "cpu_decode_avx2",
         "cpu_decode_avx512",
     ],
 )
