@@ -24,6 +24,8 @@ from kappaquant.formats.codebook import BITS
         "cpu_decode",
         "cpu_decode_avx2",
         "cpu_decode_avx512",
+        "trellis_layouts",
+        "trellis_layouts_real",
     ],
 )
 def test_results_say_what_they_ran_on(name: str) -> None:

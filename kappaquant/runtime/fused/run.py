@@ -109,7 +109,7 @@ class _Step(threading.local):
     """What this thread's step is of, and what it has done so far.
 
     Attributes:
-        runs: by the layers that may be taken together.
+        runs: as ``runs_of`` gives them.
         count: of layers that the model takes.
         last: the run that was taken last.
         done: the hidden states that it left.
@@ -125,15 +125,16 @@ class _Step(threading.local):
 _now = _Step()
 
 
-def runs_of(model: nn.Module) -> list[Run]:
-    """Those of two layers and more, of layers that are fused by the native core."""
-    runs = []
+def runs_of(model: nn.Module) -> dict[NativeLayer, Run]:
+    """Those of two layers and more that are fused by the native core, by each of their layers."""
+    runs: dict[NativeLayer, Run] = {}
     for parent in model.modules():
         if isinstance(parent, nn.ModuleList):
             for kind, some in groupby(parent._modules, lambda name: _kind(parent._modules[name])):  # noqa: B023
                 names = list(some)
                 if kind and len(names) > 1:
-                    runs.append(Run(parent, names))
+                    run = Run(parent, names)
+                    runs.update(dict.fromkeys(run.layers, run))
     return runs
 
 
@@ -149,9 +150,9 @@ def _kind(layer: Any) -> str:
 
 
 @contextmanager
-def together(runs: list[Run], count: int) -> Iterator[None]:
+def together(runs: dict[NativeLayer, Run], count: int) -> Iterator[None]:
     """A step of a model that takes ``count`` layers in turn, without anybody looking at what is between them."""
-    _now.runs, _now.count = {layer: run for run in runs for layer in run.layers}, count
+    _now.runs, _now.count = runs, count
     try:
         yield
     finally:

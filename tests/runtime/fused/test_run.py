@@ -42,7 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def one_by_one(monkeypatch: pytest.MonkeyPatch, model: Any, **options: Any) -> torch.Tensor:
     with monkeypatch.context() as patch:
-        patch.setattr(decoding, "runs_of", lambda _: [])
+        patch.setattr(decoding, "runs_of", lambda _: {})
         return logits(model, **options)
 
 
@@ -78,7 +78,7 @@ def test_recurrent_layers_too(tmp_path: Path, calls: list[int], monkeypatch: pyt
 
 
 def test_layers_of_several_masks_are_not_together(checkpoints: dict[str, Path]) -> None:
-    assert runs_of(load(checkpoints["qwen2"])) == []
+    assert runs_of(load(checkpoints["qwen2"])) == {}
 
 
 class TestWhoLooksInBetween:
