@@ -47,7 +47,7 @@ def random_weight(bits: int, *shape: int) -> tensor_cores.Weight:
     fmt = CodebookFormat(bits, GROUP)
     packed = torch.randint(0, 256, fmt.packed_shape(shape), dtype=torch.uint8, device=DEVICE)
     norms = (torch.rand(fmt.norms_shape(shape), device=DEVICE) / 8).half()
-    return tensor_cores.Weight.of(packed, norms, fmt, shape[-1], fmt.codebook)
+    return tensor_cores.Weight.of(packed, norms, fmt, shape[-1])
 
 
 def codebook(bits: int, n: int, k: int, m: int, half: bool) -> tuple[float, float]:

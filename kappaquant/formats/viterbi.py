@@ -140,14 +140,18 @@ def subsets(path: Tensor, code: Trellis = TRELLIS) -> Tensor:
     return _parity(path, code.lower) | _parity(path, code.upper) << 1
 
 
+def path_of(indices: Tensor, inverse: tuple[tuple[int, ...], tuple[int, ...]] = INVERSE) -> Tensor:
+    """The path bits of level indices on rings, both uint8 [size, M]; ``inverse`` as in ``pack_block``."""
+    return _parity(indices & 1, inverse[0]) ^ _parity(indices >> 1 & 1, inverse[1])
+
+
 def pack_block(indices: Tensor, bits: int, inverse: tuple[tuple[int, ...], tuple[int, ...]] = INVERSE) -> Tensor:
     """uint8 level indices [D, M], which lie on rings -> bytes [D * bits / 8, M]: D path bits, then D of each bit above the subset's.
 
     Args:
         inverse: of the trellis, as ``INVERSE`` is that of ``TRELLIS``.
     """
-    path = _parity(indices & 1, inverse[0]) ^ _parity(indices >> 1 & 1, inverse[1])
-    planes = torch.cat([path, *(indices >> (2 + k) & 1 for k in range(bits - 1))])
+    planes = torch.cat([path_of(indices, inverse), *(indices >> (2 + k) & 1 for k in range(bits - 1))])
     eight = planes.view(-1, 8, indices.shape[1])
     packed = eight[:, 0].clone()
     for k in range(1, 8):

@@ -21,7 +21,7 @@ def prepared(fmt: CodebookFormat, n: int, k: int, seed: int = 0) -> tuple[tensor
     """(weight on the GPU, decoded in float64)"""
     encoded = codec.encode(random(n, k, seed=seed).cuda(), fmt, "fast")
     decoded = codec.decode(encoded.packed, encoded.norms, fmt, k).double()
-    return tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, k, fmt.codebook), decoded
+    return tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, k), decoded
 
 
 def error(y: torch.Tensor, x: torch.Tensor, decoded: torch.Tensor) -> float:

@@ -1,10 +1,11 @@
 // Codes of the tiled layout (tiles.py) to the operands of tensor-core products.
 //
-// A thread holds, of one row, 32 codes c = 4 * q + j in `BITS` words, plane after plane. decode<BITS>(...) gives them
-// as eight words of four int8 (q) or sixteen words of two float16 (2 * q + j / 2).
+// A thread holds, of one row, 32 codes c = 4 * q + j in `bits` words, plane after plane. decode_int8 gives them as eight words of
+// four int8 (q), decode_half as sixteen words of two float16 (2 * q + j / 2).
 // Tables are byte permutes: a selector nibble picks one of eight bytes, so one instruction looks up four codes.
 
 #include "numbers.cuh"
+#include "trellis.cuh"
 
 struct Table {
     u32 bytes[8];       // int8: entries, four a word. float16: low bytes of eight entries, then their high bytes; twice for 16
@@ -12,130 +13,131 @@ struct Table {
     float scale;        // entry * scale = centroid
 };
 
+// Whether codes index a table in shared memory: those of 6 to 8 bits
+__device__ constexpr bool is_wide(int format) { return !is_trellis(format) && bits_of(format) > 5; }
+
+// Whether entries have their sign from a bit of its own; they are half integers then, so that the complement is the negative
+__device__ constexpr bool has_signs(int format) {
+    return is_trellis(format) ? bits_of(format) > 2 : bits_of(format) == 4 || bits_of(format) == 5;
+}
+
+// Whether a table has 16 entries, which are two of eight
+__device__ constexpr bool has_two_tables(int format) { return bits_of(format) == (is_trellis(format) ? 4 : 5); }
+
+// Words of a row in its first plane: bit planes up to 5 bits, one dense stream above.
+__device__ constexpr int first_plane(int format) {
+    const int bits = bits_of(format);
+    return is_trellis(format) ? bits - 1 : bits >= 6 ? bits : bits >= 4 ? 4 : 2;
+}
+
+// Of the words that a lane holds for ROWS rows, those of one row: plane after plane, as decoding wants them.
+template <int FORMAT, int ROWS = 4>
+__device__ __forceinline__ void row_words(const u32* words, int row, u32* mine) {
+    constexpr int FIRST = first_plane(FORMAT);
+#pragma unroll
+    for (int w = 0; w < bits_of(FORMAT); w++) mine[w] = w < FIRST ? words[row * FIRST + w] : words[ROWS * FIRST + row + w - FIRST];
+}
+
+// What looks up eight codes 8 * s and up, one a nibble
+struct Eight {
+    u32 select;  // the entry's lower three bits
+    u32 choose;  // of two tables: what permutes their bytes
+    u32 sign;    // the highest bit
+};
+
+constexpr u32 FIRST_BYTES = 0x32103210u;  // permutes to the bytes of the first word; with 4 more those of the second
+
+template <int FORMAT> __device__ __forceinline__ Eight codebook_eight(const u32* words, int s) {
+    constexpr int BITS = bits_of(FORMAT);
+    if constexpr (BITS <= 3) {
+        Eight out = {(s % 2 ? words[s / 2] >> 2 : words[s / 2]) & 0x33333333u, 0, 0};
+        if constexpr (BITS == 3) {  // from the one word that serves both words of two-bit codes
+            const u32 third = s == 0 ? words[2] : s == 1 ? words[2] << 1 : s == 2 ? words[2] >> 1 : words[2] << 2;
+            out.select |= third & 0x44444444u;
+        }
+        return out;
+    } else if constexpr (BITS == 4) {
+        return {words[s] & 0x77777777u, 0, words[s]};
+    } else {
+        static_assert(BITS == 5, "int8 tables are for 2 to 5 bits");
+        return {words[s] & 0x77777777u, words[s] >> 1 & 0x44444444u | FIRST_BYTES, words[4] << (3 - s)};
+    }
+}
+
+// The same of a trellis code, whose levels have the number 4 * raw + subset: at 2 bits the entry's number; beyond, levels of the
+// lower two subsets are the entries, those of the upper two their negatives, and raw bits are such an entry's (trellis_cells.py).
+template <int FORMAT> __device__ __forceinline__ Eight trellis_eight(const u32* words, const Subsets& of, int s) {
+    constexpr int BITS = bits_of(FORMAT);
+    if constexpr (BITS == 2) {  // lower and upper bits side by side, of codes whose nibbles leave room for both
+        const u32 pairs = s % 2 ? of.lower >> 1 & 0x55555555u | of.upper & 0xaaaaaaaau : of.lower & 0x55555555u | of.upper << 1 & 0xaaaaaaaau;
+        const u32 raw = s < 3 ? words[0] << s : words[0] >> 1;
+        return {(s < 2 ? pairs : pairs >> 2) & 0x33333333u | raw & 0x44444444u, 0, 0};
+    } else {
+        const u32 lower = (s < 3 ? of.lower << (2 - s) : of.lower >> 1) & 0x44444444u, sign = of.upper << (3 - s);
+        if constexpr (BITS == 3) return {lower | (s % 2 ? words[s / 2] >> 2 : words[s / 2]) & 0x33333333u, 0, sign};
+        const u32 raw = s < 3 ? words[s] & 0x77777777u
+                              : words[0] >> 3 & 0x11111111u | words[1] >> 2 & 0x22222222u | words[2] >> 1 & 0x44444444u;
+        return {raw, lower | FIRST_BYTES, sign};
+    }
+}
+
+// 32 codes; before: the path word of the lane before
+template <int FORMAT, int GROUP> __device__ __forceinline__ void eights(const u32* words, u32 before, Eight (&out)[4]) {
+    if constexpr (is_trellis(FORMAT)) {
+        const Subsets of = subsets<GROUP, has_signs(FORMAT)>(words[bits_of(FORMAT) - 1], before);
+#pragma unroll
+        for (int s = 0; s < 4; s++) out[s] = trellis_eight<FORMAT>(words, of, s);
+    } else {
+#pragma unroll
+        for (int s = 0; s < 4; s++) out[s] = codebook_eight<FORMAT>(words, s);
+    }
+}
+
 __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
     u32 out;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
     return out;
 }
 
-// 0xff in byte i where the sign bit of nibble i (of the low, or the high four) of a word is set
-__device__ __forceinline__ u32 nibble_signs(u32 word, u32 shifted, bool high) {
-    return permute(word, shifted, high ? 0xbfaeu : 0x9d8cu);
+// Bytes for the lower, or the upper, four of eight codes from tables of eight; the second follows `stride` words after the first
+template <int FORMAT> __device__ __forceinline__ u32 look_up(const u32* tables, int stride, const Eight& codes, bool upper) {
+    const u32 select = upper ? codes.select >> 16 : codes.select, first = permute(tables[0], tables[1], select);
+    if constexpr (!has_two_tables(FORMAT)) return first;
+    else return permute(first, permute(tables[stride], tables[stride + 1], select), upper ? codes.choose >> 16 : codes.choose);
 }
 
-// Selectors: nibble i of part 0 (1) is code i of q, q + 1 (q + 2, q + 3), in a word of two-bit codes.
-__device__ __forceinline__ u32 pairs(u32 word, int part) { return (part ? word >> 2 : word) & 0x33333333u; }
-
-// The third bit of those codes, from the one word that serves both words of two-bit codes.
-__device__ __forceinline__ u32 third(u32 word, int which, int part) {
-    u32 moved = which == 0 ? (part ? word << 1 : word) : (part ? word << 2 : word >> 1);
-    return moved & 0x44444444u;
+// 0xff in each byte whose code has its sign bit set
+__device__ __forceinline__ u32 signs(const Eight& codes, bool upper) {
+    return permute(codes.sign, codes.sign << 4, upper ? 0xbfaeu : 0x9d8cu);
 }
 
-// Of a four-bit index with tables for its lower and its upper half: bytes of `low` or `high` by bit 3 of each nibble.
-__device__ __forceinline__ u32 choose(u32 low, u32 high, u32 bit3, bool upper) {
-    u32 selector = (bit3 >> 1) | 0x32103210u;
-    return permute(low, high, upper ? selector >> 16 : selector);
-}
-
-// The table's bytes for the low, or the upper, four of eight selectors
-__device__ __forceinline__ u32 look_up(u32 low, u32 high, u32 selectors, bool upper) {
-    return permute(low, high, upper ? selectors >> 16 : selectors);
-}
-
-// Words of the first plane of a row: bit planes up to 5 bits, one dense stream above.
-__device__ constexpr int first_plane(int bits) { return bits >= 6 ? bits : bits >= 4 ? 4 : 2; }
-
-// Of the words that a lane holds for ROWS rows, those of one row: plane after plane, as decoding wants them.
-template <int BITS, int ROWS = 4>
-__device__ __forceinline__ void row_words(const u32* words, int row, u32* mine) {
-    constexpr int FIRST = first_plane(BITS);
+template <int FORMAT, int GROUP>
+__device__ __forceinline__ void decode_int8(const u32* words, u32 before, const Table& table, u32* out) {
+    Eight codes[4];
+    eights<FORMAT, GROUP>(words, before, codes);
 #pragma unroll
-    for (int w = 0; w < BITS; w++) mine[w] = w < FIRST ? words[row * FIRST + w] : words[ROWS * FIRST + row + w - FIRST];
-}
-
-template <int BITS>
-__device__ __forceinline__ void decode_int8(const u32* words, const Table& table, u32* out) {
-    const u32* t = table.bytes;
-    if constexpr (BITS == 2 || BITS == 3) {
-#pragma unroll
-        for (int w = 0; w < 2; w++)
-#pragma unroll
-            for (int part = 0; part < 2; part++) {
-                u32 selectors = pairs(words[w], part);
-                if constexpr (BITS == 3) selectors |= third(words[2], w, part);
-#pragma unroll
-                for (int up = 0; up < 2; up++) out[4 * w + 2 * part + up] = look_up(t[0], t[1], selectors, up);
-            }
-    } else if constexpr (BITS == 4) {
-#pragma unroll
-        for (int w = 0; w < 4; w++) {
-            u32 selectors = words[w] & 0x77777777u, shifted = words[w] << 4;
-#pragma unroll
-            for (int up = 0; up < 2; up++)
-                out[2 * w + up] = look_up(t[0], t[1], selectors, up) ^ nibble_signs(words[w], shifted, up);
-        }
-    } else {
-        static_assert(BITS == 5, "int8 tables are for 2 to 5 bits");
-#pragma unroll
-        for (int w = 0; w < 4; w++) {
-            u32 selectors = words[w] & 0x77777777u, bit3 = words[w] & 0x88888888u;
-#pragma unroll
-            for (int up = 0; up < 2; up++) {
-                int q = 2 * w + up;
-                u32 magnitude = choose(look_up(t[0], t[1], selectors, up), look_up(t[2], t[3], selectors, up), bit3, up);
-                out[q] = magnitude ^ permute(words[4] << q, 0, 0xba98u);
-            }
-        }
+    for (int q = 0; q < 8; q++) {
+        out[q] = look_up<FORMAT>(table.bytes, 2, codes[q / 2], q % 2);
+        if (has_signs(FORMAT)) out[q] ^= signs(codes[q / 2], q % 2);
     }
 }
 
-// low and high bytes of four float16 to two words of two
-__device__ __forceinline__ void interleave(u32 low, u32 high, u32* out) {
-    out[0] = permute(low, high, 0x5140u);
-    out[1] = permute(low, high, 0x7362u);
-}
-
-template <int BITS>
-__device__ __forceinline__ void decode_half(const u32* words, const Table& table, const u32* shared, u32* out) {
-    const u32* t = table.bytes;
-    if constexpr (BITS == 2 || BITS == 3) {
+template <int FORMAT, int GROUP>
+__device__ __forceinline__ void decode_half(const u32* words, u32 before, const Table& table, const u32* shared, u32* out) {
+    if constexpr (!is_wide(FORMAT)) {
+        Eight codes[4];
+        eights<FORMAT, GROUP>(words, before, codes);
 #pragma unroll
-        for (int w = 0; w < 2; w++)
-#pragma unroll
-            for (int part = 0; part < 2; part++) {
-                u32 selectors = pairs(words[w], part);
-                if constexpr (BITS == 3) selectors |= third(words[2], w, part);
-#pragma unroll
-                for (int up = 0; up < 2; up++)
-                    interleave(look_up(t[0], t[1], selectors, up), look_up(t[2], t[3], selectors, up),
-                               out + 2 * (4 * w + 2 * part + up));
-            }
-    } else if constexpr (BITS == 4) {
-#pragma unroll
-        for (int w = 0; w < 4; w++) {
-            u32 selectors = words[w] & 0x77777777u, shifted = words[w] << 4;
-#pragma unroll
-            for (int up = 0; up < 2; up++) {
-                u32 sign = nibble_signs(words[w], shifted, up) & 0x80808080u;
-                interleave(look_up(t[0], t[1], selectors, up), look_up(t[2], t[3], selectors, up) ^ sign,
-                           out + 2 * (2 * w + up));
-            }
-        }
-    } else if constexpr (BITS == 5) {
-#pragma unroll
-        for (int w = 0; w < 4; w++) {
-            u32 selectors = words[w] & 0x77777777u, bit3 = words[w] & 0x88888888u;
-#pragma unroll
-            for (int up = 0; up < 2; up++) {
-                int q = 2 * w + up;
-                u32 low = choose(look_up(t[0], t[1], selectors, up), look_up(t[4], t[5], selectors, up), bit3, up);
-                u32 high = choose(look_up(t[2], t[3], selectors, up), look_up(t[6], t[7], selectors, up), bit3, up);
-                interleave(low, high ^ ((words[4] << q) & 0x80808080u), out + 2 * q);
-            }
+        for (int q = 0; q < 8; q++) {
+            const u32 low = look_up<FORMAT>(table.bytes, 4, codes[q / 2], q % 2);
+            u32 high = look_up<FORMAT>(table.bytes + 2, 4, codes[q / 2], q % 2);
+            if (has_signs(FORMAT)) high ^= signs(codes[q / 2], q % 2) & 0x80808080u;
+            out[2 * q] = permute(low, high, 0x5140u);
+            out[2 * q + 1] = permute(low, high, 0x7362u);
         }
     } else {
         // a copy of the table for each lane, in a bank of its own: entry code of this lane is at byte 128 * code + 4 * lane
+        constexpr int BITS = bits_of(FORMAT);
         const u32 lane4 = 4 * (threadIdx.x & 31);
 #pragma unroll
         for (int pair = 0; pair < 16; pair++) {

@@ -27,24 +27,27 @@ __device__ __forceinline__ float with_sign(float v, u32 signs, int c) {
     return __uint_as_float(__float_as_uint(v) ^ (~signs >> c << 31));
 }
 
-template <int BITS, int GROUP>
+template <int FORMAT, int GROUP>
 __global__ void __launch_bounds__(128) decoded(const __grid_constant__ Decoded p) {
-    constexpr int SUB = GROUP < 128 ? GROUP : 128, RUN = SUB / 4, UNITS = GROUP > 128 ? 2 : 1;
+    constexpr int BITS = bits_of(FORMAT), SUB = GROUP < 128 ? GROUP : 128, RUN = SUB / 4, UNITS = GROUP > 128 ? 2 : 1;
     constexpr int CHUNKS = 17;  // of 16 bytes, of a row's 128 values, and one against bank conflicts
     extern __shared__ u32 lut[];
     __shared__ uint4 of_warps[4][8 * CHUNKS];
     uint4* staged = of_warps[threadIdx.x >> 5];
-    copy_table<BITS, true, 128>(p.weight.table, lut);
+    copy_table<FORMAT, true, 128>(p.weight.table, lut);
     const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3, units = p.k / 128, groups = p.k / GROUP;
     const int tile = p.first_tile + blockIdx.x, unit0 = (blockIdx.y * 4 + (threadIdx.x >> 5)) * UNITS;
     if (unit0 >= units) return;
     const uint4* codes = p.weight.codes + ((size_t)tile * units + unit0) * BITS * 32 + lane;
     const unsigned short* norms = reinterpret_cast<const unsigned short*>(p.weight.norms + (size_t)tile * groups * 8 + r);
     u32 words[UNITS][4 * BITS];
+    Edges<FORMAT, GROUP, 4> edges[UNITS];
 #pragma unroll
-    for (int u = 0; u < UNITS; u++)
+    for (int u = 0; u < UNITS; u++) {
+        edges[u].read(codes + u * BITS * 32, unit0 + u);
 #pragma unroll
         for (int i = 0; i < BITS; i++) *reinterpret_cast<uint4*>(words[u] + 4 * i) = stream(codes + (u * BITS + i) * 32);
+    }
 
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -52,8 +55,8 @@ __global__ void __launch_bounds__(128) decoded(const __grid_constant__ Decoded p
 #pragma unroll
         for (int u = 0; u < UNITS; u++) {
             u32 mine[BITS], pairs[16];
-            row_words<BITS>(words[u], i, mine);
-            decode_half<BITS>(mine, p.weight.table, lut, pairs);
+            row_words<FORMAT>(words[u], i, mine);
+            decode_half<FORMAT, GROUP>(mine, path_before(mine, edges[u], i), p.weight.table, lut, pairs);
             const u32 s2 = lane_signs<GROUP>(p.s2, t, unit0 + u);
 #pragma unroll
             for (int c = 0; c < 32; c++)

@@ -12,7 +12,7 @@ from torch import Tensor
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats.signs import signs
 from kappaquant.kernels.cuda import nvrtc, tiles
-from kappaquant.kernels.cuda.tensor_cores import TABLE_BYTES, Codes, Weight
+from kappaquant.kernels.cuda.tensor_cores import Codes, Weight, numbers, table_bytes
 
 NAME = "decoded"
 _PIECE_BYTES = 1 << 28  # of decoded weight alive at once
@@ -51,9 +51,8 @@ def decode(weight: Weight, first: int = 0, rows: int | None = None) -> Tensor:
     for into, which in zip((parameters.s1, parameters.s2), signs(group), strict=True):
         for i, sign in enumerate(which):
             into[i // 32] |= (sign > 0) << i % 32
-    run = nvrtc.kernel(
-        "decoded.cu", f"decoded<{weight.fmt.bits}, {group}>", codes.device.index, TABLE_BYTES.get(weight.fmt.bits, 0)
-    )
+    instance = f"decoded<{numbers([weight], 1)[0]}, {group}>"
+    run = nvrtc.kernel("decoded.cu", instance, codes.device.index, table_bytes([weight], True))
     a_warp = max(1, group // tiles.INPUTS)  # units
     run((-(-rows // tiles.ROWS), -(-units // (4 * a_warp)), 1), 128, parameters)
     return out

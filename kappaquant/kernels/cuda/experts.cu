@@ -32,10 +32,10 @@ struct Down {
 };
 
 // codes of one expert among those that lie one after another
-template <int BITS, int GROUP>
+template <int FORMAT, int GROUP>
 __device__ __forceinline__ Codes expert_of(const Codes& first, long long expert, int tiles, int k) {
     Codes w = first;
-    w.codes += (size_t)expert * tiles * (k / 128) * BITS * 32;
+    w.codes += (size_t)expert * tiles * (k / 128) * bits_of(FORMAT) * 32;
     w.norms += (size_t)expert * tiles * (k / GROUP) * 8;
     return w;
 }
@@ -51,14 +51,14 @@ __device__ __forceinline__ void keep(const float (&out)[2][1][4], float* into) {
     }
 }
 
-// B1, B2, B3: bits of each part, 0 for none
-template <int B1, int B2, int B3, int GROUP, bool HALF, int WARPS>
+// F1, F2, F3: format of each part (trellis.cuh), 0 for none
+template <int F1, int F2, int F3, int GROUP, bool HALF, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS) gate_up(const __grid_constant__ GateUp p) {
-    constexpr int TABLE_WORDS = !HALF ? 0 : table_words(larger(B1, larger(B2, B3)));
+    constexpr int TABLE_WORDS = !HALF ? 0 : larger(table_words(F1), larger(table_words(F2), table_words(F3)));
     extern __shared__ float memory[];
     u32* lut = reinterpret_cast<u32*>(memory);
     float* partial = memory + TABLE_WORDS;  // [WARPS][33]
-    const int warp = threadIdx.x >> 5, mine = B3 && (int)blockIdx.x >= p.parts[2].first_block ? 2 : B2 && (int)blockIdx.x >= p.parts[1].first_block;
+    const int warp = threadIdx.x >> 5, mine = F3 && (int)blockIdx.x >= p.parts[2].first_block ? 2 : F2 && (int)blockIdx.x >= p.parts[1].first_block;
     let_next_start();
     const int slot = blockIdx.y, token = mine ? slot : slot / p.top_k;
     if (token >= p.tokens) return;
@@ -68,17 +68,17 @@ __global__ void __launch_bounds__(32 * WARPS) gate_up(const __grid_constant__ Ga
     if (mine == 0) {
         wait_for_earlier();  // for the router
         if (!is_expert(p.experts[slot], p.expert_count)) return;  // nobody uses this row
-        copy_table<B1, HALF, 32 * WARPS>(part.weight.table, lut);
-        Codes w = expert_of<B1, GROUP>(part.weight, p.experts[slot], (part.rows + 31) / 32, p.in.k);
-        accumulate<B1, GROUP, HALF, 1, true>(w, p.in, lut, tile, token, p.tokens, warp, WARPS, out);
+        copy_table<F1, HALF, 32 * WARPS>(part.weight.table, lut);
+        Codes w = expert_of<F1, GROUP>(part.weight, p.experts[slot], (part.rows + 31) / 32, p.in.k);
+        accumulate<F1, GROUP, HALF, 1, true>(w, p.in, lut, tile, token, p.tokens, warp, WARPS, out);
     }
-    if constexpr (B2 != 0) if (mine == 1) {
-        copy_table<B2, HALF, 32 * WARPS>(part.weight.table, lut);
-        accumulate<B2, GROUP, HALF, 1, true>(part.weight, p.in, lut, tile, token, p.tokens, warp, WARPS, out);
+    if constexpr (F2 != 0) if (mine == 1) {
+        copy_table<F2, HALF, 32 * WARPS>(part.weight.table, lut);
+        accumulate<F2, GROUP, HALF, 1, true>(part.weight, p.in, lut, tile, token, p.tokens, warp, WARPS, out);
     }
-    if constexpr (B3 != 0) if (mine == 2) {
-        copy_table<B3, HALF, 32 * WARPS>(part.weight.table, lut);
-        accumulate<B3, GROUP, HALF, 1, true>(part.weight, p.in, lut, tile, token, p.tokens, warp, WARPS, out);
+    if constexpr (F3 != 0) if (mine == 2) {
+        copy_table<F3, HALF, 32 * WARPS>(part.weight.table, lut);
+        accumulate<F3, GROUP, HALF, 1, true>(part.weight, p.in, lut, tile, token, p.tokens, warp, WARPS, out);
     }
     keep(out, partial + warp * 33);
     __syncthreads();
@@ -95,16 +95,16 @@ constexpr int MOST_WARPS = 20;
 
 __device__ __forceinline__ float round_to(float v, int kind) { return kind == 0 ? v : kind == 1 ? rounded<1>(v) : rounded<2>(v); }
 
-// B1: bits of the routed experts, B2: of the shared one, 0 for none. A warp takes one expert's share, or several in turn.
-template <int B1, int B2, int GROUP, bool HALF>
+// F1: format of the routed experts (trellis.cuh), F2: of the shared one, 0 for none. A warp takes one expert's share, or several in turn.
+template <int F1, int F2, int GROUP, bool HALF>
 __global__ void __launch_bounds__(32 * MOST_WARPS) down(const __grid_constant__ Down p) {
-    constexpr int WORDS1 = HALF ? table_words(B1) : 0, WORDS2 = HALF ? table_words(B2) : 0;
+    constexpr int WORDS1 = HALF ? table_words(F1) : 0, WORDS2 = HALF ? table_words(F2) : 0;
     extern __shared__ float memory[];
     u32* lut = reinterpret_cast<u32*>(memory);
     float* partial = memory + WORDS1 + WORDS2;  // [routed, shared][warps][33]
     const int warp = threadIdx.x >> 5, warps = blockDim.x >> 5, tile = blockIdx.x, token = blockIdx.y;
     let_next_start();
-    const int tiles = (p.rows + 31) / 32, routed_jobs = p.top_k * p.splits, jobs = routed_jobs + (B2 ? p.splits : 0);
+    const int tiles = (p.rows + 31) / 32, routed_jobs = p.top_k * p.splits, jobs = routed_jobs + (F2 ? p.splits : 0);
     if constexpr (WORDS1 != 0)
         for (int i = threadIdx.x; i < WORDS1; i += blockDim.x) lut[i] = __ldg(p.routed.table.half + i / 32);
     if constexpr (WORDS2 != 0)
@@ -118,19 +118,19 @@ __global__ void __launch_bounds__(32 * MOST_WARPS) down(const __grid_constant__ 
             int slot = token * p.top_k + job / p.splits;
             if (!is_expert(p.experts[slot], p.expert_count)) continue;
             float weight = load(p.weights, slot, p.weight_kind), out[2][1][4] = {};
-            Codes w = expert_of<B1, GROUP>(p.routed, p.experts[slot], tiles, p.in.k);
-            accumulate<B1, GROUP, HALF, 1, true>(w, p.in, lut, tile, slot, 0, job % p.splits, p.splits, out);
+            Codes w = expert_of<F1, GROUP>(p.routed, p.experts[slot], tiles, p.in.k);
+            accumulate<F1, GROUP, HALF, 1, true>(w, p.in, lut, tile, slot, 0, job % p.splits, p.splits, out);
 #pragma unroll
             for (int pair = 0; pair < 2; pair++)
 #pragma unroll
                 for (int i = 0; i < 4; i += 2) total[pair][0][i] += weight * out[pair][0][i];
-        } else if constexpr (B2 != 0) {
-            accumulate<B2, GROUP, HALF, 1, true>(p.shared, p.shared_in, lut + WORDS1, tile, p.shared_first + token, 0,
+        } else if constexpr (F2 != 0) {
+            accumulate<F2, GROUP, HALF, 1, true>(p.shared, p.shared_in, lut + WORDS1, tile, p.shared_first + token, 0,
                                                  job - routed_jobs, p.splits, shared);
         }
     }
     keep(total, partial + warp * 33);
-    if constexpr (B2 != 0) keep(shared, partial + (warps + warp) * 33);
+    if constexpr (F2 != 0) keep(shared, partial + (warps + warp) * 33);
     __syncthreads();
     int row = 32 * tile + threadIdx.x;
     if (threadIdx.x < 32 && row < p.rows) {
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS) down(const __grid_constant__ 
         for (int w = 0; w < warps; w++) y += partial[w * 33 + threadIdx.x];
         y *= p.routed.table.scale;
         size_t at = (size_t)token * p.rows + row;
-        if constexpr (B2 != 0) {  // rounded where the torch modules round
+        if constexpr (F2 != 0) {  // rounded where the torch modules round
             float z = 0.f;
             for (int w = 0; w < warps; w++) z += partial[(warps + w) * 33 + threadIdx.x];
             z = round_to(z * p.shared.table.scale, p.kind);

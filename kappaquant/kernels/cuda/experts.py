@@ -14,7 +14,7 @@ from torch import Tensor
 from kappaquant.errors import UnsupportedError
 from kappaquant.kernels.cuda import nvrtc, tiles
 from kappaquant.kernels.cuda.inputs import KINDS, Input, address, rotate
-from kappaquant.kernels.cuda.tensor_cores import INT8_BITS, TABLE_BYTES, Codes, Inputs, Weight
+from kappaquant.kernels.cuda.tensor_cores import INT8_BITS, Codes, Inputs, Weight, numbers, table_bytes
 
 NAME = "experts"
 _WARPS = 8
@@ -83,9 +83,8 @@ def gate_up(
         parameters.parts[i] = _Part(part.parameters(x.half), part.rows, blocks, column)
         blocks += -(-part.rows // tiles.ROWS)
         column += part.rows if i else 0
-    bits = [part.fmt.bits for part in parts] + [0] * (3 - len(parts))
-    shared_bytes = 4 * 33 * _WARPS + (TABLE_BYTES.get(max(bits), 0) if x.half else 0)
-    instance = f"gate_up<{bits[0]}, {bits[1]}, {bits[2]}, {x.group_size}, {str(x.half).lower()}, {_WARPS}>"
+    shared_bytes = 4 * 33 * _WARPS + table_bytes(parts, x.half)
+    instance = f"gate_up<{', '.join(map(str, numbers(parts, 3)))}, {x.group_size}, {str(x.half).lower()}, {_WARPS}>"
     run = nvrtc.kernel("experts.cu", instance, out.device.index, shared_bytes)
     run((blocks, slots, 1), 32 * _WARPS, parameters, early=True)
     return out
@@ -127,9 +126,9 @@ def down(
         address(shared_gate), address(residual), out.data_ptr(), tokens * top_k, tokens, top_k, routed.rows, splits,
         KINDS[out.dtype], KINDS[weights.dtype], routed.tiled.codes.shape[0],
     )  # fmt: skip
-    bits = (routed.fmt.bits, shared.fmt.bits if shared else 0)
-    tables = sum(TABLE_BYTES.get(b, 0) for b in bits) if x.half else 0
-    instance = f"down<{bits[0]}, {bits[1]}, {x.group_size}, {str(x.half).lower()}>"
+    parts = [routed, *([shared] if shared else [])]
+    tables = sum(table_bytes([part], x.half) for part in parts)
+    instance = f"down<{', '.join(map(str, numbers(parts, 2)))}, {x.group_size}, {str(x.half).lower()}>"
     run = nvrtc.kernel("experts.cu", instance, out.device.index, 2 * 4 * 33 * warps + tables)
     run((-(-routed.rows // tiles.ROWS), tokens, 1), 32 * warps, parameters, early=True)
     return out

@@ -16,14 +16,15 @@ __device__ __forceinline__ u32 scaled(u32 pair, u32 norm) {
     return out;
 }
 
-// Table entries of two rows from the words of ROWS, as operand A of WORDS / 2 products wants them: words first and up of each
-template <int BITS, int ROWS, int WORDS>
-__device__ __forceinline__ void entries(const u32* words, const Table& table, const u32* lut, int pair, int first, u32* raw) {
+// Table entries of two rows of a unit, as operand A of WORDS / 2 products wants them: words first and up of each
+template <int WORDS, int FORMAT, int GROUP, int PAIRS>
+__device__ __forceinline__ void entries(const Reader<FORMAT, GROUP, PAIRS>& unit, const Table& table, const u32* lut, int pair, int first,
+                                        u32* raw) {
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-        u32 mine[BITS], decoded[16];
-        row_words<BITS, ROWS>(words, 2 * pair + row, mine);
-        decode_half<BITS>(mine, table, lut, decoded);
+        u32 mine[bits_of(FORMAT)], decoded[16];
+        row_words<FORMAT, 2 * PAIRS>(unit.words, 2 * pair + row, mine);
+        decode_half<FORMAT, GROUP>(mine, path_before(mine, unit.edges, 2 * pair + row), table, lut, decoded);
 #pragma unroll
         for (int w = 0; w < WORDS; w++) raw[2 * w + row] = decoded[first + w];
     }
@@ -44,7 +45,7 @@ __device__ __forceinline__ void scale(const u32* raw, const u32* norms, int firs
 __device__ constexpr bool paired(int tokens, int split) { return tokens == 256 && split == 2; }
 
 // A block of the output.
-template <int BITS, int GROUP, int N, int WARPGROUPS, int SPLIT, int STAGES, bool ITEMS>
+template <int FORMAT, int GROUP, int N, int WARPGROUPS, int SPLIT, int STAGES, bool ITEMS>
 __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const Block& block, const int4& item, const u32* lut,
                                         char* memory, u32 barriers, Targets<N, ITEMS>& targets) {
     constexpr bool PAIRED = paired(N, SPLIT);
@@ -53,7 +54,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
     constexpr int SLACK = STAGES > 3 ? 1 : 0;               // rounds that other warps may lag before this one waits to refill
     const Place<PAIRS, WARPGROUPS> place(s, block, item.x);
     const int lane = threadIdx.x & 31, rank = block.rank, step = block.ranks, rounds = block.rounds(p);
-    Reader<BITS, GROUP, PAIRS> next(s.weight, place.tile, place.pair0, p.k);
+    Reader<FORMAT, GROUP, PAIRS> next(s.weight, place.tile, place.pair0, p.k);
     const u32 stages = shared_address(memory), full = barriers, empty = barriers + 8 * STAGES;
 
     // of what a pair multiplies each fetches half; of the halves of an input axis all
@@ -87,7 +88,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
         for (int i = 0; i < STAGES && i < rounds; i++) fetch(i);
     targets.template fill<128 * WARPGROUPS>(p, item, p.scales);
     for (int round = 0; round < rounds; round++) {
-        const Reader<BITS, GROUP, PAIRS> now = next;
+        const Reader<FORMAT, GROUP, PAIRS> now = next;
         next.read(min(rank + (round + 1) * step, last));  // without a branch, which would part the lanes
         const int stage = round % STAGES;
         const u64 b = swizzled(stages + stage * (N / 8 * UNIT), UNIT);
@@ -96,7 +97,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
         for (int phase = 0; phase < 16 * PAIRS / WORDS; phase++) {
             const int pair = phase % PAIRS, first = phase / PAIRS * WORDS;
             u32 raw[2 * WORDS];
-            entries<BITS, 2 * PAIRS, WORDS>(now.words, s.weight.table, lut, pair, first, raw);
+            entries<WORDS>(now, s.weight.table, lut, pair, first, raw);
             keep_before<2 * WORDS>(raw);
             wgmma_wait<0>();  // a is free; defined any earlier, and the compiler would let no two products overlap
             scale<GROUP, WORDS>(raw, now.norm[pair], first, a);
@@ -122,10 +123,10 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
     collect_sums<N, PAIRS, WARPGROUPS, SPLIT>(p, s, block, item, place, sums, targets, reinterpret_cast<float*>(memory));
 }
 
-// B1..B4: bits of each output that reads this input, 0 for none. ITEMS: tokens of experts; few of them take half a block's time.
-template <int B1, int B2, int B3, int B4, int GROUP, bool ITEMS, int N, int WARPGROUPS, int SPLIT, int STAGES, int RESIDENT>
+// F1..F4: format of each output that reads this input (trellis.cuh), 0 for none. ITEMS: tokens of experts; few of them take half a block's time.
+template <int F1, int F2, int F3, int F4, int GROUP, bool ITEMS, int N, int WARPGROUPS, int SPLIT, int STAGES, int RESIDENT>
 __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(SPLIT, 1, 1) gemm(const __grid_constant__ Gemm p) {
-    constexpr int BITS[4] = {B1, B2, B3, B4};
+    constexpr int FORMATS[4] = {F1, F2, F3, F4};
     constexpr bool PAIRED = paired(N, SPLIT);
     static_assert(!ITEMS || !PAIRED, "pairs do not fetch inputs of experts");
     constexpr int BODY = STAGES * N / 8 * UNIT, SUMS = N * (64 * (N == 256 ? 1 : 2) * WARPGROUPS + 4) * 4;
@@ -150,24 +151,24 @@ __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(S
     int mine = 0;
 #pragma unroll
     for (int i = 1; i < 4; i++)
-        if (BITS[i] && block.rows >= p.segments[i].first_block) mine = i;
+        if (FORMATS[i] && block.rows >= p.segments[i].first_block) mine = i;
     const Segment& s = p.segments[mine];
-    auto run = [&](auto bits) {
-        constexpr int B = decltype(bits)::value;
-        copy_table<B, true, 128 * WARPGROUPS>(s.weight.table, lut);
+    auto run = [&](auto format) {
+        constexpr int F = decltype(format)::value;
+        copy_table<F, true, 128 * WARPGROUPS>(s.weight.table, lut);
         if constexpr (PAIRED) cluster_wait();  // the other one's barriers are ready too
         __syncthreads();
         constexpr int HALF = ITEMS && N > 8 && N <= 128 ? N / 2 : N;
         auto multiply = [&](auto tokens) {
             constexpr int T = decltype(tokens)::value;
-            product<B, GROUP, T, WARPGROUPS, SPLIT, STAGES>(p, s, block, item, lut, memory, barriers, *reinterpret_cast<Targets<T, ITEMS>*>(targets));
+            product<F, GROUP, T, WARPGROUPS, SPLIT, STAGES>(p, s, block, item, lut, memory, barriers, *reinterpret_cast<Targets<T, ITEMS>*>(targets));
         };
         if (HALF < N && item.z <= HALF) multiply(Constant<HALF>{});
         else multiply(Constant<N>{});
     };
-    if (mine == 0) run(Constant<B1>{});
-    if constexpr (B2 != 0) if (mine == 1) run(Constant<B2>{});
-    if constexpr (B3 != 0) if (mine == 2) run(Constant<B3>{});
-    if constexpr (B4 != 0) if (mine == 3) run(Constant<B4>{});
+    if (mine == 0) run(Constant<F1>{});
+    if constexpr (F2 != 0) if (mine == 1) run(Constant<F2>{});
+    if constexpr (F3 != 0) if (mine == 2) run(Constant<F3>{});
+    if constexpr (F4 != 0) if (mine == 3) run(Constant<F4>{});
     if constexpr (PAIRED) cluster_sync();  // what this one does to the other one's barriers is done before either ends
 }

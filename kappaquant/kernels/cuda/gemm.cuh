@@ -21,9 +21,9 @@ struct Gemm {
 };
 
 // The words of ROWS / 2 pairs of rows of a unit, `first` and up, plane after plane
-template <int BITS, int ROWS>
+template <int FORMAT, int ROWS>
 __device__ __forceinline__ void load_words(const uint4* codes, int first, u32* words) {
-    constexpr int FIRST = first_plane(BITS);
+    constexpr int BITS = bits_of(FORMAT), FIRST = first_plane(FORMAT);
     if constexpr (ROWS == 4) {
 #pragma unroll
         for (int i = 0; i < BITS; i++) *reinterpret_cast<uint4*>(words + 4 * i) = stream(codes + 32 * i);
@@ -80,12 +80,14 @@ template <int PAIRS, int WARPGROUPS> struct Place {
 };
 
 // Codes and norms of a warp's rows, unit after unit.
-template <int BITS, int GROUP, int PAIRS> struct Reader {
+template <int FORMAT, int GROUP, int PAIRS> struct Reader {
+    static constexpr int BITS = bits_of(FORMAT);
     static constexpr int GROUPS = GROUP < 128 ? 128 / GROUP : 1;  // in a unit
     const uint4* codes;
     const u32* norms;
     int pair0;
     u32 words[2 * PAIRS * BITS], norm[PAIRS][GROUPS];  // of the unit read last
+    Edges<FORMAT, GROUP, 2 * PAIRS> edges;
 
     __device__ __forceinline__ Reader(const Codes& w, size_t tile, int pair0, int k) : pair0(pair0) {
         const int lane = threadIdx.x & 31;
@@ -94,14 +96,16 @@ template <int BITS, int GROUP, int PAIRS> struct Reader {
     }
 
     __device__ __forceinline__ void read(int unit) {
-        load_words<BITS, 2 * PAIRS>(codes + (size_t)unit * BITS * 32, pair0, words);
+        const uint4* from = codes + (size_t)unit * BITS * 32;
+        load_words<FORMAT, 2 * PAIRS>(from, pair0, words);
+        edges.read(from, unit, 2 * pair0);
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) {
-            const u32* from = norms + ((size_t)unit * 128 / GROUP + g) * 16;
+            const u32* of_group = norms + ((size_t)unit * 128 / GROUP + g) * 16;
             if constexpr (PAIRS == 1) {
-                norm[0][g] = __ldg(from + pair0);
+                norm[0][g] = __ldg(of_group + pair0);
             } else {
-                uint2 both = __ldg(reinterpret_cast<const uint2*>(from));
+                uint2 both = __ldg(reinterpret_cast<const uint2*>(of_group));
                 norm[0][g] = both.x, norm[1][g] = both.y;
             }
         }

@@ -20,7 +20,7 @@ from kappaquant.kernels.cuda import device as gpu
 from kappaquant.kernels.cuda import int8_gemm, nvrtc, tiles
 from kappaquant.kernels.cuda.inputs import KINDS, Tokens, address
 from kappaquant.kernels.cuda.launches import BARRIER_BYTES, TARGET_BYTES, Spread, split_of, whole_blocks
-from kappaquant.kernels.cuda.tensor_cores import INT8_BITS, TABLE_BYTES, Codes, Weight
+from kappaquant.kernels.cuda.tensor_cores import INT8_BITS, Codes, Weight, numbers, table_bytes
 
 NAME = "gemm"
 _MOST_OUTPUTS = 4
@@ -62,16 +62,16 @@ class Launch(Spread):
     def paired(self) -> bool:
         return self.tokens == 256 and self.split == 2
 
-    def instance(self, bits: Sequence[int], group_size: int, items: bool = False) -> str:
-        """Of the kernel template, for outputs of these widths, 0 for none."""
+    def instance(self, formats: Sequence[int], group_size: int, items: bool = False) -> str:
+        """Of the kernel template, for outputs of these formats (``tensor_cores.numbers``)."""
         flags = f"{self.tokens}, {self.warpgroups}, {self.split}, {self.stages}, {self.resident}"
-        return f"gemm<{', '.join(map(str, bits))}, {group_size}, {str(items).lower()}, {flags}>"
+        return f"gemm<{', '.join(map(str, formats))}, {group_size}, {str(items).lower()}, {flags}>"
 
-    def shared_bytes(self, bits: int, group_size: int) -> int:
-        """Shared memory of a thread block whose widest codes have ``bits``."""
+    def shared_bytes(self, group_size: int) -> int:
+        """Shared memory of a thread block, but for a table."""
         staged = self.stages * self.tokens * 2 * tiles.INPUTS
         sums = 4 * self.tokens * (self.rows + 4)
-        return BARRIER_BYTES + TARGET_BYTES * self.tokens + TABLE_BYTES.get(bits, 0) + max(staged, sums)
+        return BARRIER_BYTES + TARGET_BYTES * self.tokens + max(staged, sums)
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def linear(
     parameters.token_blocks = items.work.shape[0] if items else -(-x.count // use.tokens)
     every = parameters.row_blocks * parameters.token_blocks
     parameters.whole = whole_blocks(every, use.split, _multiprocessors(device) * use.resident)
-    bits = [w.fmt.bits for w in weights] + [0] * (_MOST_OUTPUTS - len(weights))
-    run = _kernel(use, tuple(bits), x.group_size, items is not None, device.index)
+    formats, table = tuple(numbers(weights, _MOST_OUTPUTS)), table_bytes(weights, x.half)
+    run = _kernel(use, formats, x.group_size, items is not None, table, device.index)
     grid = parameters.whole + (every - parameters.whole) * use.split
     run((grid, 1, 1), 128 * use.warpgroups, parameters, early=True)
     return outs
@@ -192,10 +192,10 @@ def _check(x: Tokens, weights: Sequence[Weight], items: Items | None) -> None:
 
 @cache
 def _kernel(
-    use: Launch | int8_gemm.Launch, bits: tuple[int, ...], group_size: int, items: bool, device: int
+    use: Launch | int8_gemm.Launch, formats: tuple[int, ...], group_size: int, items: bool, table: int, device: int
 ) -> nvrtc.Kernel:
-    instance = use.instance(bits, group_size, items) if isinstance(use, Launch) else use.instance(bits, group_size)
-    return nvrtc.kernel(use.file, instance, device, use.shared_bytes(max(bits), group_size))
+    instance = use.instance(formats, group_size, items) if isinstance(use, Launch) else use.instance(formats, group_size)
+    return nvrtc.kernel(use.file, instance, device, use.shared_bytes(group_size) + table)
 
 
 @cache

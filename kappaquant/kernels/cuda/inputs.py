@@ -1,4 +1,4 @@
-"""The input side of codebook products on NVIDIA GPUs, in one kernel: norm or gate, rotation, int8 or float16."""
+"""The input side of products with rotated weights on NVIDIA GPUs, in one kernel: norm or gate, rotation, int8 or float16."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.formats.codebook import GroupedFormat
 from kappaquant.formats.signs import signs
 from kappaquant.kernels.cuda import nvrtc, tiles
 
@@ -82,7 +82,7 @@ class Tokens:
 
 def rotate(
     x: Tensor,
-    fmt: CodebookFormat,
+    fmt: GroupedFormat,
     half: bool,
     *,
     residual: Tensor | None = None,
@@ -92,7 +92,7 @@ def rotate(
     gate_of: Tensor | None = None,
     normed: Tensor | None = None,
 ) -> tuple[Input, Tensor | None]:
-    """The input of codebook layers from x [tokens, width], in one kernel; also x + residual, where one is given.
+    """The input of such layers from x [tokens, width], in one kernel; also x + residual, where one is given.
 
     Args:
         residual: [tokens, width], added to x before the norm.
@@ -131,7 +131,7 @@ def rotate(
 
 def rotate_tokens(
     x: Tensor,
-    fmt: CodebookFormat,
+    fmt: GroupedFormat,
     half: bool,
     *,
     residual: Tensor | None = None,

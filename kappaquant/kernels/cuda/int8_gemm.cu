@@ -8,26 +8,26 @@
 constexpr int UNIT = 1024;  // bytes of 128 inputs of 8 tokens
 
 // Operand A of a unit, and its norms
-template <int BITS, int GROUP, int PAIRS>
-__device__ __forceinline__ void decode(const Reader<BITS, GROUP, PAIRS>& unit, const Table& table, u32 (&a)[PAIRS][16],
-                                       u32 (&norm)[PAIRS][Reader<BITS, GROUP, PAIRS>::GROUPS]) {
+template <int FORMAT, int GROUP, int PAIRS>
+__device__ __forceinline__ void decode(const Reader<FORMAT, GROUP, PAIRS>& unit, const Table& table, u32 (&a)[PAIRS][16],
+                                       u32 (&norm)[PAIRS][Reader<FORMAT, GROUP, PAIRS>::GROUPS]) {
 #pragma unroll
     for (int pair = 0; pair < PAIRS; pair++) {
 #pragma unroll
         for (int row = 0; row < 2; row++) {
-            u32 mine[BITS], decoded[8];
-            row_words<BITS, 2 * PAIRS>(unit.words, 2 * pair + row, mine);
-            decode_int8<BITS>(mine, table, decoded);
+            u32 mine[bits_of(FORMAT)], decoded[8];
+            row_words<FORMAT, 2 * PAIRS>(unit.words, 2 * pair + row, mine);
+            decode_int8<FORMAT, GROUP>(mine, path_before(mine, unit.edges, 2 * pair + row), table, decoded);
 #pragma unroll
             for (int w = 0; w < 8; w++) a[pair][2 * w + row] = decoded[w];
         }
 #pragma unroll
-        for (int g = 0; g < Reader<BITS, GROUP, PAIRS>::GROUPS; g++) norm[pair][g] = unit.norm[pair][g];
+        for (int g = 0; g < Reader<FORMAT, GROUP, PAIRS>::GROUPS; g++) norm[pair][g] = unit.norm[pair][g];
         keep_before<16>(a[pair]);
     }
 }
 
-template <int BITS, int GROUP, int N, int WARPGROUPS, int SPLIT, int STAGES>
+template <int FORMAT, int GROUP, int N, int WARPGROUPS, int SPLIT, int STAGES>
 __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const Block& block, const int4& item, char* memory, u32 barriers,
                                         Targets<N, false>& targets) {
     constexpr int PAIRS = N == 128 ? 1 : 2;       // pairs of rows of a tile that a warp multiplies
@@ -36,7 +36,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
     constexpr int VALUES = N / 8 * UNIT, SCALES = 8 * N;  // bytes of a stage, of a group
     const Place<PAIRS, WARPGROUPS> place(s, block, item.x);
     const int lane = threadIdx.x & 31, t = lane & 3, rank = block.rank, step = block.ranks, rounds = block.rounds(p);
-    Reader<BITS, GROUP, PAIRS> next(s.weight, place.tile, place.pair0, p.k);
+    Reader<FORMAT, GROUP, PAIRS> next(s.weight, place.tile, place.pair0, p.k);
     const u32 values = shared_address(memory), scales = values + STAGES * VALUES, full = barriers, empty = barriers + 8 * STAGES;
 
     const int blocks = (item.z + 7) / 8;          // of tokens
@@ -56,7 +56,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
     u32 a[PAIRS][16], norm[PAIRS][GROUPS];
     const int last = max(rank + (rounds - 1) * step, 0);  // unit
     next.read(min(rank, last));
-    decode<BITS, GROUP, PAIRS>(next, s.weight.table, a, norm);
+    decode<FORMAT, GROUP, PAIRS>(next, s.weight.table, a, norm);
     next.read(min(rank + step, last));
     wait_for_earlier();
     let_next_start();
@@ -82,7 +82,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
             }
             // half the sum of a group's inputs, times their scale, makes up for halves of a code's value (see decode.cuh);
             // a group of 256 is met twice and corrected once
-            const bool corrected = BITS >= 4 && (GROUP <= 128 || unit % 2 == 0);
+            const bool corrected = has_signs(FORMAT) && (GROUP <= 128 || unit % 2 == 0);
             const char* at = memory + STAGES * VALUES + (stage * GROUPS + g) * SCALES + 16 * t;
 #pragma unroll
             for (int pair = 0; pair < PAIRS; pair++) {
@@ -102,7 +102,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
                 }
             }
         }
-        decode<BITS, GROUP, PAIRS>(next, s.weight.table, a, norm);
+        decode<FORMAT, GROUP, PAIRS>(next, s.weight.table, a, norm);
         next.read(min(unit + 2 * step, last));
         __syncwarp();
         if (lane == 0) barrier_arrive(empty + 8 * stage);
@@ -117,10 +117,10 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
     collect_sums<N, PAIRS, WARPGROUPS, SPLIT>(p, s, block, item, place, sums, targets, reinterpret_cast<float*>(memory));
 }
 
-// B1..B4: bits of each output that reads this input, 0 for none.
-template <int B1, int B2, int B3, int B4, int GROUP, int N, int WARPGROUPS, int SPLIT, int STAGES, int RESIDENT>
+// F1..F4: format of each output that reads this input (trellis.cuh), 0 for none.
+template <int F1, int F2, int F3, int F4, int GROUP, int N, int WARPGROUPS, int SPLIT, int STAGES, int RESIDENT>
 __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(SPLIT, 1, 1) int8_gemm(const __grid_constant__ Gemm p) {
-    constexpr int BITS[4] = {B1, B2, B3, B4};
+    constexpr int FORMATS[4] = {F1, F2, F3, F4};
     constexpr int BODY = STAGES * (N / 8 * UNIT + (GROUP < 128 ? 128 / GROUP : 1) * 8 * N);
     constexpr int SUMS = N * (Place<N == 128 ? 1 : 2, WARPGROUPS>::ROWS + 4) * 4;
     extern __shared__ __align__(1024) char memory[];  // inputs or sums, barriers, targets
@@ -141,11 +141,11 @@ __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(S
     int mine = 0;
 #pragma unroll
     for (int i = 1; i < 4; i++)
-        if (BITS[i] && block.rows >= p.segments[i].first_block) mine = i;
+        if (FORMATS[i] && block.rows >= p.segments[i].first_block) mine = i;
     const Segment& s = p.segments[mine];
-    auto run = [&](auto bits) { product<decltype(bits)::value, GROUP, N, WARPGROUPS, SPLIT, STAGES>(p, s, block, item, memory, barriers, targets); };
-    if (mine == 0) run(Constant<B1>{});
-    if constexpr (B2 != 0) if (mine == 1) run(Constant<B2>{});
-    if constexpr (B3 != 0) if (mine == 2) run(Constant<B3>{});
-    if constexpr (B4 != 0) if (mine == 3) run(Constant<B4>{});
+    auto run = [&](auto format) { product<decltype(format)::value, GROUP, N, WARPGROUPS, SPLIT, STAGES>(p, s, block, item, memory, barriers, targets); };
+    if (mine == 0) run(Constant<F1>{});
+    if constexpr (F2 != 0) if (mine == 1) run(Constant<F2>{});
+    if constexpr (F3 != 0) if (mine == 2) run(Constant<F3>{});
+    if constexpr (F4 != 0) if (mine == 3) run(Constant<F4>{});
 }

@@ -26,12 +26,12 @@ class Launch(Spread):
         """Of a thread block."""
         return (64 if self.tokens == 128 else 128) * self.warpgroups
 
-    def instance(self, bits: Sequence[int], group_size: int) -> str:
-        """Of the kernel template, for outputs of these widths, 0 for none."""
+    def instance(self, formats: Sequence[int], group_size: int) -> str:
+        """Of the kernel template, for outputs of these formats (``tensor_cores.numbers``)."""
         flags = f"{self.tokens}, {self.warpgroups}, {self.split}, {self.stages}, {self.resident}"
-        return f"int8_gemm<{', '.join(map(str, bits))}, {group_size}, {flags}>"
+        return f"int8_gemm<{', '.join(map(str, formats))}, {group_size}, {flags}>"
 
-    def shared_bytes(self, bits: int, group_size: int) -> int:
+    def shared_bytes(self, group_size: int) -> int:
         """Shared memory of a thread block."""
         staged = self.stages * self.tokens * (tiles.INPUTS + 8 * max(1, tiles.INPUTS // group_size))
         sums = 4 * self.tokens * (self.rows + 4)

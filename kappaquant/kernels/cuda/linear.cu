@@ -19,14 +19,14 @@ struct Linear {
     int tokens, out_kind;  // out_kind: 0 float32, 1 float16, 2 bfloat16
 };
 
-template <int BITS, int GROUP, bool HALF, int NT, int TILES, int WARPS>
+template <int FORMAT, int GROUP, bool HALF, int NT, int TILES, int WARPS>
 __device__ __forceinline__ void product(const Linear& p, const Segment& s, const u32* lut, float* partial) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, r = lane >> 2, t = lane & 3;
     constexpr int SPLITS = WARPS / TILES;                 // warps that share a tile
     const int tile0 = (blockIdx.x - s.first_block) * TILES, tile = tile0 + warp % TILES, token0 = blockIdx.y * 8 * NT;
     float out[2][NT][4] = {};
     if (32 * tile < s.rows)
-        accumulate<BITS, GROUP, HALF, NT, false>(s.weight, p.in, lut, tile, token0, p.tokens, warp / TILES, SPLITS, out);
+        accumulate<FORMAT, GROUP, HALF, NT, false>(s.weight, p.in, lut, tile, token0, p.tokens, warp / TILES, SPLITS, out);
 
     // partial [WARPS][8 * NT tokens][33]: rows side by side, one word of padding against bank conflicts
 #pragma unroll
@@ -49,27 +49,27 @@ __device__ __forceinline__ void product(const Linear& p, const Segment& s, const
     }
 }
 
-// B1..B4: bits of each output that reads this input, 0 for none. RESIDENT: warps a multiprocessor must hold, which
+// F1..F4: format of each output that reads this input (trellis.cuh), 0 for none. RESIDENT: warps a multiprocessor must hold, which
 // bounds registers; 0 leaves them to the compiler
-template <int B1, int B2, int B3, int B4, int GROUP, bool HALF, int NT, int TILES, int WARPS, int RESIDENT>
+template <int F1, int F2, int F3, int F4, int GROUP, bool HALF, int NT, int TILES, int WARPS, int RESIDENT>
 __global__ void __launch_bounds__(32 * WARPS, RESIDENT / WARPS) linear(const __grid_constant__ Linear p) {
-    constexpr int BITS[4] = {B1, B2, B3, B4};
-    constexpr int TABLE_WORDS = !HALF ? 0 : table_words(larger(larger(B1, B2), larger(B3, B4)));
+    constexpr int FORMATS[4] = {F1, F2, F3, F4};
+    constexpr int TABLE_WORDS = !HALF ? 0 : larger(larger(table_words(F1), table_words(F2)), larger(table_words(F3), table_words(F4)));
     extern __shared__ float memory[];
     u32* lut = reinterpret_cast<u32*>(memory);
     int mine = 0;
     let_next_start();
 #pragma unroll
     for (int i = 1; i < 4; i++)
-        if (BITS[i] && (int)blockIdx.x >= p.segments[i].first_block) mine = i;
+        if (FORMATS[i] && (int)blockIdx.x >= p.segments[i].first_block) mine = i;
     const Segment& s = p.segments[mine];
-    auto run = [&](auto bits) {
-        constexpr int B = decltype(bits)::value;
-        copy_table<B, HALF, 32 * WARPS>(s.weight.table, lut);
-        product<B, GROUP, HALF, NT, TILES, WARPS>(p, s, lut, memory + TABLE_WORDS);
+    auto run = [&](auto format) {
+        constexpr int F = decltype(format)::value;
+        copy_table<F, HALF, 32 * WARPS>(s.weight.table, lut);
+        product<F, GROUP, HALF, NT, TILES, WARPS>(p, s, lut, memory + TABLE_WORDS);
     };
-    if (mine == 0) run(Constant<B1>{});
-    if constexpr (B2 != 0) if (mine == 1) run(Constant<B2>{});
-    if constexpr (B3 != 0) if (mine == 2) run(Constant<B3>{});
-    if constexpr (B4 != 0) if (mine == 3) run(Constant<B4>{});
+    if (mine == 0) run(Constant<F1>{});
+    if constexpr (F2 != 0) if (mine == 1) run(Constant<F2>{});
+    if constexpr (F3 != 0) if (mine == 2) run(Constant<F3>{});
+    if constexpr (F4 != 0) if (mine == 3) run(Constant<F4>{});
 }

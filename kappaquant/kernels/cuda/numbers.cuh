@@ -1,5 +1,6 @@
 // Float formats without CUDA's headers, which a user's machine need not have. KIND: 0 float32, 1 float16, 2 bfloat16.
 
+#pragma once
 typedef unsigned int u32;
 
 template <int KIND> struct Number { typedef unsigned short type; };

@@ -21,6 +21,7 @@ _HEADERS = (
     "numbers.cuh",
     "launch.cuh",
     "experts.cuh",
+    "trellis.cuh",
     "decode.cuh",
     "product.cuh",
     "wgmma.cuh",

@@ -9,12 +9,12 @@
 __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // of the table in shared memory: a copy for each lane
-__device__ constexpr int table_words(int bits) { return bits > 5 ? 32 << bits : 0; }
+__device__ constexpr int table_words(int format) { return is_wide(format) ? 32 << bits_of(format) : 0; }
 
 template <int N> struct Constant { static constexpr int value = N; };
 
 struct Codes {
-    const uint4* codes;   // [tiles, units, BITS, 32 lanes]
+    const uint4* codes;   // [tiles, units, bits, 32 lanes]
     const uint2* norms;   // [tiles, groups, 8] float16 of rows r, r + 8, r + 16, r + 24
     Table table;
 };
@@ -68,20 +68,21 @@ __device__ __forceinline__ void load_x(const char* p, u32* out) {
 }
 
 // The block copies the table of wide codes to shared memory.
-template <int BITS, bool HALF, int THREADS>
+template <int FORMAT, bool HALF, int THREADS>
 __device__ __forceinline__ void copy_table(const Table& table, u32* lut) {
-    if constexpr (HALF && BITS > 5) {
-        for (int i = threadIdx.x; i < table_words(BITS); i += THREADS) lut[i] = __ldg(table.half + i / 32);
+    if constexpr (HALF && is_wide(FORMAT)) {
+        for (int i = threadIdx.x; i < table_words(FORMAT); i += THREADS) lut[i] = __ldg(table.half + i / 32);
         __syncthreads();
     }
 }
 
 // out[pair][n][i]: rows r + 16 * pair + 8 * (i >> 1), token token0 + 8 * n + 2 * t + (i & 1), over units first,
 // first + step, ... of one tile. Tokens that are not there are read as the last; ONE: all are token0, at any place.
-template <int BITS, int GROUP, bool HALF, int NT, bool ONE>
+template <int FORMAT, int GROUP, bool HALF, int NT, bool ONE>
 __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, const u32* lut, int tile, int token0, int tokens,
                                            int first, int step, float (&out)[2][NT][4]) {
     typedef typename Sum<HALF>::type Acc;
+    constexpr int BITS = bits_of(FORMAT);
     constexpr int SUB = GROUP < 128 ? GROUP : 128;        // inputs of one group in a unit
     constexpr int GROUPS = 128 / SUB;                     // groups in a unit
     constexpr int SIZE = HALF ? 2 : 1;                    // bytes of an input
@@ -92,9 +93,11 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
     const uint2* norms = w.norms + (size_t)tile * (in.k / GROUP) * 8 + r;
 
     uint4 next[BITS];
+    Edges<FORMAT, GROUP, 4> next_edges;
     const uint4* begin = codes + (size_t)min(first, units - 1) * BITS * 32;
 #pragma unroll
     for (int i = 0; i < BITS; i++) next[i] = stream(begin + i * 32);
+    next_edges.read(begin, min(first, units - 1));
     wait_for_earlier(begin);  // weights come first: no kernel writes them
     for (int unit = first; unit < units; unit += step) {
         u32 words[4 * BITS];
@@ -103,9 +106,13 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
         uint2 norm[GROUPS];
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) norm[g] = __ldg(norms + ((size_t)unit * 128 / GROUP + g) * 8);
-        if (unit + step < units)
+        const Edges<FORMAT, GROUP, 4> edges = next_edges;
+        if (unit + step < units) {
+            const uint4* from = codes + (size_t)(unit + step) * BITS * 32;
 #pragma unroll
-            for (int i = 0; i < BITS; i++) next[i] = stream(codes + ((size_t)(unit + step) * BITS + i) * 32);
+            for (int i = 0; i < BITS; i++) next[i] = stream(from + i * 32);
+            next_edges.read(from, unit + step);
+        }
 
         constexpr int ROWS = HALF ? 2 : 4;                // of a lane that are decoded at a time, as registers allow
 #pragma unroll
@@ -114,9 +121,10 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 u32 mine[BITS];
-                row_words<BITS>(words, row + i, mine);
-                if constexpr (HALF) decode_half<BITS>(mine, w.table, lut, a[i]);
-                else decode_int8<BITS>(mine, w.table, a[i]);
+                row_words<FORMAT>(words, row + i, mine);
+                const u32 before = path_before(mine, edges, row + i);
+                if constexpr (HALF) decode_half<FORMAT, GROUP>(mine, before, w.table, lut, a[i]);
+                else decode_int8<FORMAT, GROUP>(mine, before, w.table, a[i]);
             }
 #pragma unroll
             for (int n = 0; n < NT; n++) {
@@ -130,7 +138,7 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
                     size_t at = ((size_t)unit * 128 / GROUP + g) * in.padded;
                     float2 scale, half = {0.f, 0.f};
                     // a group of 256 is met twice and corrected once
-                    const bool corrected = !HALF && BITS >= 4 && (GROUP <= 128 || unit % 2 == 0);
+                    const bool corrected = !HALF && has_signs(FORMAT) && (GROUP <= 128 || unit % 2 == 0);
                     if constexpr (ONE) {
                         scale.x = scale.y = __ldg(in.scales + at + token0);
                         if (corrected) half.x = half.y = __ldg(in.halves + at + token0);

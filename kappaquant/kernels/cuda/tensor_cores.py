@@ -1,4 +1,4 @@
-"""Codebook products on NVIDIA tensor cores (compute capability 8.0 and later), compiled by NVRTC.
+"""Products with codebooks and trellis codes on NVIDIA tensor cores (compute capability 8.0 and later), compiled by NVRTC.
 
 The rotated input becomes int8 or float16 with one scale per token and group, the codes become the other operand in
 registers by byte permutes: no weight is ever written back. int8 serves 2 to 5 bits; float16 all widths.
@@ -7,7 +7,7 @@ registers by byte permutes: no weight is ever written back. int8 serves 2 to 5 b
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.formats.base import Format
+from kappaquant.formats.codebook import GroupedFormat
 from kappaquant.kernels.cuda import device as gpu
-from kappaquant.kernels.cuda import nvrtc, tiles
+from kappaquant.kernels.cuda import nvrtc, tables, tiles
+from kappaquant.kernels.cuda.cells import cells, unfit
 from kappaquant.kernels.cuda.inputs import KINDS, Input, address
 
 NAME = "tensor_cores"
 INT8_BITS = (2, 3, 4, 5)  # above, rounding a codebook to int8 would cost more than the width gains
 _MOST_OUTPUTS = 4
-TABLE_BYTES = {6: 128 << 6, 7: 128 << 7, 8: 128 << 8}  # in shared memory: a copy for each lane
 
 
 class _Table(ctypes.Structure):
@@ -73,47 +74,54 @@ class Weight:
     """
 
     tiled: tiles.Tiled
-    fmt: CodebookFormat
+    fmt: GroupedFormat
     rows: int
     in_features: int
-    codebook: tuple[float, ...]
 
     @classmethod
-    def of(
-        cls, packed: Tensor, norms: Tensor, fmt: CodebookFormat, in_features: int, codebook: Sequence[float]
-    ) -> Weight:
+    def of(cls, packed: Tensor, norms: Tensor, fmt: GroupedFormat, in_features: int) -> Weight:
         """From the bytes on disk: packed uint8 [..., n, bytes], norms float16 [..., n, G], on a CUDA device.
 
         Raises:
             UnsupportedError: see ``refusal``.
         """
-        reason = refusal(packed.device, codebook)
+        reason = refusal(packed.device, fmt)
         if reason:
             raise UnsupportedError(f"{NAME}: {reason}")
-        return cls(tiles.tile(packed, norms, fmt), fmt, norms.shape[-2], in_features, tuple(codebook))
+        return cls(tiles.tile(packed, norms, fmt), fmt, norms.shape[-2], in_features)
 
     def parameters(self, half: bool) -> Codes:
         """What a kernel needs to decode it to float16, or to int8."""
-        table = _table(self.codebook, self.fmt.bits, half, self.tiled.codes.device)
+        table = _table(self.fmt, half, self.tiled.codes.device)
         return Codes(self.tiled.codes.data_ptr(), self.tiled.norms.data_ptr(), table)
 
 
 @cache
-def _table(codebook: tuple[float, ...], bits: int, half: bool, device: torch.device) -> _Table:
-    if bits > 5:
-        entries, scale = _entries(codebook, bits, device)
+def _table(fmt: GroupedFormat, half: bool, device: torch.device) -> _Table:
+    if tables.shared_bytes(cells(fmt), half):
+        entries, scale = _entries(fmt, device)
         return _Table(half=entries.data_ptr(), scale=scale)
-    words, scale = (tiles.half_table if half else tiles.int8_table)(codebook, bits)
+    words, scale = (tables.half_table if half else tables.int8_table)(cells(fmt))
     table = _Table(scale=scale)
     table.bytes[: len(words)] = words
     return table
 
 
 @cache
-def _entries(codebook: tuple[float, ...], bits: int, device: torch.device) -> tuple[Tensor, float]:
+def _entries(fmt: GroupedFormat, device: torch.device) -> tuple[Tensor, float]:
     """(float16 entries on the device, scale) of the wide tables; the cache keeps what tables point to."""
-    words, scale = tiles.half_table(codebook, bits)
+    words, scale = tables.half_table(cells(fmt))
     return torch.tensor(words, dtype=torch.int64).to(device, torch.int32), scale
+
+
+def numbers(weights: Sequence[Weight], most: int) -> list[int]:
+    """The formats of ``most`` outputs as kernels' templates call them, 0 for none."""
+    return [cells(w.fmt).number for w in weights] + [0] * (most - len(weights))
+
+
+def table_bytes(weights: Iterable[Weight], half: bool) -> int:
+    """Shared memory of the largest table that a thread block needs."""
+    return max(tables.shared_bytes(cells(w.fmt), half) for w in weights)
 
 
 @dataclass(frozen=True)
@@ -162,9 +170,8 @@ def linear(
     outs = [torch.empty(tokens, w.rows, dtype=dtype, device=x.values.device) for w in weights]
     if not tokens:
         return outs
-    bits = [w.fmt.bits for w in weights] + [0] * (_MOST_OUTPUTS - len(weights))
     tile_counts = [w.tiled.codes.shape[0] for w in weights]
-    use = launch or choose(tokens, sum(tile_counts), k // tiles.INPUTS, max(bits))
+    use = launch or choose(tokens, sum(tile_counts), k // tiles.INPUTS, max(w.fmt.bits for w in weights))
     parameters = _Linear(inputs=Inputs.of(x), tokens=tokens, out_kind=KINDS[dtype])
     blocks = 0
     for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
@@ -174,9 +181,8 @@ def linear(
         blocks += -(-tile_counts[i] // use.tiles)
     flags = f"{x.group_size}, {str(x.half).lower()}, {use.token_tiles}, {use.tiles}, {use.warps}, {use.resident}"
     sums = 4 * 8 * use.token_tiles * 33 * use.warps
-    table = TABLE_BYTES.get(max(bits), 0) if x.half else 0
-    instance = f"linear<{', '.join(map(str, bits))}, {flags}>"
-    run = nvrtc.kernel("linear.cu", instance, x.values.device.index, sums + table)
+    instance = f"linear<{', '.join(map(str, numbers(weights, _MOST_OUTPUTS)))}, {flags}>"
+    run = nvrtc.kernel("linear.cu", instance, x.values.device.index, sums + table_bytes(weights, x.half))
     run((blocks, -(-tokens // (8 * use.token_tiles)), 1), 32 * use.warps, parameters, early=True)
     return outs
 
@@ -197,8 +203,11 @@ def _check(x: Input, weights: Sequence[Weight]) -> None:
             )
 
 
-def refusal(device: torch.device, codebook: Sequence[float]) -> str | None:
+def refusal(device: torch.device, fmt: Format) -> str | None:
     """Why a weight can not be multiplied here, or None."""
-    if any(a != -b for a, b in zip(codebook, reversed(codebook), strict=True)):
+    if reason := unfit(fmt):
+        return reason
+    assert isinstance(fmt, GroupedFormat)
+    if any(a != -b for a, b in zip(fmt.codebook, reversed(fmt.codebook), strict=True)):
         return "the codebook is not symmetric about 0"
     return gpu.refusal(device)

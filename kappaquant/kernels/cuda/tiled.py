@@ -1,4 +1,4 @@
-"""Codebook weights on NVIDIA GPUs, ordered as tensor cores take them; each product chooses its launch by batch size and format.
+"""Weights of codebooks and trellis codes on NVIDIA GPUs, ordered as tensor cores take them; each product chooses its launch by batch size and format.
 
 Tensors of a weight: ``codes`` int32 and ``norms`` float16 as ``tiles`` orders them, for [n, in] or experts [E, n, in]; an input is
 quantized once for all weights that read it.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kappaquant.formats.base import Format
-from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat
+from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, GroupedFormat
 from kappaquant.formats.codec import norms_refusal
 from kappaquant.kernels.base import Arranged, Kernel, Use, check_activations
 from kappaquant.kernels.cuda import decoded, gemm, inputs, sorted_experts, tensor_cores, tiles
@@ -30,19 +30,17 @@ _FEW_SLOTS = 192
 
 
 class Tiled(Kernel):
-    """Tensor-core products of codebook formats."""
+    """Tensor-core products."""
 
     name = tensor_cores.NAME
     uses: frozenset[Use] = frozenset({"linear", "experts", "grouped"})
 
     def refusal(self, fmt: Format, parts: Mapping[str, Tensor]) -> str | None:
-        if not isinstance(fmt, CodebookFormat):
-            return f"takes codebook formats, not {fmt.id}"
-        norms = parts[NORMS_SUFFIX]
-        return tensor_cores.refusal(norms.device, fmt.codebook) or norms_refusal(norms)
+        device = next(iter(parts.values())).device
+        return tensor_cores.refusal(device, fmt) or norms_refusal(parts[NORMS_SUFFIX])
 
     def arrange(self, fmt: Format, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        assert isinstance(fmt, CodebookFormat)
+        assert isinstance(fmt, GroupedFormat)
         tiled = tiles.tile(parts[PACKED_SUFFIX], parts[NORMS_SUFFIX].half(), fmt)
         return {"codes": tiled.codes, "tile_norms": tiled.norms}
 
@@ -51,7 +49,7 @@ class Tiled(Kernel):
 
     def restore(self, weight: Arranged) -> dict[str, Tensor]:
         fmt = weight.fmt
-        assert isinstance(fmt, CodebookFormat)
+        assert isinstance(fmt, GroupedFormat)
         packed, norms = tiles.untile(tiles.Tiled(*weight.tensors), fmt, weight.shape[-2], fmt.groups(weight.shape[-1]))
         return {PACKED_SUFFIX: packed, NORMS_SUFFIX: norms.float() if fmt.norms == "F32" else norms}
 
@@ -61,11 +59,11 @@ class Tiled(Kernel):
         check_activations(activations, device)
         if decodes_first(tokens, device):
             return None
-        assert isinstance(fmt, CodebookFormat)
+        assert isinstance(fmt, GroupedFormat)
         return fmt.group_size, needs_half(activations, fmt.bits, tokens, rows)
 
     def prepare(self, x: Tensor, fmt: Format, kind: Hashable) -> list[Tensor]:
-        assert isinstance(fmt, CodebookFormat)
+        assert isinstance(fmt, GroupedFormat)
         assert isinstance(kind, tuple)
         half: bool = kind[1]
         x = (x if x.dtype in inputs.KINDS else x.float()).contiguous()
@@ -143,5 +141,5 @@ def decodes_first(tokens: int, device: torch.device) -> bool:
 def weight_of(weight: Arranged) -> tensor_cores.Weight:
     """A weight that ``Tiled`` has arranged, as launches take it."""
     fmt = weight.fmt
-    assert isinstance(fmt, CodebookFormat)
-    return tensor_cores.Weight(tiles.Tiled(*weight.tensors), fmt, weight.shape[-2], weight.shape[-1], fmt.codebook)
+    assert isinstance(fmt, GroupedFormat)
+    return tensor_cores.Weight(tiles.Tiled(*weight.tensors), fmt, weight.shape[-2], weight.shape[-1])

@@ -28,7 +28,7 @@ def test_kernels_compile(arch: str) -> None:
 
 
 def test_refusals_say_why() -> None:
-    weights = [tensor_cores.Weight(None, CodebookFormat(b, g), 1, 1, ()) for b, g in ((3, 128), (6, 128), (4, 64))]  # type: ignore[arg-type]
+    weights = [tensor_cores.Weight(None, CodebookFormat(b, g), 1, 1) for b, g in ((3, 128), (6, 128), (4, 64))]  # type: ignore[arg-type]
     assert experts.refusal(weights[:1], False) is None
     assert experts.refusal(weights[:2], True) is None
     assert "int8 inputs serve 2, 3, 4, 5 bits, not tq6g128" in str(experts.refusal(weights[:2], False))
@@ -39,7 +39,7 @@ def prepared(bits: int, *shape: int, seed: int, group: int = 128) -> tuple[tenso
     fmt = CodebookFormat(bits, group)
     encoded = codec.encode(random(*shape, seed=seed).cuda() / 8, fmt, "fast")
     decoded = codec.decode(encoded.packed, encoded.norms, fmt, shape[-1]).double()
-    return tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, shape[-1], fmt.codebook), decoded
+    return tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, shape[-1]), decoded
 
 
 @gpu

@@ -111,7 +111,7 @@ def prepared(fmt: CodebookFormat, *shape: int, seed: int = 0) -> tuple[Weight, t
     """(weight on the GPU, decoded in float64)"""
     encoded = codec.encode(random(*shape, seed=seed).cuda() / shape[-1] ** 0.5, fmt, "fast")
     decoded = codec.decode(encoded.packed, encoded.norms, fmt, shape[-1]).double()
-    return Weight.of(encoded.packed, encoded.norms, fmt, shape[-1], fmt.codebook), decoded
+    return Weight.of(encoded.packed, encoded.norms, fmt, shape[-1]), decoded
 
 
 def error(y: torch.Tensor, x: torch.Tensor, decoded: torch.Tensor) -> float:

@@ -98,10 +98,10 @@ def test_a_kernel_that_does_not_compile_says_why() -> None:
 
 def test_refusals_say_why() -> None:
     fmt = CodebookFormat(3, 128)
-    assert "NVIDIA GPU" in str(tensor_cores.refusal(torch.device("cpu"), fmt.codebook))
+    assert "NVIDIA GPU" in str(tensor_cores.refusal(torch.device("cpu"), fmt))
     encoded = codec.encode(random(4, 128), fmt)
     with pytest.raises(UnsupportedError, match="needs an NVIDIA GPU"):
-        tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, 128, fmt.codebook)
+        tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, 128)
 
 
 def test_inputs_that_do_not_go_together_are_refused() -> None:
