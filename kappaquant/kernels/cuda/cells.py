@@ -98,7 +98,8 @@ class _TrellisCells(Cells):
         levels, raw = fmt.codebook, range(2 ** (fmt.bits - 1))
         self.fmt, self.number = fmt, _TRELLIS + fmt.bits
         self.has_signs = fmt.bits > 2
-        self.entries = tuple(levels[SUBSETS * r + s] for s in (0, 1) for r in raw) if self.has_signs else levels
+        subsets = (1, 0) if fmt.bits == 4 else (0, 1)  # of two tables the first has the larger entries
+        self.entries = tuple(levels[SUBSETS * r + s] for s in subsets for r in raw) if self.has_signs else levels
         path = Field(1, 0, tuple((0, 4 * i + s) for s, i in _EIGHTS))
         self.planes = (Plane(fmt.bits - 1, _raw_fields(fmt.bits)), Plane(1, (path,)))
         self._all = 2 ** (fmt.bits - 1) - 1 if self.has_signs else 0
@@ -174,7 +175,7 @@ def _places(bits: int, width: int) -> tuple[tuple[int, int], ...]:
 def _raw_fields(bits: int) -> tuple[Field, ...]:
     """Where ``decode.cuh`` reads the bits that choose a level in a subset."""
     if bits == 2:
-        return (Field(1, 1, tuple((0, 4 * i + (2, 1, 0, 3)[s]) for s, i in _EIGHTS)),)
+        return (Field(1, 1, tuple((0, 4 * i + s) for s, i in _EIGHTS)),)
     if bits == 3:
         return (Field(2, 1, tuple((s // 2, 4 * i + 2 * (s % 2)) for s, i in _EIGHTS)),)
     # the last eight cells' in what the nibbles of the others leave

@@ -8,7 +8,7 @@
 #include "trellis.cuh"
 
 struct Table {
-    u32 bytes[8];       // int8: entries, four a word. float16: low bytes of eight entries, then their high bytes; twice for 16
+    u32 bytes[8];       // int8: entries, four a word; of 16 see below. float16: low bytes of eight entries, then their high bytes; twice for 16
     const u32* half;    // float16 entries for 6 to 8 bits, one a word
     float scale;        // entry * scale = centroid
 };
@@ -40,12 +40,10 @@ __device__ __forceinline__ void row_words(const u32* words, int row, u32* mine) 
 
 // What looks up eight codes 8 * s and up, one a nibble
 struct Eight {
-    u32 select;  // the entry's lower three bits
-    u32 choose;  // of two tables: what permutes their bytes
-    u32 sign;    // the highest bit
+    u32 select;  // lower three bits of the entry's number
+    u32 all;     // of 16 entries: all four
+    u32 sign;    // in the highest bit
 };
-
-constexpr u32 FIRST_BYTES = 0x32103210u;  // permutes to the bytes of the first word; with 4 more those of the second
 
 template <int FORMAT> __device__ __forceinline__ Eight codebook_eight(const u32* words, int s) {
     constexpr int BITS = bits_of(FORMAT);
@@ -56,35 +54,37 @@ template <int FORMAT> __device__ __forceinline__ Eight codebook_eight(const u32*
             out.select |= third & 0x44444444u;
         }
         return out;
-    } else if constexpr (BITS == 4) {
-        return {words[s] & 0x77777777u, 0, words[s]};
     } else {
-        static_assert(BITS == 5, "int8 tables are for 2 to 5 bits");
-        return {words[s] & 0x77777777u, words[s] >> 1 & 0x44444444u | FIRST_BYTES, words[4] << (3 - s)};
+        static_assert(BITS <= 5, "int8 tables are for 2 to 5 bits");
+        return {words[s] & 0x77777777u, words[s], BITS == 4 ? words[s] : words[4] << (3 - s)};
     }
 }
 
-// The same of a trellis code, whose levels have the number 4 * raw + subset: at 2 bits the entry's number; beyond, levels of the
-// lower two subsets are the entries, those of the upper two their negatives, and raw bits are such an entry's (trellis_cells.py).
+// The same of a trellis code, whose levels have the number 4 * raw + subset. Levels of the upper two subsets are the negatives of
+// those of the lower two, and beyond 2 bits looked up as such: raw bits are those of the level in the lower ones (cells.py).
 template <int FORMAT> __device__ __forceinline__ Eight trellis_eight(const u32* words, const Subsets& of, int s) {
     constexpr int BITS = bits_of(FORMAT);
-    if constexpr (BITS == 2) {  // lower and upper bits side by side, of codes whose nibbles leave room for both
-        const u32 pairs = s % 2 ? of.lower >> 1 & 0x55555555u | of.upper & 0xaaaaaaaau : of.lower & 0x55555555u | of.upper << 1 & 0xaaaaaaaau;
-        const u32 raw = s < 3 ? words[0] << s : words[0] >> 1;
-        return {(s < 2 ? pairs : pairs >> 2) & 0x33333333u | raw & 0x44444444u, 0, 0};
+    // a nibble's third bit, and above it a clear one, from words with every other bit clear
+    const auto third = [&](u32 even, u32 odd) { return s == 0 ? even << 2 : s == 1 ? odd << 1 : s == 2 ? even : odd >> 1; };
+    if constexpr (BITS == 2) {
+        const u32 pairs = s % 2 ? merge(EVEN, of.lower >> 1, of.upper) : merge(EVEN, of.lower, of.upper << 1);
+        const u32 raw = third(logic<0xa0>(words[0], 0, EVEN), logic<0xa0>(words[0], 0, ~EVEN));
+        return {merge(0x33333333u, s < 2 ? pairs : pairs >> 2, raw), 0, 0};
+    } else if constexpr (BITS == 3) {
+        const u32 differs = third(logic<0x28>(of.lower, of.upper, EVEN), logic<0x28>(of.lower, of.upper, ~EVEN));
+        return {merge(0xccccccccu, differs, s % 2 ? words[s / 2] >> 2 : words[s / 2]), 0, of.upper << (3 - s)};
     } else {
-        const u32 lower = (s < 3 ? of.lower << (2 - s) : of.lower >> 1) & 0x44444444u, sign = of.upper << (3 - s);
-        if constexpr (BITS == 3) return {lower | (s % 2 ? words[s / 2] >> 2 : words[s / 2]) & 0x33333333u, 0, sign};
+        const u32 same = logic<0xc3>(of.lower, of.upper, 0) << (3 - s);
         const u32 raw = s < 3 ? words[s] & 0x77777777u
                               : words[0] >> 3 & 0x11111111u | words[1] >> 2 & 0x22222222u | words[2] >> 1 & 0x44444444u;
-        return {raw, lower | FIRST_BYTES, sign};
+        return {raw, merge(0x88888888u, same, s < 3 ? words[s] : raw), of.upper << (3 - s)};
     }
 }
 
 // 32 codes; before: the path word of the lane before
 template <int FORMAT, int GROUP> __device__ __forceinline__ void eights(const u32* words, u32 before, Eight (&out)[4]) {
     if constexpr (is_trellis(FORMAT)) {
-        const Subsets of = subsets<GROUP, has_signs(FORMAT)>(words[bits_of(FORMAT) - 1], before);
+        const Subsets of = subsets<GROUP>(words[bits_of(FORMAT) - 1], before);
 #pragma unroll
         for (int s = 0; s < 4; s++) out[s] = trellis_eight<FORMAT>(words, of, s);
     } else {
@@ -99,11 +99,14 @@ __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
     return out;
 }
 
-// Bytes for the lower, or the upper, four of eight codes from tables of eight; the second follows `stride` words after the first
-template <int FORMAT> __device__ __forceinline__ u32 look_up(const u32* tables, int stride, const Eight& codes, bool upper) {
-    const u32 select = upper ? codes.select >> 16 : codes.select, first = permute(tables[0], tables[1], select);
+// The low half, or the high, in which four selectors lie
+__device__ __forceinline__ u32 half_of(u32 selectors, bool upper) { return upper ? selectors >> 16 : selectors; }
+
+// Bytes for the lower, or the upper, four of eight codes. Of 16 entries, where `tables` has four words more: bytes of either table.
+template <int FORMAT> __device__ __forceinline__ u32 look_up(const u32* tables, const Eight& codes, bool upper) {
+    const u32 select = half_of(codes.select, upper), first = permute(tables[0], tables[1], select);
     if constexpr (!has_two_tables(FORMAT)) return first;
-    else return permute(first, permute(tables[stride], tables[stride + 1], select), upper ? codes.choose >> 16 : codes.choose);
+    else return permute(first, permute(tables[4], tables[5], select), half_of(codes.all >> 1 & 0x44444444u | 0x32103210u, upper));
 }
 
 // 0xff in each byte whose code has its sign bit set
@@ -117,8 +120,14 @@ __device__ __forceinline__ void decode_int8(const u32* words, u32 before, const 
     eights<FORMAT, GROUP>(words, before, codes);
 #pragma unroll
     for (int q = 0; q < 8; q++) {
-        out[q] = look_up<FORMAT>(table.bytes, 2, codes[q / 2], q % 2);
-        if (has_signs(FORMAT)) out[q] ^= signs(codes[q / 2], q % 2);
+        const Eight& eight = codes[q / 2];
+        u32 value = permute(table.bytes[0], table.bytes[1], half_of(eight.select, q % 2));
+        if constexpr (has_two_tables(FORMAT)) {
+            // Entries 8 and up, plus 128 so that no sum carries, and how much more those below them are: not negative, so that a
+            // selector with its highest bit set gives zero.
+            value = value + permute(table.bytes[2], table.bytes[3], half_of(eight.all, q % 2)) ^ 0x80808080u;
+        }
+        out[q] = has_signs(FORMAT) ? value ^ signs(eight, q % 2) : value;
     }
 }
 
@@ -129,8 +138,8 @@ __device__ __forceinline__ void decode_half(const u32* words, u32 before, const 
         eights<FORMAT, GROUP>(words, before, codes);
 #pragma unroll
         for (int q = 0; q < 8; q++) {
-            const u32 low = look_up<FORMAT>(table.bytes, 4, codes[q / 2], q % 2);
-            u32 high = look_up<FORMAT>(table.bytes + 2, 4, codes[q / 2], q % 2);
+            const u32 low = look_up<FORMAT>(table.bytes, codes[q / 2], q % 2);
+            u32 high = look_up<FORMAT>(table.bytes + 2, codes[q / 2], q % 2);
             if (has_signs(FORMAT)) high ^= signs(codes[q / 2], q % 2) & 0x80808080u;
             out[2 * q] = permute(low, high, 0x5140u);
             out[2 * q + 1] = permute(low, high, 0x7362u);

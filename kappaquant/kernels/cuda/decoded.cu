@@ -41,10 +41,10 @@ __global__ void __launch_bounds__(128) decoded(const __grid_constant__ Decoded p
     const uint4* codes = p.weight.codes + ((size_t)tile * units + unit0) * BITS * 32 + lane;
     const unsigned short* norms = reinterpret_cast<const unsigned short*>(p.weight.norms + (size_t)tile * groups * 8 + r);
     u32 words[UNITS][4 * BITS];
-    Edges<FORMAT, GROUP, 4> edges[UNITS];
+    Before<FORMAT, GROUP, 4> before[UNITS];
 #pragma unroll
     for (int u = 0; u < UNITS; u++) {
-        edges[u].read(codes + u * BITS * 32, unit0 + u);
+        before[u].read(codes + u * BITS * 32, unit0 + u);
 #pragma unroll
         for (int i = 0; i < BITS; i++) *reinterpret_cast<uint4*>(words[u] + 4 * i) = stream(codes + (u * BITS + i) * 32);
     }
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(128) decoded(const __grid_constant__ Decoded p
         for (int u = 0; u < UNITS; u++) {
             u32 mine[BITS], pairs[16];
             row_words<FORMAT>(words[u], i, mine);
-            decode_half<FORMAT, GROUP>(mine, path_before(mine, edges[u], i), p.weight.table, lut, pairs);
+            decode_half<FORMAT, GROUP>(mine, before[u].of(i), p.weight.table, lut, pairs);
             const u32 s2 = lane_signs<GROUP>(p.s2, t, unit0 + u);
 #pragma unroll
             for (int c = 0; c < 32; c++)

@@ -24,7 +24,7 @@ __device__ __forceinline__ void entries(const Reader<FORMAT, GROUP, PAIRS>& unit
     for (int row = 0; row < 2; row++) {
         u32 mine[bits_of(FORMAT)], decoded[16];
         row_words<FORMAT, 2 * PAIRS>(unit.words, 2 * pair + row, mine);
-        decode_half<FORMAT, GROUP>(mine, path_before(mine, unit.edges, 2 * pair + row), table, lut, decoded);
+        decode_half<FORMAT, GROUP>(mine, unit.before.of(2 * pair + row), table, lut, decoded);
 #pragma unroll
         for (int w = 0; w < WORDS; w++) raw[2 * w + row] = decoded[first + w];
     }

@@ -20,27 +20,6 @@ struct Gemm {
     int whole, row_blocks, token_blocks;  // see Block
 };
 
-// The words of ROWS / 2 pairs of rows of a unit, `first` and up, plane after plane
-template <int FORMAT, int ROWS>
-__device__ __forceinline__ void load_words(const uint4* codes, int first, u32* words) {
-    constexpr int BITS = bits_of(FORMAT), FIRST = first_plane(FORMAT);
-    if constexpr (ROWS == 4) {
-#pragma unroll
-        for (int i = 0; i < BITS; i++) *reinterpret_cast<uint4*>(words + 4 * i) = stream(codes + 32 * i);
-    } else {  // 2 * FIRST words of the first plane, then two of each further one
-        constexpr int RUN = FIRST % 2 ? 2 : 4;
-#pragma unroll
-        for (int w = 0; w < 2 * FIRST; w += RUN) {
-            const uint4* from = codes + 32 * ((first * 2 * FIRST + w) / 4);
-            if constexpr (RUN == 4) *reinterpret_cast<uint4*>(words + w) = stream(from);
-            else *reinterpret_cast<uint2*>(words + w) = __ldg(reinterpret_cast<const uint2*>(from) + (first * 2 * FIRST + w) % 4 / 2);
-        }
-#pragma unroll
-        for (int i = FIRST; i < BITS; i++)
-            *reinterpret_cast<uint2*>(words + 2 * i) = __ldg(reinterpret_cast<const uint2*>(codes + 32 * i) + first);
-    }
-}
-
 // What a thread block multiplies. The first `whole` of them take a block of the output each; of the rest, with which they would
 // not fill the card once more, SPLIT in a cluster share the input axis. Four blocks of tokens meet the same rows before the next
 // rows are read; NEIGHBOURS of a cluster meet the same tokens.
@@ -76,39 +55,6 @@ template <int PAIRS, int WARPGROUPS> struct Place {
         pair0 = PAIRS == 1 ? warp % 2 : 0;
         in_block = PAIRS == 1 ? warp / 2 : warp;
         tile = (size_t)expert * tiles + min(row0 / 32 + in_block, tiles - 1);
-    }
-};
-
-// Codes and norms of a warp's rows, unit after unit.
-template <int FORMAT, int GROUP, int PAIRS> struct Reader {
-    static constexpr int BITS = bits_of(FORMAT);
-    static constexpr int GROUPS = GROUP < 128 ? 128 / GROUP : 1;  // in a unit
-    const uint4* codes;
-    const u32* norms;
-    int pair0;
-    u32 words[2 * PAIRS * BITS], norm[PAIRS][GROUPS];  // of the unit read last
-    Edges<FORMAT, GROUP, 2 * PAIRS> edges;
-
-    __device__ __forceinline__ Reader(const Codes& w, size_t tile, int pair0, int k) : pair0(pair0) {
-        const int lane = threadIdx.x & 31;
-        codes = w.codes + tile * (k / 128) * BITS * 32 + lane;
-        norms = reinterpret_cast<const u32*>(w.norms + tile * (k / GROUP) * 8 + (lane >> 2));
-    }
-
-    __device__ __forceinline__ void read(int unit) {
-        const uint4* from = codes + (size_t)unit * BITS * 32;
-        load_words<FORMAT, 2 * PAIRS>(from, pair0, words);
-        edges.read(from, unit, 2 * pair0);
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-            const u32* of_group = norms + ((size_t)unit * 128 / GROUP + g) * 16;
-            if constexpr (PAIRS == 1) {
-                norm[0][g] = __ldg(of_group + pair0);
-            } else {
-                uint2 both = __ldg(reinterpret_cast<const uint2*>(of_group));
-                norm[0][g] = both.x, norm[1][g] = both.y;
-            }
-        }
     }
 };
 

@@ -17,7 +17,7 @@ __device__ __forceinline__ void decode(const Reader<FORMAT, GROUP, PAIRS>& unit,
         for (int row = 0; row < 2; row++) {
             u32 mine[bits_of(FORMAT)], decoded[8];
             row_words<FORMAT, 2 * PAIRS>(unit.words, 2 * pair + row, mine);
-            decode_int8<FORMAT, GROUP>(mine, path_before(mine, unit.edges, 2 * pair + row), table, decoded);
+            decode_int8<FORMAT, GROUP>(mine, unit.before.of(2 * pair + row), table, decoded);
 #pragma unroll
             for (int w = 0; w < 8; w++) a[pair][2 * w + row] = decoded[w];
         }

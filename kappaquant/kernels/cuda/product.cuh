@@ -36,12 +36,6 @@ __device__ __forceinline__ float load(const void* in, size_t i, int kind) {
     return kind == 0 ? as<0>(in)[i] : kind == 1 ? widen<1>(as<1>(in)[i]) : widen<2>(as<2>(in)[i]);
 }
 
-__device__ __forceinline__ uint4 stream(const uint4* p) {  // read once: L1 is left to x
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
-
 __device__ __forceinline__ void mma(int* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -76,43 +70,74 @@ __device__ __forceinline__ void copy_table(const Table& table, u32* lut) {
     }
 }
 
+// The words of ROWS / 2 pairs of rows of a unit, `first` and up, plane after plane
+template <int FORMAT, int ROWS>
+__device__ __forceinline__ void load_words(const uint4* codes, int first, u32* words) {
+    constexpr int BITS = bits_of(FORMAT), FIRST = first_plane(FORMAT);
+    if constexpr (ROWS == 4) {
+#pragma unroll
+        for (int i = 0; i < BITS; i++) *reinterpret_cast<uint4*>(words + 4 * i) = stream(codes + 32 * i);
+    } else {  // 2 * FIRST words of the first plane, then two of each further one
+        constexpr int RUN = FIRST % 2 ? 2 : 4;
+#pragma unroll
+        for (int w = 0; w < 2 * FIRST; w += RUN) {
+            const uint4* from = codes + 32 * ((first * 2 * FIRST + w) / 4);
+            if constexpr (RUN == 4) *reinterpret_cast<uint4*>(words + w) = stream(from);
+            else *reinterpret_cast<uint2*>(words + w) = stream(reinterpret_cast<const uint2*>(from) + (first * 2 * FIRST + w) % 4 / 2);
+        }
+#pragma unroll
+        for (int i = FIRST; i < BITS; i++)
+            *reinterpret_cast<uint2*>(words + 2 * i) = stream(reinterpret_cast<const uint2*>(codes + 32 * i) + first);
+    }
+}
+
+// Codes and norms of a warp's rows, unit after unit.
+template <int FORMAT, int GROUP, int PAIRS> struct Reader {
+    static constexpr int BITS = bits_of(FORMAT);
+    static constexpr int GROUPS = GROUP < 128 ? 128 / GROUP : 1;  // in a unit
+    const uint4* codes;
+    const uint2* norms;
+    int pair0;
+    u32 words[2 * PAIRS * BITS], norm[PAIRS][GROUPS];  // of the unit read last
+    Before<FORMAT, GROUP, 2 * PAIRS> before;
+
+    __device__ __forceinline__ Reader(const Codes& w, size_t tile, int pair0, int k) : pair0(pair0) {
+        const int lane = threadIdx.x & 31;
+        codes = w.codes + tile * (k / 128) * BITS * 32 + lane;
+        norms = w.norms + tile * (k / GROUP) * 8 + (lane >> 2);
+    }
+
+    __device__ __forceinline__ void read(int unit) {
+        const uint4* from = codes + (size_t)unit * BITS * 32;
+        load_words<FORMAT, 2 * PAIRS>(from, pair0, words);
+        before.read(from, unit, 2 * pair0);
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++) {
+            const uint2 both = stream(norms + ((size_t)unit * 128 / GROUP + g) * 8);
+            if constexpr (PAIRS == 1) norm[0][g] = pair0 ? both.y : both.x;
+            else norm[0][g] = both.x, norm[1][g] = both.y;
+        }
+    }
+};
+
 // out[pair][n][i]: rows r + 16 * pair + 8 * (i >> 1), token token0 + 8 * n + 2 * t + (i & 1), over units first,
 // first + step, ... of one tile. Tokens that are not there are read as the last; ONE: all are token0, at any place.
 template <int FORMAT, int GROUP, bool HALF, int NT, bool ONE>
 __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, const u32* lut, int tile, int token0, int tokens,
                                            int first, int step, float (&out)[2][NT][4]) {
     typedef typename Sum<HALF>::type Acc;
-    constexpr int BITS = bits_of(FORMAT);
     constexpr int SUB = GROUP < 128 ? GROUP : 128;        // inputs of one group in a unit
     constexpr int GROUPS = 128 / SUB;                     // groups in a unit
     constexpr int SIZE = HALF ? 2 : 1;                    // bytes of an input
     constexpr int WORDS = HALF ? 16 : 8;                  // words of a row's 32 codes, or of a token's inputs
     constexpr int STEPS = WORDS / 2 / GROUPS;             // products of one group
     const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3, units = in.k / 128;
-    const uint4* codes = w.codes + (size_t)tile * units * BITS * 32 + lane;
-    const uint2* norms = w.norms + (size_t)tile * (in.k / GROUP) * 8 + r;
-
-    uint4 next[BITS];
-    Edges<FORMAT, GROUP, 4> next_edges;
-    const uint4* begin = codes + (size_t)min(first, units - 1) * BITS * 32;
-#pragma unroll
-    for (int i = 0; i < BITS; i++) next[i] = stream(begin + i * 32);
-    next_edges.read(begin, min(first, units - 1));
-    wait_for_earlier(begin);  // weights come first: no kernel writes them
+    Reader<FORMAT, GROUP, 2> next(w, tile, 0, in.k);
+    next.read(min(first, units - 1));
+    wait_for_earlier(next.codes);  // weights come first: no kernel writes them
     for (int unit = first; unit < units; unit += step) {
-        u32 words[4 * BITS];
-#pragma unroll
-        for (int i = 0; i < BITS; i++) *reinterpret_cast<uint4*>(words + 4 * i) = next[i];
-        uint2 norm[GROUPS];
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++) norm[g] = __ldg(norms + ((size_t)unit * 128 / GROUP + g) * 8);
-        const Edges<FORMAT, GROUP, 4> edges = next_edges;
-        if (unit + step < units) {
-            const uint4* from = codes + (size_t)(unit + step) * BITS * 32;
-#pragma unroll
-            for (int i = 0; i < BITS; i++) next[i] = stream(from + i * 32);
-            next_edges.read(from, unit + step);
-        }
+        const Reader<FORMAT, GROUP, 2> now = next;
+        if (unit + step < units) next.read(unit + step);
 
         constexpr int ROWS = HALF ? 2 : 4;                // of a lane that are decoded at a time, as registers allow
 #pragma unroll
@@ -120,11 +145,10 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
             u32 a[ROWS][WORDS];
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
-                u32 mine[BITS];
-                row_words<FORMAT>(words, row + i, mine);
-                const u32 before = path_before(mine, edges, row + i);
-                if constexpr (HALF) decode_half<FORMAT, GROUP>(mine, before, w.table, lut, a[i]);
-                else decode_int8<FORMAT, GROUP>(mine, before, w.table, a[i]);
+                u32 mine[bits_of(FORMAT)];
+                row_words<FORMAT>(now.words, row + i, mine);
+                if constexpr (HALF) decode_half<FORMAT, GROUP>(mine, now.before.of(row + i), w.table, lut, a[i]);
+                else decode_int8<FORMAT, GROUP>(mine, now.before.of(row + i), w.table, a[i]);
             }
 #pragma unroll
             for (int n = 0; n < NT; n++) {
@@ -154,7 +178,7 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
 #pragma unroll
                         for (int step = g * STEPS; step < (g + 1) * STEPS; step++)
                             mma(sum, a[i][2 * step], a[i + 1][2 * step], a[i][2 * step + 1], a[i + 1][2 * step + 1], b[2 * step], b[2 * step + 1]);
-                        u32 both = pair ? norm[g].y : norm[g].x;
+                        const u32 both = now.norm[pair][g];
                         float n0 = widen<1>((unsigned short)both), n1 = widen<1>((unsigned short)(both >> 16));
                         out[pair][n][0] += ((float)sum[0] + half.x) * (n0 * scale.x);
                         out[pair][n][1] += ((float)sum[1] + half.y) * (n0 * scale.y);

@@ -8,20 +8,20 @@ from gpu_products import ALL, error, gpu, prepared, random
 from nvrtc_here import ARCHITECTURES, needs_compiler
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.formats.codebook import CodebookFormat
+from kappaquant.formats.codebook import CodebookFormat, GroupedFormat
 from kappaquant.kernels.cuda import decoded, nvrtc
 
 
 @needs_compiler
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile(arch: str) -> None:
-    for instance in ("decoded<3, 128>", "decoded<6, 256>", "decoded<5, 32>", "decoded<8, 64>"):
+    for instance in ("decoded<3, 128>", "decoded<6, 256>", "decoded<5, 32>", "decoded<8, 64>", "decoded<19, 32>", "decoded<18, 256>", "decoded<20, 64>"):
         assert nvrtc.compiled("decoded.cu", instance, arch)[0].startswith(b"\x7fELF")
 
 
 @gpu
 @pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.id)
-def test_the_weight_is_the_codecs(fmt: CodebookFormat) -> None:
+def test_the_weight_is_the_codecs(fmt: GroupedFormat) -> None:
     for n, k in ((70, 3 * fmt.group_size - 5), (1, fmt.group_size), (129, 1024 + fmt.group_size)):
         weight, expected = prepared(fmt, n, k)
         found = decoded.decode(weight)

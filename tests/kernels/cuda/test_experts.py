@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_products import gpu, random
+from gpu_products import INT8_NAMES, NAMES, gpu, named, random
+from gpu_products import prepared as made
 from nvrtc_here import ARCHITECTURES, needs_compiler
 
-from kappaquant.formats import codec
-from kappaquant.formats.codebook import BITS, CodebookFormat
+from kappaquant.formats.codebook import CodebookFormat
 from kappaquant.kernels.base import Arranged
 from kappaquant.kernels.cuda import experts, inputs, nvrtc, tensor_cores
 from kappaquant.kernels.cuda.tiled import Tiled
@@ -22,6 +22,7 @@ NO_EXPERTS = (-1, EXPERTS, 2**31 - 1, -(2**31), 2**32, 2**32 + 1, 2**63 - 1)
 def test_kernels_compile(arch: str) -> None:
     for instance in (
         "gate_up<3, 0, 0, 128, false, 8>", "gate_up<6, 4, 8, 64, true, 8>", "gate_up<2, 5, 3, 256, false, 8>",
+        "gate_up<19, 4, 20, 256, false, 8>", "gate_up<18, 0, 0, 32, true, 8>", "down<20, 19, 64, false>",
         "down<4, 0, 128, false>", "down<3, 5, 32, false>", "down<7, 6, 128, true>",
     ):  # fmt: skip
         assert nvrtc.compiled("experts.cu", instance, arch)[0].startswith(b"\x7fELF")
@@ -35,26 +36,23 @@ def test_refusals_say_why() -> None:
     assert "groups of 64, 128" in str(experts.refusal([weights[0], weights[2]], False))
 
 
-def prepared(bits: int, *shape: int, seed: int, group: int = 128) -> tuple[tensor_cores.Weight, torch.Tensor]:
-    fmt = CodebookFormat(bits, group)
-    encoded = codec.encode(random(*shape, seed=seed).cuda() / 8, fmt, "fast")
-    decoded = codec.decode(encoded.packed, encoded.norms, fmt, shape[-1]).double()
-    return tensor_cores.Weight.of(encoded.packed, encoded.norms, fmt, shape[-1]), decoded
+def prepared(name: str, *shape: int, seed: int, group: int = 128) -> tuple[tensor_cores.Weight, torch.Tensor]:
+    return made(named(name, group), *shape, seed=seed, scale=1 / 8)
 
 
 @gpu
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 @pytest.mark.parametrize("half", [False, True], ids=["int8", "float16"])
-@pytest.mark.parametrize("bits", BITS)
-def test_experts(bits: int, half: bool, group: int) -> None:
-    if not half and bits not in tensor_cores.INT8_BITS:
+@pytest.mark.parametrize("name", NAMES)
+def test_experts(name: str, half: bool, group: int) -> None:
+    if not half and name not in INT8_NAMES:
         pytest.skip("int8 inputs serve 2 to 5 bits")
     hidden, inner = 300, 160
-    other = 3 if bits == 4 else 4
-    gate_up, gate_up_plain = prepared(bits, EXPERTS, 2 * inner, hidden, seed=1, group=group)
+    other = {"k4": "k3", "k3": "t3", "t4": "t3"}.get(name, "k4")
+    gate_up, gate_up_plain = prepared(name, EXPERTS, 2 * inner, hidden, seed=1, group=group)
     down, down_plain = prepared(other, EXPERTS, hidden, inner, seed=2, group=group)
-    shared = [prepared(b, inner, hidden, seed=b, group=group) for b in (other, bits)]
-    shared_down, shared_down_plain = prepared(bits, hidden, inner, seed=3, group=group)
+    shared = [prepared(each, inner, hidden, seed=i, group=group) for i, each in enumerate((other, name))]
+    shared_down, shared_down_plain = prepared(name, hidden, inner, seed=3, group=group)
     for tokens in (1, 2, 5, 17):
         x = random(tokens, hidden, seed=tokens).cuda().bfloat16()
         index = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)]).cuda()
@@ -91,8 +89,8 @@ def block(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[A
     """Inputs, experts and weights of tokens, and both projections of the experts."""
     hidden, inner = 256, 128
     arranged = []
-    for bits, n, k in ((3, 2 * inner, hidden), (4, hidden, inner)):
-        weight, _ = prepared(bits, EXPERTS, n, k, seed=bits)
+    for name, n, k in (("k3", 2 * inner, hidden), ("t4", hidden, inner)):
+        weight, _ = prepared(name, EXPERTS, n, k, seed=n)
         arranged.append(Arranged(weight.fmt, (EXPERTS, n, k), (weight.tiled.codes, weight.tiled.norms)))
     index = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)]).cuda()
     weights = torch.rand(tokens, TOP_K, device="cuda").bfloat16()
@@ -140,9 +138,9 @@ def test_weights_need_not_be_in_the_dtype_of_the_tokens(tokens: int) -> None:
 @gpu
 @pytest.mark.parametrize("tokens", [1, 5, 100, 400])  # beyond 64 tokens slots are sorted
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
-@pytest.mark.parametrize("bits", BITS)
-def test_grouped_linear(bits: int, group: int, tokens: int) -> None:
-    weight, plain = prepared(bits, EXPERTS, 200, 300, seed=bits, group=group)
+@pytest.mark.parametrize("name", NAMES)
+def test_grouped_linear(name: str, group: int, tokens: int) -> None:
+    weight, plain = prepared(name, EXPERTS, 200, 300, seed=4, group=group)
     arranged = Arranged(weight.fmt, (EXPERTS, 200, 300), (weight.tiled.codes, weight.tiled.norms))
     x = random(tokens, 300, seed=3).cuda().bfloat16()
     index = torch.randint(EXPERTS, (tokens, TOP_K), device="cuda")
@@ -157,8 +155,8 @@ def test_grouped_linear(bits: int, group: int, tokens: int) -> None:
 
 @gpu
 def test_no_tokens_give_no_rows() -> None:
-    gate_up, _ = prepared(3, EXPERTS, 64, 128, seed=1)
-    down, _ = prepared(3, EXPERTS, 128, 32, seed=2)
+    gate_up, _ = prepared("k3", EXPERTS, 64, 128, seed=1)
+    down, _ = prepared("k3", EXPERTS, 128, 32, seed=2)
     rotated, _ = inputs.rotate(torch.empty(0, 128, device="cuda"), gate_up.fmt, False)
     index = torch.empty(0, TOP_K, dtype=torch.int64, device="cuda")
     assert experts.forward(rotated, index, index.float(), gate_up, down, torch.float32).shape == (0, 128)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_products import ALL, INT8_NAMES, NAMES, error, named, prepared, random
 from nvrtc_here import needs_compiler
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import BITS, FORMATS, CodebookFormat
+from kappaquant.formats.codebook import CodebookFormat, GroupedFormat
 from kappaquant.formats.signs import GROUP_SIZES
-from kappaquant.kernels.cuda import gemm, inputs, int8_gemm, nvrtc, sorted_experts, tensor_cores, tiles
+from kappaquant.kernels.cuda import gemm, inputs, int8_gemm, nvrtc, sorted_experts, tables, tensor_cores, tiles
+from kappaquant.kernels.cuda.cells import cells
 from kappaquant.kernels.cuda.gemm import Launch
 from kappaquant.kernels.cuda.launches import whole_blocks
-from kappaquant.kernels.cuda.tensor_cores import INT8_BITS, Weight
+from kappaquant.kernels.cuda.tensor_cores import INT8_BITS
 
-ALL = sorted(FORMATS.values(), key=lambda f: (f.bits, f.group_size))
 LAUNCHES = (
     Launch(128, 2, 1, 4, 1), Launch(128, 1, 4, 3, 2), Launch(64, 2, 2, 4, 1), Launch(32, 1, 1, 4, 3), Launch(16, 2, 8, 4, 1),
     Launch(8, 1, 1, 4, 4), Launch(256, 2, 1, 3, 1), Launch(256, 2, 2, 3, 1),
@@ -31,17 +32,14 @@ def hopper(test):  # type: ignore[no-untyped-def]
     return pytest.mark.gpu(pytest.mark.skipif(reason is not None, reason=str(reason))(test))
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @needs_compiler
-@pytest.mark.parametrize("bits", [3, *(pytest.param(bits, marks=pytest.mark.slow) for bits in BITS if bits != 3)])
-def test_products_compile(bits: int) -> None:
-    for use in [*LAUNCHES[bits % 2 :: 2], *(INT8_LAUNCHES[bits % 2 :: 2] if bits in INT8_BITS else ())]:
-        code, name = nvrtc.compiled(use.file, use.instance([bits, 0, 0, 0], 64), "sm_90a")
+@pytest.mark.parametrize("name", ["k3", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "k3")])
+def test_products_compile(name: str) -> None:
+    number = cells(named(name)).number
+    for use in [*LAUNCHES[number % 2 :: 2], *(INT8_LAUNCHES[number % 2 :: 2] if name in INT8_NAMES else ())]:
+        code, mangled = nvrtc.compiled(use.file, use.instance([number, 0, 0, 0], 64), "sm_90a")
         assert code.startswith(b"\x7fELF")
-        assert b"gemm" in name
+        assert b"gemm" in mangled
 
 
 @needs_compiler
@@ -94,9 +92,8 @@ def test_every_launch_fits_the_card() -> None:
     }
     chosen |= {sorted_experts.choose(*size) for size in sizes}
     for use in [*chosen, *LAUNCHES, *INT8_LAUNCHES]:
-        for bits in BITS if use.half else INT8_BITS:
-            for group in GROUP_SIZES:
-                assert use.shared_bytes(bits, group) <= 227 << 10
+        for fmt in (fmt for fmt in ALL if use.half or fmt.bits in INT8_BITS):
+            assert use.shared_bytes(fmt.group_size) + tables.shared_bytes(cells(fmt), use.half) <= 227 << 10
         assert use.split in (1, 2, 4, 8)
 
 
@@ -105,20 +102,6 @@ def test_refusals_say_why() -> None:
     x = inputs.Tokens(torch.empty(1, 1, 16, 8, 8, dtype=torch.float16), torch.empty(8), 128, 3)
     with pytest.raises(UnsupportedError, match="gemm: needs an NVIDIA GPU"):
         gemm.linear(x, [], torch.float32)
-
-
-def prepared(fmt: CodebookFormat, *shape: int, seed: int = 0) -> tuple[Weight, torch.Tensor]:
-    """(weight on the GPU, decoded in float64)"""
-    encoded = codec.encode(random(*shape, seed=seed).cuda() / shape[-1] ** 0.5, fmt, "fast")
-    decoded = codec.decode(encoded.packed, encoded.norms, fmt, shape[-1]).double()
-    return Weight.of(encoded.packed, encoded.norms, fmt, shape[-1]), decoded
-
-
-def error(y: torch.Tensor, x: torch.Tensor, decoded: torch.Tensor) -> float:
-    """RMS error over the RMS that products of such vectors have; few outputs may by chance all be near 0."""
-    expected = x.double() @ decoded.T
-    usual = (x.double().norm(dim=1, keepdim=True) * decoded.norm(dim=1)).norm() / decoded.shape[1] ** 0.5
-    return float((y.double() - expected).norm() / usual)
 
 
 @hopper
@@ -155,13 +138,13 @@ def test_inputs_lie_as_products_read_them(group: int, half: bool) -> None:
 
 @hopper
 @pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.id)
-def test_products(fmt: CodebookFormat) -> None:
+def test_products(fmt: GroupedFormat) -> None:
     at = 3 * fmt.bits + GROUP_SIZES.index(fmt.group_size)
     made = [(True, LAUNCHES[at % len(LAUNCHES)])]
     if fmt.bits in INT8_BITS:
         made.append((False, INT8_LAUNCHES[at % len(INT8_LAUNCHES)]))
     for n, k in ((45, 3 * fmt.group_size - 5), (1, fmt.group_size), (300, 1024 + fmt.group_size)):
-        weight, decoded = prepared(fmt, n, k)
+        weight, decoded = prepared(fmt, n, k, scale=k**-0.5)
         for m in (1, 9, 33, 130, 300):
             x = random(m, k, seed=m).cuda().bfloat16()
             for half, launch in made:
@@ -194,7 +177,7 @@ def test_more_blocks_than_fit_the_card(launch: Launch, k: int) -> None:
     x = random(m, k).cuda().to(dtype)
     tokens, _ = inputs.rotate_tokens(x, CodebookFormat(3, 128), True)
     made = [
-        prepared(CodebookFormat(bits, 128), n, k, seed=bits) for bits, n in ((3, 33_304), (7, 5000), (4, 904), (8, 264))
+        prepared(named(name), n, k, seed=n) for name, n in (("k3", 33_304), ("k7", 5000), ("t4", 904), ("k8", 264))
     ]
     biases = [None, random(5000).cuda().to(dtype), None, random(264).cuda().to(dtype)]
     outs = gemm.linear(tokens, [w for w, _ in made], dtype, biases, launch)
@@ -220,7 +203,8 @@ def test_launches_that_are_chosen() -> None:
 @hopper
 def test_int8_inputs_give_what_they_give_few_tokens() -> None:
     """The same integers and scales: only the order of sums differs."""
-    for fmt in (CodebookFormat(2, 32), CodebookFormat(3, 128), CodebookFormat(4, 256), CodebookFormat(5, 64)):
+    of = [("k2", 32), ("k3", 128), ("k4", 256), ("k5", 64), ("t2", 256), ("t3", 128), ("t4", 32)]
+    for fmt in (named(*each) for each in of):
         weight, _ = prepared(fmt, 200, 768)
         x = random(12, 768).cuda().bfloat16()
         (few,) = tensor_cores.linear(inputs.rotate(x, fmt, False)[0], [weight], torch.float32)
@@ -231,8 +215,8 @@ def test_int8_inputs_give_what_they_give_few_tokens() -> None:
 @hopper
 @pytest.mark.parametrize("launch", [*LAUNCHES, *INT8_LAUNCHES], ids=str)
 def test_outputs_of_different_widths_share_an_input(launch: Launch | int8_gemm.Launch) -> None:
-    widths = ((3, 70), (5, 32), (2, 1), (6 if launch.half else 4, 300))
-    made = [prepared(CodebookFormat(b, 128), n, 640, seed=b) for b, n in widths]
+    outputs = (("t3", 70), ("k5", 32), ("t2", 1), ("k6" if launch.half else "t4", 300))
+    made = [prepared(named(name), n, 640, seed=n) for name, n in outputs]
     biases = [random(w.rows).cuda().bfloat16() if i % 2 else None for i, (w, _) in enumerate(made)]
     x = random(37, 640).cuda().bfloat16()
     tokens, _ = inputs.rotate_tokens(x, CodebookFormat(3, 128), launch.half)
@@ -295,18 +279,22 @@ def plain_experts(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, g
 
 @hopper
 @pytest.mark.parametrize(
-    ("experts", "hidden", "inner", "top_k", "tokens", "bits", "group"),
+    ("experts", "hidden", "inner", "top_k", "tokens", "names", "group"),
     [
-        (5, 256, 128, 2, 37, (3, 4), 128),
-        (16, 200, 72, 4, 130, (3, 4), 64),
-        (8, 512, 256, 8, 300, (5, 2), 128),
-        (64, 128, 128, 2, 9, (4, 6), 32),
-        (3, 256, 256, 3, 1, (8, 3), 256),
+        (5, 256, 128, 2, 37, ("k3", "k4"), 128),
+        (16, 200, 72, 4, 130, ("k3", "k4"), 64),
+        (8, 512, 256, 8, 300, ("k5", "k2"), 128),
+        (64, 128, 128, 2, 9, ("k4", "k6"), 32),
+        (3, 256, 256, 3, 1, ("k8", "k3"), 256),
+        (5, 256, 128, 2, 37, ("t3", "t4"), 128),
+        (16, 200, 72, 4, 130, ("t2", "k4"), 64),
+        (64, 128, 128, 2, 9, ("t4", "t2"), 32),
+        (3, 256, 256, 3, 1, ("t4", "t3"), 256),
     ],
 )
-def test_sorted_experts(experts: int, hidden: int, inner: int, top_k: int, tokens: int, bits: tuple[int, int], group: int) -> None:  # fmt: skip
-    gate_up, plain_gate_up = prepared(CodebookFormat(bits[0], group), experts, 2 * inner, hidden)
-    down, plain_down = prepared(CodebookFormat(bits[1], group), experts, hidden, inner, seed=1)
+def test_sorted_experts(experts: int, hidden: int, inner: int, top_k: int, tokens: int, names: tuple[str, str], group: int) -> None:  # fmt: skip
+    gate_up, plain_gate_up = prepared(named(names[0], group), experts, 2 * inner, hidden, scale=hidden**-0.5)
+    down, plain_down = prepared(named(names[1], group), experts, hidden, inner, seed=1, scale=inner**-0.5)
     x = random(tokens, hidden).cuda().bfloat16()
     weights, index = random(tokens, experts, seed=2).cuda().softmax(-1).topk(top_k)
     index[: tokens // 2] = torch.arange(top_k, device=index.device)  # crowds a few experts, leaves others empty
@@ -320,8 +308,8 @@ def test_sorted_experts(experts: int, hidden: int, inner: int, top_k: int, token
 
 @hopper
 def test_a_graph_replays_other_tokens_and_routes() -> None:
-    gate_up, plain_gate_up = prepared(CodebookFormat(3, 128), 8, 256, 128)
-    down, plain_down = prepared(CodebookFormat(4, 128), 8, 128, 128, seed=1)
+    gate_up, plain_gate_up = prepared(CodebookFormat(3, 128), 8, 256, 128, scale=128**-0.5)
+    down, plain_down = prepared(CodebookFormat(4, 128), 8, 128, 128, seed=1, scale=128**-0.5)
     x, weights = random(50, 128).cuda().bfloat16(), torch.full((50, 2), 0.5, device="cuda")
     index = torch.zeros(50, 2, dtype=torch.int64, device="cuda")
     sorted_experts.forward(x, index, weights, gate_up, down)  # compiles

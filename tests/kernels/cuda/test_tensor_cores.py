@@ -6,82 +6,23 @@ import struct
 
 import pytest
 import torch
-from gpu_products import ALL, error, gpu, prepared, random
+from gpu_products import ALL, INT8_NAMES, NAMES, codes, error, gpu, named, prepared, random
 from nvrtc_here import ARCHITECTURES, needs_compiler
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import BITS, CodebookFormat
-from kappaquant.kernels.cuda import inputs, nvrtc, tensor_cores, tiles
-
-
-@pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.id)
-def test_tiles_hold_the_bits_of_the_disk(fmt: CodebookFormat) -> None:
-    for shape in ((45, 3 * fmt.group_size - 5), (2, 3, 33, fmt.group_size)):
-        encoded = codec.encode(random(*shape), fmt, "fast")
-        tiled = tiles.tile(encoded.packed, encoded.norms, fmt)
-        packed, norms = tiles.untile(tiled, fmt, shape[-2], fmt.groups(shape[-1]))
-        assert torch.equal(packed, encoded.packed)
-        assert torch.equal(norms, encoded.norms)
-
-
-def test_whole_tiles_take_no_more_bytes_than_the_disk() -> None:
-    for fmt in ALL:
-        encoded = codec.encode(random(64, 512), fmt, "fast")
-        tiled = tiles.tile(encoded.packed, encoded.norms, fmt)
-        assert tiled.codes.nbytes + tiled.norms.nbytes == encoded.packed.nbytes + encoded.norms.nbytes
-
-
-def test_tiling_in_chunks_equals_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    fmt = CodebookFormat(5, 64)
-    encoded = codec.encode(random(200, 256), fmt, "fast")
-    once = tiles.tile(encoded.packed, encoded.norms, fmt)
-    monkeypatch.setattr(tiles, "_CHUNK", 1)
-    assert torch.equal(tiles.tile(encoded.packed, encoded.norms, fmt).codes, once.codes)
-
-
-def table_bytes(words: list[int]) -> list[int]:
-    return list(struct.pack(f"<{len(words)}I", *words))
-
-
-@pytest.mark.parametrize("bits", tensor_cores.INT8_BITS)
-def test_int8_tables_are_near_the_codebook(bits: int) -> None:
-    book = CodebookFormat(bits, 128).codebook
-    words, scale = tiles.int8_table(book, bits)
-    entries = [b - 256 if b > 127 else b for b in table_bytes(words)][: 2**bits if bits < 4 else 2 ** (bits - 1)]
-    if bits < 4:
-        made = [e * scale for e in entries]
-    else:  # negative half by magnitude; the complement ~e = -e - 1 stands for its negative
-        made = [(e + 0.5) * scale for e in reversed(entries)] + [(~e + 0.5) * scale for e in entries]
-    error = sum((m - c) ** 2 for m, c in zip(made, book, strict=True)) / sum(c * c for c in book)
-    assert error < 0.005**2
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_float16_tables_hold_the_codebook(bits: int) -> None:
-    book = CodebookFormat(bits, 128).codebook
-    words, scale = tiles.half_table(book, bits)
-
-    def value(raw: int) -> float:
-        return struct.unpack("<e", struct.pack("<H", raw))[0] * scale
-
-    if bits > 5:
-        made = [value(w) for w in words]
-    else:
-        raw = table_bytes(words)
-        pairs = [raw[at + i] | raw[at + 8 + i] << 8 for at in range(0, len(raw), 16) for i in range(8)]
-        made = [value(p) for p in pairs][: 2**bits if bits < 4 else 2 ** (bits - 1)]
-        if bits >= 4:
-            made = made[::-1] + [-m for m in made]
-    assert made == pytest.approx(book, rel=1e-3)
+from kappaquant.formats.codebook import BITS, CodebookFormat, GroupedFormat
+from kappaquant.kernels.cuda import inputs, nvrtc, tensor_cores
+from kappaquant.kernels.cuda.cells import cells
 
 
 @needs_compiler
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile(arch: str) -> None:
-    instances = [f"linear<{b}, 0, 0, 0, 128, false, 1, 1, 4, 0>" for b in tensor_cores.INT8_BITS]
-    instances += [f"linear<{b}, 0, 0, 0, 64, true, 2, 1, 8, 16>" for b in BITS]
+    instances = [f"linear<{cells(named(n)).number}, 0, 0, 0, 128, false, 1, 1, 4, 0>" for n in INT8_NAMES]
+    instances += [f"linear<{cells(named(n)).number}, 0, 0, 0, 64, true, 2, 1, 8, 16>" for n in NAMES]
     instances += ["linear<3, 4, 5, 2, 256, false, 8, 2, 4, 0>", "linear<6, 8, 7, 0, 32, true, 1, 1, 4, 16>"]
+    instances += ["linear<19, 20, 3, 18, 256, false, 8, 2, 4, 0>", "linear<6, 19, 18, 20, 32, true, 1, 1, 4, 16>"]
     for instance in instances:
         code, name = nvrtc.compiled("linear.cu", instance, arch)
         assert code.startswith(b"\x7fELF")
@@ -137,7 +78,7 @@ def test_every_launch_fits_the_card() -> None:
 @gpu
 @pytest.mark.parametrize("half", [False, True], ids=["int8", "float16"])
 @pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.id)
-def test_products(fmt: CodebookFormat, half: bool) -> None:
+def test_products(fmt: GroupedFormat, half: bool) -> None:
     if not half and fmt.bits not in tensor_cores.INT8_BITS:
         pytest.skip("int8 inputs serve 2 to 5 bits")
     for n, k in ((45, 3 * fmt.group_size - 5), (1, fmt.group_size), (300, 1024 + fmt.group_size)):
@@ -151,11 +92,11 @@ def test_products(fmt: CodebookFormat, half: bool) -> None:
 
 @gpu
 @pytest.mark.parametrize("half", [False, True], ids=["int8", "float16"])
-@pytest.mark.parametrize("bits", BITS)
-def test_error_on_a_layer_of_usual_size(bits: int, half: bool) -> None:
-    if not half and bits not in tensor_cores.INT8_BITS:
+@pytest.mark.parametrize("name", NAMES)
+def test_error_on_a_layer_of_usual_size(name: str, half: bool) -> None:
+    if not half and name not in INT8_NAMES:
         pytest.skip("int8 inputs serve 2 to 5 bits")
-    fmt = CodebookFormat(bits, 128)
+    fmt = named(name)
     weight, decoded = prepared(fmt, 2048, 4096)
     x = random(16, 4096, seed=1).cuda().bfloat16()
     rotated, _ = inputs.rotate(x, fmt, half)
@@ -165,8 +106,11 @@ def test_error_on_a_layer_of_usual_size(bits: int, half: bool) -> None:
 
 @gpu
 @pytest.mark.parametrize("half", [False, True], ids=["int8", "float16"])
-def test_outputs_of_different_widths_share_an_input(half: bool) -> None:
-    made = [prepared(CodebookFormat(b, 128), n, 640, seed=b) for b, n in ((3, 70), (5, 32), (2, 1), (4, 129))]
+@pytest.mark.parametrize(
+    "outputs", [(("k3", 70), ("k5", 32), ("k2", 1), ("k4", 129)), (("t3", 70), ("k4", 32), ("t2", 1), ("t4", 129))]
+)
+def test_outputs_of_different_formats_share_an_input(outputs: tuple[tuple[str, int], ...], half: bool) -> None:
+    made = [prepared(named(name), n, 640, seed=n) for name, n in outputs]
     biases = [random(w.rows).cuda().bfloat16() if i % 2 else None for i, (w, _) in enumerate(made)]
     x = random(5, 640).cuda().bfloat16()
     rotated, _ = inputs.rotate(x, CodebookFormat(3, 128), half)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_products import ALL, error, gpu, random
+from gpu_products import ALL, error, gpu, named, random
 from packed_weights import held
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import NORMS_SUFFIX, CodebookFormat
+from kappaquant.formats.codebook import NORMS_SUFFIX, CodebookFormat, GroupedFormat
 from kappaquant.kernels import dispatch
 from kappaquant.kernels.base import ACTIVATIONS, check_activations
 from kappaquant.kernels.cuda import tiled
 from kappaquant.kernels.cuda.tiled import Tiled
 from kappaquant.runtime.packed import SharedInput
 
+GPU_ACTIVATIONS = [kind for kind in ACTIVATIONS if kind != "float32"]
 BATCHES = (1, 2, 7, 8, 9, 16, 17, 31, 64, 129, 500, 1025, 4096)
+
+
+def test_float32_is_refused_on_gpus() -> None:
+    with pytest.raises(UnsupportedError, match="'float32': kernels on NVIDIA GPUs multiply by int8 or by bf16"):
+        check_activations("float32", "cuda")
 
 
 def test_which_inputs_a_width_wants() -> None:
@@ -55,9 +61,9 @@ def test_a_weight_is_refused_for_its_norms_or_its_codebook() -> None:
 
 
 @gpu
-@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("activations", GPU_ACTIVATIONS)
 @pytest.mark.parametrize("fmt", ALL, ids=lambda f: f.id)
-def test_linear_at_every_batch(fmt: CodebookFormat, activations: str) -> None:
+def test_linear_at_every_batch(fmt: GroupedFormat, activations: str) -> None:
     n, k = 333, 1024 + fmt.group_size - 3
     weight, decoded = held(random(n, k).cuda(), fmt, device="cuda")
     assert weight.kernel.name == "tensor_cores"
@@ -75,15 +81,16 @@ def test_linear_at_every_batch(fmt: CodebookFormat, activations: str) -> None:
 
 
 @gpu
+@pytest.mark.parametrize("names", [("k3", "k4"), ("t3", "t4")])
 @pytest.mark.parametrize("groups", [(128, 128), (128, 64), (32, 128)])
-@pytest.mark.parametrize("activations", ACTIVATIONS)
-def test_experts_at_every_batch(activations: str, groups: tuple[int, int]) -> None:
+@pytest.mark.parametrize("activations", GPU_ACTIVATIONS)
+def test_experts_at_every_batch(activations: str, groups: tuple[int, int], names: tuple[str, str]) -> None:
     hidden, inner, count, top_k = 640, 384, 20, 4
     first, gate_up = held(
-        random(count, 2 * inner, hidden).cuda() / 20, CodebookFormat(3, groups[0]), "experts", device="cuda"
+        random(count, 2 * inner, hidden).cuda() / 20, named(names[0], groups[0]), "experts", device="cuda"
     )
     second, down = held(
-        random(count, hidden, inner, seed=1).cuda() / 20, CodebookFormat(4, groups[1]), "experts", device="cuda"
+        random(count, hidden, inner, seed=1).cuda() / 20, named(names[1], groups[1]), "experts", device="cuda"
     )
     specs, shapes = dispatch.SEPARATOR.join((first.spec, second.spec)), [*first.shape, *second.shape]
     for m in BATCHES:
