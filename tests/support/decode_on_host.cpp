@@ -1,5 +1,5 @@
-// decode.cuh on a CPU: the same source, with what only GPUs have restated. Tests put copies of the headers beside it whose two
-// instructions are calls of host_permute and host_logic.
+// decode.cuh on a CPU: the same source, with what only GPUs have restated. Tests put copies of the headers beside it whose
+// instructions are calls of functions here.
 
 #include <cstdint>
 #include <cstring>
@@ -35,6 +35,12 @@ static uint32_t host_logic(int table, uint32_t a, uint32_t b, uint32_t c) {
     uint32_t out = 0;
     for (int i = 0; i < 32; i++) out |= (uint32_t)(table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) & 1) << i;
     return out;
+}
+
+// float16 times 1, of a number that is finite
+static uint32_t host_high_half(uint32_t selectors) {
+    if ((selectors >> 26 & 31) == 31) return 0x7fff7fffu;
+    return selectors >> 16 | selectors >> 16 << 16;
 }
 
 #include "decode.cuh"

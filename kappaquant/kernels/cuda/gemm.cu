@@ -18,7 +18,7 @@ __device__ __forceinline__ u32 scaled(u32 pair, u32 norm) {
 
 // Table entries of two rows of a unit, as operand A of WORDS / 2 products wants them: words first and up of each
 template <int WORDS, int FORMAT, int GROUP, int PAIRS>
-__device__ __forceinline__ void entries(const Reader<FORMAT, GROUP, PAIRS>& unit, const Table& table, const u32* lut, int pair, int first,
+__device__ __forceinline__ void entries(const Unit<FORMAT, GROUP, PAIRS>& unit, const Table& table, const u32* lut, int pair, int first,
                                         u32* raw) {
 #pragma unroll
     for (int row = 0; row < 2; row++) {
@@ -54,7 +54,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
     constexpr int SLACK = STAGES > 3 ? 1 : 0;               // rounds that other warps may lag before this one waits to refill
     const Place<PAIRS, WARPGROUPS> place(s, block, item.x);
     const int lane = threadIdx.x & 31, rank = block.rank, step = block.ranks, rounds = block.rounds(p);
-    Reader<FORMAT, GROUP, PAIRS> next(s.weight, place.tile, place.pair0, p.k);
+    const Reader<FORMAT, GROUP, PAIRS> reader(s.weight, place.tile, place.pair0, p.k);
     const u32 stages = shared_address(memory), full = barriers, empty = barriers + 8 * STAGES;
 
     // of what a pair multiplies each fetches half; of the halves of an input axis all
@@ -81,15 +81,15 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
     float sums[PAIRS][N / 2] = {};
     u32 a[2 * WORDS];
     const int last = max(rank + (rounds - 1) * step, 0);  // unit
-    next.read(min(rank, last));
-    wait_for_earlier(next.codes);
+    Unit<FORMAT, GROUP, PAIRS> next = reader.read(min(rank, last));
+    wait_for_earlier(reader.codes);
     let_next_start();
     if (threadIdx.x == 0)
         for (int i = 0; i < STAGES && i < rounds; i++) fetch(i);
     targets.template fill<128 * WARPGROUPS>(p, item, p.scales);
     for (int round = 0; round < rounds; round++) {
-        const Reader<FORMAT, GROUP, PAIRS> now = next;
-        next.read(min(rank + (round + 1) * step, last));  // without a branch, which would part the lanes
+        const Unit<FORMAT, GROUP, PAIRS> now = next;
+        next = reader.read(min(rank + (round + 1) * step, last));  // without a branch, which would part the lanes
         const int stage = round % STAGES;
         const u64 b = swizzled(stages + stage * (N / 8 * UNIT), UNIT);
         barrier_wait(full + 8 * stage, round / STAGES & 1);

@@ -9,8 +9,8 @@ constexpr int UNIT = 1024;  // bytes of 128 inputs of 8 tokens
 
 // Operand A of a unit, and its norms
 template <int FORMAT, int GROUP, int PAIRS>
-__device__ __forceinline__ void decode(const Reader<FORMAT, GROUP, PAIRS>& unit, const Table& table, u32 (&a)[PAIRS][16],
-                                       u32 (&norm)[PAIRS][Reader<FORMAT, GROUP, PAIRS>::GROUPS]) {
+__device__ __forceinline__ void decode(const Unit<FORMAT, GROUP, PAIRS>& unit, const Table& table, u32 (&a)[PAIRS][16],
+                                       u32 (&norm)[PAIRS][Unit<FORMAT, GROUP, PAIRS>::GROUPS]) {
 #pragma unroll
     for (int pair = 0; pair < PAIRS; pair++) {
 #pragma unroll
@@ -22,7 +22,7 @@ __device__ __forceinline__ void decode(const Reader<FORMAT, GROUP, PAIRS>& unit,
             for (int w = 0; w < 8; w++) a[pair][2 * w + row] = decoded[w];
         }
 #pragma unroll
-        for (int g = 0; g < Reader<FORMAT, GROUP, PAIRS>::GROUPS; g++) norm[pair][g] = unit.norm[pair][g];
+        for (int g = 0; g < Unit<FORMAT, GROUP, PAIRS>::GROUPS; g++) norm[pair][g] = unit.norm[pair][g];
         keep_before<16>(a[pair]);
     }
 }
@@ -36,7 +36,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
     constexpr int VALUES = N / 8 * UNIT, SCALES = 8 * N;  // bytes of a stage, of a group
     const Place<PAIRS, WARPGROUPS> place(s, block, item.x);
     const int lane = threadIdx.x & 31, t = lane & 3, rank = block.rank, step = block.ranks, rounds = block.rounds(p);
-    Reader<FORMAT, GROUP, PAIRS> next(s.weight, place.tile, place.pair0, p.k);
+    const Reader<FORMAT, GROUP, PAIRS> reader(s.weight, place.tile, place.pair0, p.k);
     const u32 values = shared_address(memory), scales = values + STAGES * VALUES, full = barriers, empty = barriers + 8 * STAGES;
 
     const int blocks = (item.z + 7) / 8;          // of tokens
@@ -55,9 +55,9 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
     int part[PAIRS][N / 2];
     u32 a[PAIRS][16], norm[PAIRS][GROUPS];
     const int last = max(rank + (rounds - 1) * step, 0);  // unit
-    next.read(min(rank, last));
+    Unit<FORMAT, GROUP, PAIRS> next = reader.read(min(rank, last));
     decode<FORMAT, GROUP, PAIRS>(next, s.weight.table, a, norm);
-    next.read(min(rank + step, last));
+    next = reader.read(min(rank + step, last));
     wait_for_earlier();
     let_next_start();
     if (threadIdx.x == 0)
@@ -103,7 +103,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
             }
         }
         decode<FORMAT, GROUP, PAIRS>(next, s.weight.table, a, norm);
-        next.read(min(unit + 2 * step, last));
+        next = reader.read(min(unit + 2 * step, last));
         __syncwarp();
         if (lane == 0) barrier_arrive(empty + 8 * stage);
         const int old = round - SLACK;

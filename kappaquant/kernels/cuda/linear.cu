@@ -19,14 +19,17 @@ struct Linear {
     int tokens, out_kind;  // out_kind: 0 float32, 1 float16, 2 bfloat16
 };
 
-template <int FORMAT, int GROUP, bool HALF, int NT, int TILES, int WARPS>
+template <int FORMAT, int GROUP, bool HALF, int NT, int TILES, int WARPS, int STAGES>
 __device__ __forceinline__ void product(const Linear& p, const Segment& s, const u32* lut, float* partial) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, r = lane >> 2, t = lane & 3;
     constexpr int SPLITS = WARPS / TILES;                 // warps that share a tile
     const int tile0 = (blockIdx.x - s.first_block) * TILES, tile = tile0 + warp % TILES, token0 = blockIdx.y * 8 * NT;
     float out[2][NT][4] = {};
-    if (32 * tile < s.rows)
-        accumulate<FORMAT, GROUP, HALF, NT, false>(s.weight, p.in, lut, tile, token0, p.tokens, warp / TILES, SPLITS, out);
+    if (32 * tile < s.rows) {
+        char* stages = reinterpret_cast<char*>(partial + WARPS * 8 * NT * 33);
+        if constexpr (STAGES != 0) stages += warp * STAGES * Staged<FORMAT, GROUP, STAGES>::BYTES;
+        accumulate<FORMAT, GROUP, HALF, NT, false, STAGES>(s.weight, p.in, lut, tile, token0, p.tokens, warp / TILES, SPLITS, out, stages);
+    }
 
     // partial [WARPS][8 * NT tokens][33]: rows side by side, one word of padding against bank conflicts
 #pragma unroll
@@ -50,8 +53,8 @@ __device__ __forceinline__ void product(const Linear& p, const Segment& s, const
 }
 
 // F1..F4: format of each output that reads this input (trellis.cuh), 0 for none. RESIDENT: warps a multiprocessor must hold, which
-// bounds registers; 0 leaves them to the compiler
-template <int F1, int F2, int F3, int F4, int GROUP, bool HALF, int NT, int TILES, int WARPS, int RESIDENT>
+// bounds registers; 0 leaves them to the compiler. STAGES: of units on their way to shared memory, 0 for registers
+template <int F1, int F2, int F3, int F4, int GROUP, bool HALF, int NT, int TILES, int WARPS, int RESIDENT, int STAGES>
 __global__ void __launch_bounds__(32 * WARPS, RESIDENT / WARPS) linear(const __grid_constant__ Linear p) {
     constexpr int FORMATS[4] = {F1, F2, F3, F4};
     constexpr int TABLE_WORDS = !HALF ? 0 : larger(larger(table_words(F1), table_words(F2)), larger(table_words(F3), table_words(F4)));
@@ -66,7 +69,7 @@ __global__ void __launch_bounds__(32 * WARPS, RESIDENT / WARPS) linear(const __g
     auto run = [&](auto format) {
         constexpr int F = decltype(format)::value;
         copy_table<F, HALF, 32 * WARPS>(s.weight.table, lut);
-        product<F, GROUP, HALF, NT, TILES, WARPS>(p, s, lut, memory + TABLE_WORDS);
+        product<F, GROUP, HALF, NT, TILES, WARPS, STAGES>(p, s, lut, memory + TABLE_WORDS);
     };
     if (mine == 0) run(Constant<F1>{});
     if constexpr (F2 != 0) if (mine == 1) run(Constant<F2>{});

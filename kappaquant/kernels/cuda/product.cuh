@@ -91,15 +91,20 @@ __device__ __forceinline__ void load_words(const uint4* codes, int first, u32* w
     }
 }
 
-// Codes and norms of a warp's rows, unit after unit.
+// What a lane holds of a unit
+template <int FORMAT, int GROUP, int PAIRS> struct Unit {
+    static constexpr int GROUPS = GROUP < 128 ? 128 / GROUP : 1;
+    u32 words[2 * PAIRS * bits_of(FORMAT)], norm[PAIRS][GROUPS];
+    Before<FORMAT, GROUP, 2 * PAIRS> before;
+};
+
+// Units of a warp's rows from memory to registers.
 template <int FORMAT, int GROUP, int PAIRS> struct Reader {
+    typedef Unit<FORMAT, GROUP, PAIRS> Rows;
     static constexpr int BITS = bits_of(FORMAT);
-    static constexpr int GROUPS = GROUP < 128 ? 128 / GROUP : 1;  // in a unit
     const uint4* codes;
     const uint2* norms;
     int pair0;
-    u32 words[2 * PAIRS * BITS], norm[PAIRS][GROUPS];  // of the unit read last
-    Before<FORMAT, GROUP, 2 * PAIRS> before;
 
     __device__ __forceinline__ Reader(const Codes& w, size_t tile, int pair0, int k) : pair0(pair0) {
         const int lane = threadIdx.x & 31;
@@ -107,24 +112,107 @@ template <int FORMAT, int GROUP, int PAIRS> struct Reader {
         norms = w.norms + tile * (k / GROUP) * 8 + (lane >> 2);
     }
 
-    __device__ __forceinline__ void read(int unit) {
+    __device__ __forceinline__ Rows read(int unit) const {
+        Rows out;
         const uint4* from = codes + (size_t)unit * BITS * 32;
-        load_words<FORMAT, 2 * PAIRS>(from, pair0, words);
-        before.read(from, unit, 2 * pair0);
+        load_words<FORMAT, 2 * PAIRS>(from, pair0, out.words);
+        out.before.read(from, unit, 2 * pair0);
 #pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
+        for (int g = 0; g < Rows::GROUPS; g++) {
             const uint2 both = stream(norms + ((size_t)unit * 128 / GROUP + g) * 8);
-            if constexpr (PAIRS == 1) norm[0][g] = pair0 ? both.y : both.x;
-            else norm[0][g] = both.x, norm[1][g] = both.y;
+            if constexpr (PAIRS == 1) out.norm[0][g] = pair0 ? both.y : both.x;
+            else out.norm[0][g] = both.x, out.norm[1][g] = both.y;
         }
+        return out;
     }
 };
 
+// Units first, first + step, ... of a tile, each read while the one before it is multiplied.
+template <int FORMAT, int GROUP> struct OneAhead {
+    typedef Unit<FORMAT, GROUP, 2> Rows;
+    Reader<FORMAT, GROUP, 2> reader;
+    Rows next;
+    int step, units;
+
+    __device__ __forceinline__ OneAhead(const Codes& w, int tile, int first, int step, int k, char*)
+        : reader(w, tile, 0, k), next(reader.read(min(first, k / 128 - 1))), step(step), units(k / 128) {
+        wait_for_earlier(reader.codes);  // weights come first: no kernel writes them
+    }
+
+    __device__ __forceinline__ Rows take(int unit) {
+        const Rows now = next;
+        if (unit + step < units) next = reader.read(unit + step);
+        return now;
+    }
+};
+
+// The same, with STAGES - 1 of them on their way to shared memory, where the path words of the lane before are read as well.
+template <int FORMAT, int GROUP, int STAGES> struct Staged {
+    typedef Unit<FORMAT, GROUP, 2> Rows;
+    static constexpr int BITS = bits_of(FORMAT), NORMS = 512 * BITS, EDGE = NORMS + 64 * Rows::GROUPS;
+    static constexpr bool WIDE_RINGS = is_trellis(FORMAT) && GROUP > 128;
+    static constexpr int BYTES = EDGE + (WIDE_RINGS ? 128 : 0);  // of a stage
+    const char *codes, *norms;
+    u32 stages;  // address of the warp's
+    int step, units, stage = 0;
+
+    __device__ __forceinline__ Staged(const Codes& w, int tile, int first, int step, int k, char* memory) : step(step), units(k / 128) {
+        codes = reinterpret_cast<const char*>(w.codes + (size_t)tile * units * BITS * 32);
+        norms = reinterpret_cast<const char*>(w.norms + (size_t)tile * (k / GROUP) * 8);
+        stages = (u32)__cvta_generic_to_shared(memory);
+#pragma unroll
+        for (int i = 0; i + 1 < STAGES; i++) fetch(first + i * step, i);
+        wait_for_earlier();
+    }
+
+    // one group of copies, empty past the end
+    __device__ __forceinline__ void fetch(int unit, int to) const {
+        if (unit < units) {
+            const int lane = threadIdx.x & 31;
+            const u32 at = stages + to * BYTES + 16 * lane;
+            const char* from = codes + (size_t)unit * (512 * BITS) + 16 * lane;
+#pragma unroll
+            for (int i = 0; i < BITS; i++) copy_async(at + 512 * i, from + 512 * i);
+            if (lane < 4 * Rows::GROUPS) copy_async(at + NORMS, norms + (size_t)unit * 128 / GROUP * 64 + 16 * lane);
+            if constexpr (WIDE_RINGS)
+                if (lane % 4 == 3) copy_async(stages + to * BYTES + EDGE + 16 * (lane / 4), from + (unit % 2 ? -512 * BITS : 512 * BITS) + 512 * (BITS - 1));
+        }
+        copies_commit();
+    }
+
+    __device__ __forceinline__ Rows take(int unit) {
+        const int lane = threadIdx.x & 31;
+        copies_wait<STAGES - 2>();
+        __syncwarp();  // all lanes' copies are there, and the stage before has been read
+        fetch(unit + (STAGES - 1) * step, stage ? stage - 1 : STAGES - 1);
+        const u32 at = stages + stage * BYTES;
+        Rows out;
+#pragma unroll
+        for (int i = 0; i < BITS; i++) *reinterpret_cast<uint4*>(out.words + 4 * i) = load_shared(at + 512 * i + 16 * lane);
+        if constexpr (is_trellis(FORMAT)) {
+            const u32 before = lane % 4 ? at + 512 * (BITS - 1) + 16 * (lane - 1)
+                                        : WIDE_RINGS ? at + EDGE + 16 * (lane / 4) : at + 512 * (BITS - 1) + 16 * (lane + 3);
+            *reinterpret_cast<uint4*>(out.before.words) = load_shared(before);
+        }
+#pragma unroll
+        for (int g = 0; g < Rows::GROUPS; g++) {
+            const uint2 both = load_shared_two(at + NORMS + 64 * g + 8 * (lane >> 2));
+            out.norm[0][g] = both.x, out.norm[1][g] = both.y;
+        }
+        stage = stage + 1 < STAGES ? stage + 1 : 0;
+        return out;
+    }
+};
+
+template <int FORMAT, int GROUP, int STAGES> struct Ahead { typedef Staged<FORMAT, GROUP, STAGES> type; };
+template <int FORMAT, int GROUP> struct Ahead<FORMAT, GROUP, 0> { typedef OneAhead<FORMAT, GROUP> type; };
+
 // out[pair][n][i]: rows r + 16 * pair + 8 * (i >> 1), token token0 + 8 * n + 2 * t + (i & 1), over units first,
 // first + step, ... of one tile. Tokens that are not there are read as the last; ONE: all are token0, at any place.
-template <int FORMAT, int GROUP, bool HALF, int NT, bool ONE>
+// stages: shared memory of this warp, where STAGES are not 0.
+template <int FORMAT, int GROUP, bool HALF, int NT, bool ONE, int STAGES = 0>
 __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, const u32* lut, int tile, int token0, int tokens,
-                                           int first, int step, float (&out)[2][NT][4]) {
+                                           int first, int step, float (&out)[2][NT][4], char* stages = nullptr) {
     typedef typename Sum<HALF>::type Acc;
     constexpr int SUB = GROUP < 128 ? GROUP : 128;        // inputs of one group in a unit
     constexpr int GROUPS = 128 / SUB;                     // groups in a unit
@@ -132,14 +220,10 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
     constexpr int WORDS = HALF ? 16 : 8;                  // words of a row's 32 codes, or of a token's inputs
     constexpr int STEPS = WORDS / 2 / GROUPS;             // products of one group
     const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3, units = in.k / 128;
-    Reader<FORMAT, GROUP, 2> next(w, tile, 0, in.k);
-    next.read(min(first, units - 1));
-    wait_for_earlier(next.codes);  // weights come first: no kernel writes them
+    typename Ahead<FORMAT, GROUP, STAGES>::type ahead(w, tile, first, step, in.k, stages);
     for (int unit = first; unit < units; unit += step) {
-        const Reader<FORMAT, GROUP, 2> now = next;
-        if (unit + step < units) next.read(unit + step);
-
-        constexpr int ROWS = HALF ? 2 : 4;                // of a lane that are decoded at a time, as registers allow
+        const Unit<FORMAT, GROUP, 2> now = ahead.take(unit);
+        constexpr int ROWS = HALF || NT <= 2 ? 2 : 4;                    // of a lane that are decoded at a time, as registers allow
 #pragma unroll
         for (int row = 0; row < 4; row += ROWS) {
             u32 a[ROWS][WORDS];

@@ -25,10 +25,11 @@ from kappaquant.kernels.cuda.inputs import KINDS, Input, address
 NAME = "tensor_cores"
 INT8_BITS = (2, 3, 4, 5)  # above, rounding a codebook to int8 would cost more than the width gains
 _MOST_OUTPUTS = 4
+_ONES = 0x3C003C00  # float16 1 twice
 
 
 class _Table(ctypes.Structure):
-    _fields_ = (("bytes", ctypes.c_uint32 * 8), ("half", ctypes.c_void_p), ("scale", ctypes.c_float))
+    _fields_ = (("bytes", ctypes.c_uint32 * 8), ("half", ctypes.c_void_p), ("scale", ctypes.c_float), ("ones", ctypes.c_uint32))
 
 
 class Codes(ctypes.Structure):
@@ -100,9 +101,9 @@ class Weight:
 def _table(fmt: GroupedFormat, half: bool, device: torch.device) -> _Table:
     if tables.shared_bytes(cells(fmt), half):
         entries, scale = _entries(fmt, device)
-        return _Table(half=entries.data_ptr(), scale=scale)
+        return _Table(half=entries.data_ptr(), scale=scale, ones=_ONES)
     words, scale = (tables.half_table if half else tables.int8_table)(cells(fmt))
-    table = _Table(scale=scale)
+    table = _Table(scale=scale, ones=_ONES)
     table.bytes[: len(words)] = words
     return table
 
@@ -133,12 +134,14 @@ class Launch:
         tiles: tiles of 32 rows in a thread block, which then reads its tokens once for all of them.
         warps: warps of a thread block, a multiple of ``tiles``; those of one tile split the input axis.
         resident: warps that a multiprocessor must hold, which bounds registers; 0 leaves them to the compiler.
+        stages: units of 128 inputs that a warp reads ahead by shared memory, and the one it multiplies; 0 reads one by registers.
     """
 
     token_tiles: int
     tiles: int
     warps: int
     resident: int
+    stages: int = 0
 
 
 def choose(tokens: int, tile_count: int, units: int, bits: int) -> Launch:
@@ -179,12 +182,19 @@ def linear(
             weight.parameters(x.half), out.data_ptr(), address(biases[i] if biases else None), weight.rows, blocks,
         )  # fmt: skip
         blocks += -(-tile_counts[i] // use.tiles)
-    flags = f"{x.group_size}, {str(x.half).lower()}, {use.token_tiles}, {use.tiles}, {use.warps}, {use.resident}"
-    sums = 4 * 8 * use.token_tiles * 33 * use.warps
+    flags = f"{x.group_size}, {str(x.half).lower()}, {use.token_tiles}, {use.tiles}, {use.warps}, {use.resident}, {use.stages}"
+    shared = use.warps * (4 * 8 * use.token_tiles * 33 + use.stages * max(stage_bytes(w) for w in weights))
     instance = f"linear<{', '.join(map(str, numbers(weights, _MOST_OUTPUTS)))}, {flags}>"
-    run = nvrtc.kernel("linear.cu", instance, x.values.device.index, sums + table_bytes(weights, x.half))
+    run = nvrtc.kernel("linear.cu", instance, x.values.device.index, shared + table_bytes(weights, x.half))
     run((blocks, -(-tokens // (8 * use.token_tiles)), 1), 32 * use.warps, parameters, early=True)
     return outs
+
+
+def stage_bytes(weight: Weight) -> int:
+    """Shared memory for a unit: its codes, norms, and the path bits before it where a ring is wider (``Staged`` of product.cuh)."""
+    group = weight.fmt.group_size
+    wide_rings = cells(weight.fmt).number > 16 and group > tiles.INPUTS
+    return 512 * weight.fmt.bits + 64 * max(1, tiles.INPUTS // group) + 128 * wide_rings
 
 
 def _check(x: Input, weights: Sequence[Weight]) -> None:
