@@ -1,0 +1,315 @@
+// The encoder of trellis codes: codec.py's steps around the search of formats/viterbi.py, in one kernel.
+//
+// A warp takes eight rings, and four lanes ("shares") the 64 states of each, sixteen a lane. A state is six path bits, the
+// newest lowest. Four steps, a period, forget the four bits by which a lane's registers differ, so that costs are
+// exchanged between lanes but once a period: see `Place`.
+
+#include "groups.cuh"
+
+constexpr int RINGS = 8, SHARES = 4, PLACES = 16, PERIOD = 4, AHEAD = 2 * PERIOD, TRIALS = 4;
+#define INFINITE __int_as_float(0x7f800000)
+
+struct TrellisEncode {
+    Groups groups;
+    const float* levels;  // [2 << BITS], ascending
+    u32* packed;          // [count, GROUP * BITS / 32]
+    float* errors;        // [count]
+    int trials;           // scales to be tried; 0 takes the closest path at the group's norm
+    float scales[TRIALS], squares[TRIALS];
+};
+
+template <int GROUP, int BITS> struct Shared {
+    static constexpr int LEVELS = 2 << BITS, WORDS = GROUP / 32;
+    float y[GROUP][RINGS];
+    uint2 came[GROUP / PERIOD][SHARES][RINGS];  // 16 bits for each step: which paths came from the second of two places
+    union {
+        float4 squares[AHEAD][2][RINGS];  // what each subset costs; and the same backwards
+        unsigned char codes[TILE];
+    };
+    u32 path[RINGS][WORDS], subsets[2][RINGS][WORDS];
+    float norms[RINGS], stored[RINGS], scales[RINGS];
+    float4 closest[LEVELS - 3];  // by the number of middles below, of each subset the closest level
+    float middles[LEVELS - 1];   // between levels of one subset, ascending; the last three infinite
+    float levels[LEVELS];
+};
+
+// Where a state's cost lies. A place is a number of four bits, h above g, of two bits each. Before a period's first step
+// the state in place (h, g) of a share is (h ^ share, g, share), from its oldest bit to its newest. Step k writes the new
+// bit b where the bit lay that it forgets, which is bit 3 - k of the place:
+//     (h1, h0, g1, g0) = (b, ., ., .), (b, b', ., .), (b, b', b'' ^ share1, .), (b, b', b'' ^ share1, b''' ^ share0)
+// so that afterwards the state is (share, h, g ^ share). Exchanging (share, g) for (share ^ g, g) makes that the state of
+// place (g, h) before the next period: registers stay where they are, and h and g change roles.
+__device__ constexpr int register_of(int place, int turn) { return turn ? (place & 3) << 2 | place >> 2 : place; }
+
+// the subset of step k from the first of two places to the first, and from the second to the second, but for `mirrored`
+__device__ constexpr int subset(int k, int place) {
+    const int h1 = place >> 3, h0 = place >> 2 & 1, g1 = place >> 1 & 1, g0 = place & 1;
+    return k == 0 ? h0 ^ g1 : k == 1 ? (g1 ^ g0) + 2 * h1 : k == 2 ? (h1 ^ g0) + 2 * h0 : h0 + 2 * g1;
+}
+
+// whether subsets of step k are 3 less those
+__device__ __forceinline__ int mirrored(int k, int share) {
+    return k == 1 ? share & 1 : k == 2 ? share >> 1 : (share ^ share >> 1) & 1;
+}
+
+__device__ __forceinline__ int state_of(int place, int share) { return (place >> 2 ^ share) << 4 | (place & 3) << 2 | share; }
+
+// of how many thresholds, ascending and 2 * FIRST - 1 of them, x is above
+template <int FIRST> __device__ __forceinline__ int above(float x, const float* thresholds) {
+    int found = 0;
+#pragma unroll
+    for (int step = FIRST; step; step /= 2)
+        if (x > thresholds[found + step - 1]) found += step;
+    return found;
+}
+
+template <int K, int TURN, bool MARKED>
+__device__ __forceinline__ void step(float (&cost)[PLACES], const float4& at, u32& came, float sign) {
+    constexpr int PAIR = 8 >> K;
+    const float squares[] = {at.x, at.y, at.z, at.w};
+    float next[PLACES];
+#pragma unroll
+    for (int place = PLACES - 1; place >= 0; place--) {
+        const int same = subset(K, place) ^ (place & PAIR ? 2 : 0);
+        const float first = cost[register_of(place & ~PAIR, TURN)] + squares[same];
+        const float second = cost[register_of(place | PAIR, TURN)] + squares[same ^ 2];
+        next[register_of(place, TURN)] = fminf(first, second);
+        if (MARKED) {
+            // its sign bit is whether the path from the upper state is shorter: in half of the lanes that is the first
+            float longer = second - first;
+            if (K < 2) longer = __fmaf_rn(longer, sign, 0.f);
+            came = __funnelshift_l(__float_as_uint(longer), came, 1);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < PLACES; r++) cost[r] = next[r];
+}
+
+// four steps from weight FROM of those whose squares are there
+template <int TURN, bool MARKED, int GROUP, int BITS>
+__device__ __forceinline__ void period(
+    float (&cost)[PLACES], const Shared<GROUP, BITS>& s, int ring, int share, uint2& came
+) {
+    const float sign[] = {share >> 1 ? -1.f : 1.f, share & 1 ? -1.f : 1.f};
+    const auto& squares = s.squares;
+    step<0, TURN, MARKED>(cost, squares[PERIOD * TURN][mirrored(0, share)][ring], came.x, sign[0]);
+    step<1, TURN, MARKED>(cost, squares[PERIOD * TURN + 1][mirrored(1, share)][ring], came.x, sign[1]);
+    step<2, TURN, MARKED>(cost, squares[PERIOD * TURN + 2][mirrored(2, share)][ring], came.y, 1.f);
+    step<3, TURN, MARKED>(cost, squares[PERIOD * TURN + 3][mirrored(3, share)][ring], came.y, 1.f);
+#pragma unroll
+    for (int place = 0; place < PLACES; place++) {
+        float& moved = cost[register_of(place, TURN)];
+        if (place & 3) moved = __shfl_xor_sync(~0u, moved, (place & 3) * RINGS);
+    }
+}
+
+// costs of the best paths to each state after one round at a scale from such costs; MARKED: and where they came from
+template <bool MARKED, int GROUP, int BITS>
+__device__ __forceinline__ void walk(float (&cost)[PLACES], float scale, Shared<GROUP, BITS>& s, int ring, int share) {
+    const u32 upper_first = (share >> 1 ? 0xffff0000u : 0u) | (share & 1 ? 0xffffu : 0u);
+#pragma unroll 1
+    for (int start = 0; start < GROUP; start += AHEAD) {
+        __syncwarp();
+#pragma unroll
+        for (int ahead = 0; ahead < AHEAD; ahead += SHARES) {
+            const int t = ahead + share;
+            const float x = s.y[start + t][ring] * scale;
+            const float4 level = s.closest[above<1 << BITS>(x, s.middles)];
+            const float d[] = {x - level.x, x - level.y, x - level.z, x - level.w};
+            const float squares[] = {d[0] * d[0], d[1] * d[1], d[2] * d[2], d[3] * d[3]};
+            s.squares[t][0][ring] = {squares[0], squares[1], squares[2], squares[3]};
+            s.squares[t][1][ring] = {squares[3], squares[2], squares[1], squares[0]};
+        }
+        __syncwarp();
+        uint2 came[2] = {};
+        period<0, MARKED>(cost, s, ring, share, came[0]);
+        period<1, MARKED>(cost, s, ring, share, came[1]);
+        if (MARKED)
+#pragma unroll
+            for (int turn = 0; turn < 2; turn++)
+                s.came[start / PERIOD + turn][share][ring] = {came[turn].x ^ upper_first, came[turn].y};
+    }
+    __syncwarp();
+}
+
+__device__ __forceinline__ float least_of(const float (&cost)[PLACES]) {
+    float least = cost[0];
+#pragma unroll
+    for (int r = 1; r < PLACES; r++) least = fminf(least, cost[r]);
+#pragma unroll
+    for (int step = RINGS; step < 32; step *= 2) least = fminf(least, __shfl_xor_sync(~0u, least, step));
+    return least;
+}
+
+// the state of least cost, the lowest of several
+__device__ __forceinline__ int first_least(const float (&cost)[PLACES], int share) {
+    const float least = least_of(cost);
+    int state = 63;
+#pragma unroll
+    for (int place = 0; place < PLACES; place++)
+        if (cost[place] == least) state = min(state, state_of(place, share));
+#pragma unroll
+    for (int step = RINGS; step < 32; step *= 2) state = min(state, __shfl_xor_sync(~0u, state, step));
+    return state;
+}
+
+// the best path that ends in a state, and the state before it
+template <int GROUP, int BITS>
+__device__ __forceinline__ int trace(Shared<GROUP, BITS>& s, int state, int ring, int lane) {
+    u32 word = 0;
+#pragma unroll 1
+    for (int at = GROUP / PERIOD - 1; at >= 0; at--) {
+        const int share = state >> 4;
+        const uint2 came = s.came[at][share][ring];
+        word = word << PERIOD | __brev(state & 15) >> 28;
+        if (at % 8 == 0 && lane < RINGS) s.path[ring][at / 8] = word;
+        int place = (state & 15) ^ share;
+        place = (place & ~1) | (came.y >> place & 1);
+        place = (place & ~2) | (came.y >> (16 + place) & 1) << 1;
+        place = (place & ~4) | (came.x >> place & 1) << 2;
+        place = (place & ~8) | (came.x >> (16 + place) & 1) << 3;
+        state = state_of(place, share);
+    }
+    __syncwarp();
+    return state;
+}
+
+// the subsets that rings leave their weights
+template <int GROUP, int BITS> __device__ __forceinline__ void find_subsets(Shared<GROUP, BITS>& s, int lane) {
+    constexpr int WORDS = GROUP / 32;
+    for (int i = lane; i < RINGS * WORDS; i += 32) {
+        const int ring = i / WORDS, w = i % WORDS;
+        const u32 now = s.path[ring][w], before = s.path[ring][(w + WORDS - 1) % WORDS];
+        auto back = [=](int weights) { return __funnelshift_l(before, now, weights); };
+        s.subsets[0][ring][w] = back(2) ^ back(4) ^ back(5);
+        s.subsets[1][ring][w] = now ^ back(1) ^ back(6);
+    }
+    __syncwarp();
+}
+
+// of a ring the coordinates of a lane, their codes, and the levels they stand for
+template <int GROUP, int BITS>
+__device__ __forceinline__ void assigned(
+    const Shared<GROUP, BITS>& s, int ring, int inner, float (&y)[EACH], int (&codes)[EACH], float (&c)[EACH]
+) {
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        const int i = j * (GROUP / EACH) + inner;
+        y[j] = s.y[i][ring];
+        const int first = above<1 << BITS>(y[j] * s.scales[ring], s.middles);
+        const int subset = (s.subsets[0][ring][i / 32] >> i % 32 & 1) | (s.subsets[1][ring][i / 32] >> i % 32 & 1) << 1;
+        codes[j] = first + (subset - first & 3);  // of four levels next to each other the one in the subset
+        c[j] = s.levels[codes[j]];
+    }
+}
+
+// words of a warp's rings from one on: path bits, then those of each bit of codes above the subset's
+template <int GROUP, int BITS>
+__device__ __forceinline__ void pack(const Shared<GROUP, BITS>& s, int from, int words, u32* to, int lane) {
+    constexpr int WORDS = GROUP / 32;
+    u32 own = 0;
+    for (int i = 0; i < words; i++) {
+        const int ring = i / (BITS * WORDS), plane = i / WORDS % BITS, w = i % WORDS;
+        const u32 bits = __ballot_sync(~0u, s.codes[ring * GROUP + w * 32 + lane] >> (plane + 1) & 1);
+        if (lane == i % 32) own = plane ? bits : s.path[from + ring][w];
+        if ((i % 32 == 31 || i + 1 == words) && lane <= i % 32) to[i / 32 * 32 + lane] = own;
+    }
+}
+
+template <int GROUP, int BITS, int IN>
+__global__ void __launch_bounds__(32) trellis_encode(const __grid_constant__ TrellisEncode p) {
+    constexpr int LANES = GROUP / EACH, WORDS = BITS * GROUP / 32;
+    constexpr int TOGETHER = TILE / GROUP < RINGS ? TILE / GROUP : RINGS, MIDDLES = (2 << BITS) - 4;
+    __shared__ Shared<GROUP, BITS> s;
+    const Groups& of = p.groups;
+    const int lane = threadIdx.x, inner = lane % LANES, nth = lane / LANES % TOGETHER;
+    const int ring_walked = lane % RINGS, share = lane / RINGS;
+    const bool spare = lane / LANES >= TOGETHER;  // does what another lane does
+    const u32 first = blockIdx.x * RINGS;
+    for (int i = lane; i < MIDDLES + 4; i += 32) s.levels[i] = p.levels[i];
+    for (int i = lane; i < MIDDLES + 3; i += 32)
+        s.middles[i] = i < MIDDLES ? (p.levels[i + 4] + p.levels[i]) / 2.f : INFINITE;
+    for (int i = lane; i <= MIDDLES; i += 32) {
+        auto level = [&](int subset) { return p.levels[i + ((subset - i) & 3)]; };
+        s.closest[i] = {level(0), level(1), level(2), level(3)};
+    }
+    u32 signs[2];
+    own_signs<LANES>(of, inner, signs);
+    float y[EACH], c[EACH];
+    int codes[EACH];
+#pragma unroll 1
+    for (int at = 0; at < RINGS; at += TOGETHER) {
+        const int ring = at + nth;
+        const u32 group = first + ring;
+        const float norm = unit<IN, LANES>(of, group, signs, inner, y);
+        if (!spare) {
+#pragma unroll
+            for (int j = 0; j < EACH; j++) s.y[j * LANES + inner][ring] = y[j];
+            s.norms[ring] = norm;
+            if (!inner && group < of.count) of.energies[group] = norm * norm;
+        }
+    }
+
+    float scale = 1.f;
+#pragma unroll 1
+    for (int round = 0; round < (p.trials ? 2 : 1); round++) {
+        const bool searches = p.trials && !round;
+        float cost[PLACES], best = INFINITE;
+#pragma unroll
+        for (int r = 0; r < PLACES; r++) cost[r] = INFINITE;
+#pragma unroll 1
+        for (int trial = 0; trial < (searches ? p.trials : 1); trial++) {
+            const float tried = searches ? p.scales[trial] : scale;
+            float open[PLACES] = {};
+            walk<false>(open, tried, s, ring_walked, share);
+            const float lost = least_of(open) / (searches ? p.squares[trial] : 1.f);
+            if (lost < best) {
+                best = lost;
+                scale = tried;
+#pragma unroll
+                for (int r = 0; r < PLACES; r++) cost[r] = open[r];
+            }
+        }
+        int state = 0;
+#pragma unroll 1
+        for (int closes = 0; closes < 2; closes++) {  // first from any state, then from that in which the best path began
+            walk<true>(cost, scale, s, ring_walked, share);
+            state = trace(s, closes ? state : first_least(cost, share), ring_walked, lane);
+#pragma unroll
+            for (int place = 0; place < PLACES; place++) cost[place] = state_of(place, share) == state ? 0.f : INFINITE;
+        }
+        find_subsets(s, lane);
+        if (lane < RINGS) s.scales[lane] = scale;
+        __syncwarp();
+        if (round) break;
+#pragma unroll 1
+        for (int at = 0; at < RINGS; at += TOGETHER) {
+            const int ring = at + nth;
+            assigned(s, ring, inner, y, codes, c);
+            const float stored = settled<LANES>(of, s.norms[ring], y, c);
+            if (!spare) s.stored[ring] = stored;
+        }
+        __syncwarp();
+        scale = at_norm(s.norms[ring_walked], s.stored[ring_walked]);
+    }
+
+#pragma unroll 1
+    for (int at = 0; at < RINGS; at += TOGETHER) {
+        const int ring = at + nth;
+        const u32 group = first + ring;
+        assigned(s, ring, inner, y, codes, c);
+        const float error = squared_error<LANES>(s.norms[ring], s.stored[ring], y, c);
+        if (!spare) {
+#pragma unroll
+            for (int j = 0; j < EACH; j++) s.codes[nth * GROUP + j * LANES + inner] = codes[j];
+            if (!inner && group < of.count) {
+                p.errors[group] = error;
+                store_norm(of, group, s.stored[ring]);
+            }
+        }
+        __syncwarp();
+        const u32 rings = first + at < of.count ? min(of.count - first - at, (u32)TOGETHER) : 0;
+        pack(s, at, rings * WORDS, p.packed + (size_t)(first + at) * WORDS, lane);
+        __syncwarp();
+    }
+}
