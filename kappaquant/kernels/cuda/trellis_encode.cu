@@ -24,7 +24,7 @@ template <int GROUP, int BITS> struct Shared {
     uint2 came[GROUP / PERIOD][SHARES][RINGS];  // 16 bits for each step: which paths came from the second of two places
     union {
         float4 squares[AHEAD][2][RINGS];  // what each subset costs; and the same backwards
-        unsigned char codes[TILE];
+        u32 codes[TILE / GROUP][GROUP / 4];  // a byte each
     };
     u32 path[RINGS][WORDS], subsets[2][RINGS][WORDS];
     float norms[RINGS], stored[RINGS], scales[RINGS];
@@ -156,19 +156,22 @@ __device__ __forceinline__ int first_least(const float (&cost)[PLACES], int shar
 // the best path that ends in a state, and the state before it
 template <int GROUP, int BITS>
 __device__ __forceinline__ int trace(Shared<GROUP, BITS>& s, int state, int ring, int lane) {
-    u32 word = 0;
 #pragma unroll 1
-    for (int at = GROUP / PERIOD - 1; at >= 0; at--) {
-        const int share = state >> 4;
-        const uint2 came = s.came[at][share][ring];
-        word = word << PERIOD | __brev(state & 15) >> 28;
-        if (at % 8 == 0 && lane < RINGS) s.path[ring][at / 8] = word;
-        int place = (state & 15) ^ share;
-        place = (place & ~1) | (came.y >> place & 1);
-        place = (place & ~2) | (came.y >> (16 + place) & 1) << 1;
-        place = (place & ~4) | (came.x >> place & 1) << 2;
-        place = (place & ~8) | (came.x >> (16 + place) & 1) << 3;
-        state = state_of(place, share);
+    for (int w = GROUP / 32 - 1; w >= 0; w--) {
+        u32 path = 0;
+#pragma unroll
+        for (int at = 32 / PERIOD - 1; at >= 0; at--) {
+            const int share = state >> 4;
+            const uint2 came = s.came[w * (32 / PERIOD) + at][share][ring];
+            path |= __brev(state & 15) >> 28 << at * PERIOD;
+            int place = (state & 15) ^ share;
+            place = (place & ~1) | (came.y >> place & 1);
+            place = (place & ~2) | (came.y >> (16 + place) & 1) << 1;
+            place = (place & ~4) | (came.x >> place & 1) << 2;
+            place = (place & ~8) | (came.x >> (16 + place) & 1) << 3;
+            state = state_of(place, share);
+        }
+        if (lane < RINGS) s.path[ring][w] = path;
     }
     __syncwarp();
     return state;
@@ -207,12 +210,15 @@ __device__ __forceinline__ void assigned(
 template <int GROUP, int BITS>
 __device__ __forceinline__ void pack(const Shared<GROUP, BITS>& s, int from, int words, u32* to, int lane) {
     constexpr int WORDS = GROUP / 32;
-    u32 own = 0;
-    for (int i = 0; i < words; i++) {
+    for (int i = lane; i < words; i += 32) {
         const int ring = i / (BITS * WORDS), plane = i / WORDS % BITS, w = i % WORDS;
-        const u32 bits = __ballot_sync(~0u, s.codes[ring * GROUP + w * 32 + lane] >> (plane + 1) & 1);
-        if (lane == i % 32) own = plane ? bits : s.path[from + ring][w];
-        if ((i % 32 == 31 || i + 1 == words) && lane <= i % 32) to[i / 32 * 32 + lane] = own;
+        u32 word = 0;
+#pragma unroll
+        for (int four = 0; four < 8; four++) {
+            const u32 bits = s.codes[ring][w * 8 + four] >> (plane + 1) & 0x01010101;
+            word |= (bits * 0x01020408 >> 24) << 4 * four;  // a bit of each byte, next to each other
+        }
+        to[i] = plane ? word : s.path[from + ring][w];
     }
 }
 
@@ -300,8 +306,9 @@ __global__ void __launch_bounds__(32) trellis_encode(const __grid_constant__ Tre
         assigned(s, ring, inner, y, codes, c);
         const float error = squared_error<LANES>(s.norms[ring], s.stored[ring], y, c);
         if (!spare) {
+            unsigned char* staged = reinterpret_cast<unsigned char*>(s.codes[nth]);
 #pragma unroll
-            for (int j = 0; j < EACH; j++) s.codes[nth * GROUP + j * LANES + inner] = codes[j];
+            for (int j = 0; j < EACH; j++) staged[j * LANES + inner] = codes[j];
             if (!inner && group < of.count) {
                 p.errors[group] = error;
                 store_norm(of, group, s.stored[ring]);
