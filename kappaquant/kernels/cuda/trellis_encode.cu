@@ -64,7 +64,7 @@ template <int FIRST> __device__ __forceinline__ int above(float x, const float* 
 }
 
 template <int K, int TURN, bool MARKED>
-__device__ __forceinline__ void step(float (&cost)[PLACES], const float4& at, u32& came, float sign) {
+__device__ __forceinline__ void step(float (&cost)[PLACES], const float4& at, u32& came, u32 upper_first) {
     constexpr int PAIR = 8 >> K;
     const float squares[] = {at.x, at.y, at.z, at.w};
     float next[PLACES];
@@ -75,10 +75,11 @@ __device__ __forceinline__ void step(float (&cost)[PLACES], const float4& at, u3
         const float second = cost[register_of(place | PAIR, TURN)] + squares[same ^ 2];
         next[register_of(place, TURN)] = fminf(first, second);
         if (MARKED) {
-            // its sign bit is whether the path from the upper state is shorter: in half of the lanes that is the first
-            float longer = second - first;
-            if (K < 2) longer = __fmaf_rn(longer, sign, 0.f);
-            came = __funnelshift_l(__float_as_uint(longer), came, 1);
+            // The sign is whether the second is taken, of equals that from the lower state. Numbers that are not negative are in
+            // the order of their bits; where the first is always the lower, the other pipe subtracts.
+            const u32 sign = K < 2 ? __float_as_uint(second) - __float_as_uint(first) - upper_first
+                                   : __float_as_uint(second - first);
+            came = __funnelshift_l(sign, came, 1);
         }
     }
 #pragma unroll
@@ -90,12 +91,11 @@ template <int TURN, bool MARKED, int GROUP, int BITS>
 __device__ __forceinline__ void period(
     float (&cost)[PLACES], const Shared<GROUP, BITS>& s, int ring, int share, uint2& came
 ) {
-    const float sign[] = {share >> 1 ? -1.f : 1.f, share & 1 ? -1.f : 1.f};
     const auto& squares = s.squares;
-    step<0, TURN, MARKED>(cost, squares[PERIOD * TURN][mirrored(0, share)][ring], came.x, sign[0]);
-    step<1, TURN, MARKED>(cost, squares[PERIOD * TURN + 1][mirrored(1, share)][ring], came.x, sign[1]);
-    step<2, TURN, MARKED>(cost, squares[PERIOD * TURN + 2][mirrored(2, share)][ring], came.y, 1.f);
-    step<3, TURN, MARKED>(cost, squares[PERIOD * TURN + 3][mirrored(3, share)][ring], came.y, 1.f);
+    step<0, TURN, MARKED>(cost, squares[PERIOD * TURN][mirrored(0, share)][ring], came.x, share >> 1);
+    step<1, TURN, MARKED>(cost, squares[PERIOD * TURN + 1][mirrored(1, share)][ring], came.x, share & 1);
+    step<2, TURN, MARKED>(cost, squares[PERIOD * TURN + 2][mirrored(2, share)][ring], came.y, 0);
+    step<3, TURN, MARKED>(cost, squares[PERIOD * TURN + 3][mirrored(3, share)][ring], came.y, 0);
 #pragma unroll
     for (int place = 0; place < PLACES; place++) {
         float& moved = cost[register_of(place, TURN)];
@@ -106,7 +106,6 @@ __device__ __forceinline__ void period(
 // costs of the best paths to each state after one round at a scale from such costs; MARKED: and where they came from
 template <bool MARKED, int GROUP, int BITS>
 __device__ __forceinline__ void walk(float (&cost)[PLACES], float scale, Shared<GROUP, BITS>& s, int ring, int share) {
-    const u32 upper_first = (share >> 1 ? 0xffff0000u : 0u) | (share & 1 ? 0xffffu : 0u);
 #pragma unroll 1
     for (int start = 0; start < GROUP; start += AHEAD) {
         __syncwarp();
@@ -126,8 +125,7 @@ __device__ __forceinline__ void walk(float (&cost)[PLACES], float scale, Shared<
         period<1, MARKED>(cost, s, ring, share, came[1]);
         if (MARKED)
 #pragma unroll
-            for (int turn = 0; turn < 2; turn++)
-                s.came[start / PERIOD + turn][share][ring] = {came[turn].x ^ upper_first, came[turn].y};
+            for (int turn = 0; turn < 2; turn++) s.came[start / PERIOD + turn][share][ring] = came[turn];
     }
     __syncwarp();
 }
