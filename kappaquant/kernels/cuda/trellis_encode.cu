@@ -1,12 +1,12 @@
 // The encoder of trellis codes: codec.py's steps around the search of formats/viterbi.py, in one kernel.
 //
-// A warp takes eight rings, and four lanes ("shares") the 64 states of each, sixteen a lane. A state is six path bits, the
-// newest lowest. Four steps, a period, forget the four bits by which a lane's registers differ, so that costs are
-// exchanged between lanes but once a period: see `Place`.
+// A warp takes eight rings, and four lanes, its shares, the 64 states of each, sixteen a lane. A state is six path bits, the
+// newest lowest. Four steps, a period, forget those bits of states that a lane's registers differ in, so that costs change
+// lanes but once a period; see `register_of`.
 
 #include "groups.cuh"
 
-constexpr int RINGS = 8, SHARES = 4, PLACES = 16, PERIOD = 4, AHEAD = 2 * PERIOD, TRIALS = 4;
+constexpr int RINGS = 8, STATES = 64, SHARES = 4, PLACES = STATES / SHARES, PERIOD = 4, AHEAD = 2 * PERIOD, TRIALS = 4;
 #define INFINITE __int_as_float(0x7f800000)
 
 struct TrellisEncode {
@@ -33,21 +33,20 @@ template <int GROUP, int BITS> struct Shared {
     float levels[LEVELS];
 };
 
-// Where a state's cost lies. A place is a number of four bits, h above g, of two bits each. Before a period's first step
-// the state in place (h, g) of a share is (h ^ share, g, share), from its oldest bit to its newest. Step k writes the new
-// bit b where the bit lay that it forgets, which is bit 3 - k of the place:
-//     (h1, h0, g1, g0) = (b, ., ., .), (b, b', ., .), (b, b', b'' ^ share1, .), (b, b', b'' ^ share1, b''' ^ share0)
-// so that afterwards the state is (share, h, g ^ share). Exchanging (share, g) for (share ^ g, g) makes that the state of
-// place (g, h) before the next period: registers stay where they are, and h and g change roles.
+// Where the cost of a state lies: in a place of a share. A place has four bits, h above g, two bits each. Before the first
+// step of a period the state is (h ^ share, g, share), the oldest bit first. Step k writes the new bit where the one lay that
+// it forgets, bit 3 - k of the place: b1 and b2 become h, b3 and b4 become g ^ share, and the state is (share, h, g ^ share).
+// Then shares exchange, each with the one at distance g, what is in places of that g. That makes the state (g ^ share, h,
+// share), with which the next period begins where g has taken the turn of h: no register is moved.
 __device__ constexpr int register_of(int place, int turn) { return turn ? (place & 3) << 2 | place >> 2 : place; }
 
-// the subset of step k from the first of two places to the first, and from the second to the second, but for `mirrored`
+// two places that differ in a bit lead to the same two: the subset of step k from either to itself, if not `mirrored`
 __device__ constexpr int subset(int k, int place) {
     const int h1 = place >> 3, h0 = place >> 2 & 1, g1 = place >> 1 & 1, g0 = place & 1;
     return k == 0 ? h0 ^ g1 : k == 1 ? (g1 ^ g0) + 2 * h1 : k == 2 ? (h1 ^ g0) + 2 * h0 : h0 + 2 * g1;
 }
 
-// whether subsets of step k are 3 less those
+// whether the subset is 3 less that
 __device__ __forceinline__ int mirrored(int k, int share) {
     return k == 1 ? share & 1 : k == 2 ? share >> 1 : (share ^ share >> 1) & 1;
 }
@@ -63,10 +62,11 @@ template <int FIRST> __device__ __forceinline__ int above(float x, const float* 
     return found;
 }
 
+// a step at a weight whose subsets cost `four`; MARKED: and of each place whether its path came from the second of two
 template <int K, int TURN, bool MARKED>
-__device__ __forceinline__ void step(float (&cost)[PLACES], const float4& at, u32& came, u32 upper_first) {
+__device__ __forceinline__ void step(float (&cost)[PLACES], const float4& four, u32& came, u32 upper_first) {
     constexpr int PAIR = 8 >> K;
-    const float squares[] = {at.x, at.y, at.z, at.w};
+    const float squares[] = {four.x, four.y, four.z, four.w};
     float next[PLACES];
 #pragma unroll
     for (int place = PLACES - 1; place >= 0; place--) {
@@ -75,8 +75,8 @@ __device__ __forceinline__ void step(float (&cost)[PLACES], const float4& at, u3
         const float second = cost[register_of(place | PAIR, TURN)] + squares[same ^ 2];
         next[register_of(place, TURN)] = fminf(first, second);
         if (MARKED) {
-            // The sign is whether the second is taken, of equals that from the lower state. Numbers that are not negative are in
-            // the order of their bits; where the first is always the lower, the other pipe subtracts.
+            // The sign: whether the second costs less, or where `upper_first` as much, since of equals the path from the lower
+            // state is taken. Costs are in the order of their bits; where the first is the lower, less busy units subtract.
             const u32 sign = K < 2 ? __float_as_uint(second) - __float_as_uint(first) - upper_first
                                    : __float_as_uint(second - first);
             came = __funnelshift_l(sign, came, 1);
@@ -86,7 +86,6 @@ __device__ __forceinline__ void step(float (&cost)[PLACES], const float4& at, u3
     for (int r = 0; r < PLACES; r++) cost[r] = next[r];
 }
 
-// four steps from weight FROM of those whose squares are there
 template <int TURN, bool MARKED, int GROUP, int BITS>
 __device__ __forceinline__ void period(
     float (&cost)[PLACES], const Shared<GROUP, BITS>& s, int ring, int share, uint2& came
@@ -142,7 +141,7 @@ __device__ __forceinline__ float least_of(const float (&cost)[PLACES]) {
 // the state of least cost, the lowest of several
 __device__ __forceinline__ int first_least(const float (&cost)[PLACES], int share) {
     const float least = least_of(cost);
-    int state = 63;
+    int state = STATES - 1;
 #pragma unroll
     for (int place = 0; place < PLACES; place++)
         if (cost[place] == least) state = min(state, state_of(place, share));
@@ -153,26 +152,63 @@ __device__ __forceinline__ int first_least(const float (&cost)[PLACES], int shar
 
 // the best path that ends in a state, and the state before it
 template <int GROUP, int BITS>
-__device__ __forceinline__ int trace(Shared<GROUP, BITS>& s, int state, int ring, int lane) {
+__device__ __forceinline__ int trace(Shared<GROUP, BITS>& s, int state, int ring, int share) {
 #pragma unroll 1
     for (int w = GROUP / 32 - 1; w >= 0; w--) {
         u32 path = 0;
 #pragma unroll
         for (int at = 32 / PERIOD - 1; at >= 0; at--) {
-            const int share = state >> 4;
-            const uint2 came = s.came[w * (32 / PERIOD) + at][share][ring];
+            const int ended = state >> 4;  // in which share
+            const uint2 came = s.came[w * (32 / PERIOD) + at][ended][ring];
             path |= __brev(state & 15) >> 28 << at * PERIOD;
-            int place = (state & 15) ^ share;
+            int place = (state & 15) ^ ended;
             place = (place & ~1) | (came.y >> place & 1);
             place = (place & ~2) | (came.y >> (16 + place) & 1) << 1;
             place = (place & ~4) | (came.x >> place & 1) << 2;
             place = (place & ~8) | (came.x >> (16 + place) & 1) << 3;
-            state = state_of(place, share);
+            state = state_of(place, ended);
         }
-        if (lane < RINGS) s.path[ring][w] = path;
+        if (!share) s.path[ring][w] = path;
     }
     __syncwarp();
     return state;
+}
+
+// the scale at which an open path costs least, the earliest of equals, or the one that is given; and costs after its round
+template <int GROUP, int BITS>
+__device__ __forceinline__ float opened(
+    Shared<GROUP, BITS>& s, const TrellisEncode& p, bool searches, float given, int ring, int share, float (&cost)[PLACES]
+) {
+    float best = INFINITE, scale = given;
+#pragma unroll
+    for (int r = 0; r < PLACES; r++) cost[r] = INFINITE;
+#pragma unroll 1
+    for (int trial = 0; trial < (searches ? p.trials : 1); trial++) {
+        const float tried = searches ? p.scales[trial] : given;
+        float open[PLACES] = {};
+        walk<false>(open, tried, s, ring, share);
+        const float lost = least_of(open) / (searches ? p.squares[trial] : 1.f);
+        if (lost < best) {
+            best = lost;
+            scale = tried;
+#pragma unroll
+            for (int r = 0; r < PLACES; r++) cost[r] = open[r];
+        }
+    }
+    return scale;
+}
+
+// closed paths: another round from such costs, and one that is held at both ends in the state where its best path began
+template <int GROUP, int BITS>
+__device__ __forceinline__ void close(Shared<GROUP, BITS>& s, float scale, int ring, int share, float (&cost)[PLACES]) {
+    int state = 0;
+#pragma unroll 1
+    for (int holds = 0; holds < 2; holds++) {
+        walk<true>(cost, scale, s, ring, share);
+        state = trace(s, holds ? state : first_least(cost, share), ring, share);
+#pragma unroll
+        for (int place = 0; place < PLACES; place++) cost[place] = state_of(place, share) == state ? 0.f : INFINITE;
+    }
 }
 
 // the subsets that rings leave their weights
@@ -197,9 +233,9 @@ __device__ __forceinline__ void assigned(
     for (int j = 0; j < EACH; j++) {
         const int i = j * (GROUP / EACH) + inner;
         y[j] = s.y[i][ring];
-        const int first = above<1 << BITS>(y[j] * s.scales[ring], s.middles);
+        const int lowest = above<1 << BITS>(y[j] * s.scales[ring], s.middles);
         const int subset = (s.subsets[0][ring][i / 32] >> i % 32 & 1) | (s.subsets[1][ring][i / 32] >> i % 32 & 1) << 1;
-        codes[j] = first + (subset - first & 3);  // of four levels next to each other the one in the subset
+        codes[j] = lowest + ((subset - lowest) & 3);  // of four levels next to each other that in the subset
         c[j] = s.levels[codes[j]];
     }
 }
@@ -212,9 +248,9 @@ __device__ __forceinline__ void pack(const Shared<GROUP, BITS>& s, int from, int
         const int ring = i / (BITS * WORDS), plane = i / WORDS % BITS, w = i % WORDS;
         u32 word = 0;
 #pragma unroll
-        for (int four = 0; four < 8; four++) {
-            const u32 bits = s.codes[ring][w * 8 + four] >> (plane + 1) & 0x01010101;
-            word |= (bits * 0x01020408 >> 24) << 4 * four;  // a bit of each byte, next to each other
+        for (int k = 0; k < 8; k++) {
+            const u32 bits = s.codes[ring][w * 8 + k] >> (plane + 1) & 0x01010101;
+            word |= (bits * 0x01020408 >> 24) << 4 * k;  // of four bytes, next to each other
         }
         to[i] = plane ? word : s.path[from + ring][w];
     }
@@ -229,7 +265,7 @@ __global__ void __launch_bounds__(32) trellis_encode(const __grid_constant__ Tre
     const int lane = threadIdx.x, inner = lane % LANES, nth = lane / LANES % TOGETHER;
     const int ring_walked = lane % RINGS, share = lane / RINGS;
     const bool spare = lane / LANES >= TOGETHER;  // does what another lane does
-    const u32 first = blockIdx.x * RINGS;
+    const u32 begin = blockIdx.x * RINGS;
     for (int i = lane; i < MIDDLES + 4; i += 32) s.levels[i] = p.levels[i];
     for (int i = lane; i < MIDDLES + 3; i += 32)
         s.middles[i] = i < MIDDLES ? (p.levels[i + 4] + p.levels[i]) / 2.f : INFINITE;
@@ -244,7 +280,7 @@ __global__ void __launch_bounds__(32) trellis_encode(const __grid_constant__ Tre
 #pragma unroll 1
     for (int at = 0; at < RINGS; at += TOGETHER) {
         const int ring = at + nth;
-        const u32 group = first + ring;
+        const u32 group = begin + ring;
         const float norm = unit<IN, LANES>(of, group, signs, inner, y);
         if (!spare) {
 #pragma unroll
@@ -257,31 +293,9 @@ __global__ void __launch_bounds__(32) trellis_encode(const __grid_constant__ Tre
     float scale = 1.f;
 #pragma unroll 1
     for (int round = 0; round < (p.trials ? 2 : 1); round++) {
-        const bool searches = p.trials && !round;
-        float cost[PLACES], best = INFINITE;
-#pragma unroll
-        for (int r = 0; r < PLACES; r++) cost[r] = INFINITE;
-#pragma unroll 1
-        for (int trial = 0; trial < (searches ? p.trials : 1); trial++) {
-            const float tried = searches ? p.scales[trial] : scale;
-            float open[PLACES] = {};
-            walk<false>(open, tried, s, ring_walked, share);
-            const float lost = least_of(open) / (searches ? p.squares[trial] : 1.f);
-            if (lost < best) {
-                best = lost;
-                scale = tried;
-#pragma unroll
-                for (int r = 0; r < PLACES; r++) cost[r] = open[r];
-            }
-        }
-        int state = 0;
-#pragma unroll 1
-        for (int closes = 0; closes < 2; closes++) {  // first from any state, then from that in which the best path began
-            walk<true>(cost, scale, s, ring_walked, share);
-            state = trace(s, closes ? state : first_least(cost, share), ring_walked, lane);
-#pragma unroll
-            for (int place = 0; place < PLACES; place++) cost[place] = state_of(place, share) == state ? 0.f : INFINITE;
-        }
+        float cost[PLACES];
+        scale = opened(s, p, p.trials && !round, scale, ring_walked, share, cost);
+        close(s, scale, ring_walked, share, cost);
         find_subsets(s, lane);
         if (lane < RINGS) s.scales[lane] = scale;
         __syncwarp();
@@ -300,7 +314,7 @@ __global__ void __launch_bounds__(32) trellis_encode(const __grid_constant__ Tre
 #pragma unroll 1
     for (int at = 0; at < RINGS; at += TOGETHER) {
         const int ring = at + nth;
-        const u32 group = first + ring;
+        const u32 group = begin + ring;
         assigned(s, ring, inner, y, codes, c);
         const float error = squared_error<LANES>(s.norms[ring], s.stored[ring], y, c);
         if (!spare) {
@@ -313,8 +327,8 @@ __global__ void __launch_bounds__(32) trellis_encode(const __grid_constant__ Tre
             }
         }
         __syncwarp();
-        const u32 rings = first + at < of.count ? min(of.count - first - at, (u32)TOGETHER) : 0;
-        pack(s, at, rings * WORDS, p.packed + (size_t)(first + at) * WORDS, lane);
+        const u32 rings = begin + at < of.count ? min(of.count - begin - at, (u32)TOGETHER) : 0;
+        pack(s, at, rings * WORDS, p.packed + (size_t)(begin + at) * WORDS, lane);
         __syncwarp();
     }
 }
