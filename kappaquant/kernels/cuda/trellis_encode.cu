@@ -2,7 +2,7 @@
 //
 // A warp takes eight rings, and four lanes, its shares, the 64 states of each, sixteen a lane. A state is six path bits, the
 // newest lowest. Four steps, a period, forget those bits of states that a lane's registers differ in, so that costs change
-// lanes but once a period; see `register_of`.
+// lanes but once a period.
 
 #include "groups.cuh"
 
@@ -35,10 +35,10 @@ template <int GROUP, int BITS> struct Shared {
 
 // Where the cost of a state lies: in a place of a share. A place has four bits, h above g, two bits each. Before the first
 // step of a period the state is (h ^ share, g, share), the oldest bit first. Step k writes the new bit where the one lay that
-// it forgets, bit 3 - k of the place: b1 and b2 become h, b3 and b4 become g ^ share, and the state is (share, h, g ^ share).
-// Then shares exchange, each with the one at distance g, what is in places of that g. That makes the state (g ^ share, h,
-// share), with which the next period begins where g has taken the turn of h: no register is moved.
-__device__ constexpr int register_of(int place, int turn) { return turn ? (place & 3) << 2 | place >> 2 : place; }
+// it forgets, bit 3 - k of the place: two become h, two become g ^ share, and the state is (share, h, g ^ share). Then the
+// costs of each g go to the share at that distance, and h and g change places: (h ^ share, g, share) again.
+
+__device__ __forceinline__ int state_of(int place, int share) { return (place >> 2 ^ share) << 4 | (place & 3) << 2 | share; }
 
 // two places that differ in a bit lead to the same two: the subset of step k from either to itself, if not `mirrored`
 __device__ constexpr int subset(int k, int place) {
@@ -51,8 +51,6 @@ __device__ __forceinline__ int mirrored(int k, int share) {
     return k == 1 ? share & 1 : k == 2 ? share >> 1 : (share ^ share >> 1) & 1;
 }
 
-__device__ __forceinline__ int state_of(int place, int share) { return (place >> 2 ^ share) << 4 | (place & 3) << 2 | share; }
-
 // of how many thresholds, ascending and 2 * FIRST - 1 of them, x is above
 template <int FIRST> __device__ __forceinline__ int above(float x, const float* thresholds) {
     int found = 0;
@@ -63,7 +61,7 @@ template <int FIRST> __device__ __forceinline__ int above(float x, const float* 
 }
 
 // a step at a weight whose subsets cost `four`; MARKED: and of each place whether its path came from the second of two
-template <int K, int TURN, bool MARKED>
+template <int K, bool MARKED>
 __device__ __forceinline__ void step(float (&cost)[PLACES], const float4& four, u32& came, u32 upper_first) {
     constexpr int PAIR = 8 >> K;
     const float squares[] = {four.x, four.y, four.z, four.w};
@@ -71,9 +69,9 @@ __device__ __forceinline__ void step(float (&cost)[PLACES], const float4& four, 
 #pragma unroll
     for (int place = PLACES - 1; place >= 0; place--) {
         const int same = subset(K, place) ^ (place & PAIR ? 2 : 0);
-        const float first = cost[register_of(place & ~PAIR, TURN)] + squares[same];
-        const float second = cost[register_of(place | PAIR, TURN)] + squares[same ^ 2];
-        next[register_of(place, TURN)] = fminf(first, second);
+        const float first = cost[place & ~PAIR] + squares[same];
+        const float second = cost[place | PAIR] + squares[same ^ 2];
+        next[place] = fminf(first, second);
         if (MARKED) {
             // The sign: whether the second costs less, or where `upper_first` as much, since of equals the path from the lower
             // state is taken. Costs are in the order of their bits; where the first is the lower, less busy units subtract.
@@ -86,20 +84,22 @@ __device__ __forceinline__ void step(float (&cost)[PLACES], const float4& four, 
     for (int r = 0; r < PLACES; r++) cost[r] = next[r];
 }
 
-template <int TURN, bool MARKED, int GROUP, int BITS>
-__device__ __forceinline__ void period(
-    float (&cost)[PLACES], const Shared<GROUP, BITS>& s, int ring, int share, uint2& came
-) {
-    const auto& squares = s.squares;
-    step<0, TURN, MARKED>(cost, squares[PERIOD * TURN][mirrored(0, share)][ring], came.x, share >> 1);
-    step<1, TURN, MARKED>(cost, squares[PERIOD * TURN + 1][mirrored(1, share)][ring], came.x, share & 1);
-    step<2, TURN, MARKED>(cost, squares[PERIOD * TURN + 2][mirrored(2, share)][ring], came.y, 0);
-    step<3, TURN, MARKED>(cost, squares[PERIOD * TURN + 3][mirrored(3, share)][ring], came.y, 0);
+template <bool MARKED, int GROUP, int BITS>
+__device__ __forceinline__ uint2 period(float (&cost)[PLACES], const Shared<GROUP, BITS>& s, int from, int ring, int share) {
+    uint2 came = {};
+    step<0, MARKED>(cost, s.squares[from][mirrored(0, share)][ring], came.x, share >> 1);
+    step<1, MARKED>(cost, s.squares[from + 1][mirrored(1, share)][ring], came.x, share & 1);
+    step<2, MARKED>(cost, s.squares[from + 2][mirrored(2, share)][ring], came.y, 0);
+    step<3, MARKED>(cost, s.squares[from + 3][mirrored(3, share)][ring], came.y, 0);
+    float exchanged[PLACES];
 #pragma unroll
     for (int place = 0; place < PLACES; place++) {
-        float& moved = cost[register_of(place, TURN)];
-        if (place & 3) moved = __shfl_xor_sync(~0u, moved, (place & 3) * RINGS);
+        const int g = place & 3;
+        exchanged[g << 2 | place >> 2] = g ? __shfl_xor_sync(~0u, cost[place], g * RINGS) : cost[place];
     }
+#pragma unroll
+    for (int place = 0; place < PLACES; place++) cost[place] = exchanged[place];
+    return came;
 }
 
 // costs of the best paths to each state after one round at a scale from such costs; MARKED: and where they came from
@@ -119,12 +119,11 @@ __device__ __forceinline__ void walk(float (&cost)[PLACES], float scale, Shared<
             s.squares[t][1][ring] = {squares[3], squares[2], squares[1], squares[0]};
         }
         __syncwarp();
-        uint2 came[2] = {};
-        period<0, MARKED>(cost, s, ring, share, came[0]);
-        period<1, MARKED>(cost, s, ring, share, came[1]);
-        if (MARKED)
-#pragma unroll
-            for (int turn = 0; turn < 2; turn++) s.came[start / PERIOD + turn][share][ring] = came[turn];
+#pragma unroll 1
+        for (int from = 0; from < AHEAD; from += PERIOD) {
+            const uint2 came = period<MARKED>(cost, s, from, ring, share);
+            if (MARKED) s.came[(start + from) / PERIOD][share][ring] = came;
+        }
     }
     __syncwarp();
 }
