@@ -1,7 +1,8 @@
-"""Encoding on one GPU: the CUDA kernel against the codec in torch on the same card, seconds for each GB of bf16 weights.
+"""Encoding on one GPU: the CUDA kernels against the codec in torch on the same card, seconds for each GB of bf16 weights.
 
 The weights, Gaussian, are in GPU memory already. A time includes the launch and the sums that come back to the host; each
-is the median of several. Both give the same bytes, which is checked on every row.
+is the median of several. Both give the same bytes, which is checked on every row. Of trellis codes the codec, which takes
+seconds, is given a part of the rows.
 
 python -m benchmarks.gpu_encode
 """
@@ -13,19 +14,23 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from benchmarks.environment import environment, save
 from kappaquant.formats import codec
-from kappaquant.formats.base import EFFORTS
-from kappaquant.formats.codebook import BITS, CodebookFormat
-from kappaquant.kernels.cuda import encoder
+from kappaquant.formats.base import EFFORTS, Effort
+from kappaquant.formats.codebook import BITS, CodebookFormat, GroupedFormat
+from kappaquant.formats.trellis import TRELLIS_BITS, TrellisFormat
+from kappaquant.kernels.cuda import encoder, trellis_encoder
 
 ROWS, COLUMNS = 16384, 16384  # 0.54 GB
+TRELLIS_ROWS = 1024  # for the codec
 GROUP_SIZE = 128
 REPEATS, CODEC_REPEATS = 9, 3
 
@@ -43,20 +48,39 @@ def seconds_per_gb(run: Callable[[], object], nbytes: int, repeats: int) -> floa
     return statistics.median(times) / nbytes * 1e9
 
 
-def rows(weight: torch.Tensor) -> Iterator[dict[str, Any]]:
-    """One row for each width and effort, and one for the errors at all widths, which a scan needs."""
+def row(
+    work: str,
+    kernel: Callable[[Tensor], codec.CodebookEncoded],
+    fmt: GroupedFormat,
+    effort: Effort,
+    weight: Tensor,
+    part: Tensor,
+) -> dict[str, Any]:
+    """Times of a kernel with a weight, and of the codec with a part of its rows."""
+    found, known = kernel(part), codec.encode(part, fmt, effort)
+    same = torch.equal(found.packed, known.packed) and torch.equal(found.norms, known.norms)
+    del found, known
+    return {
+        "work": work,
+        "same_bytes": same,
+        "kernel": seconds_per_gb(lambda: kernel(weight), weight.nbytes, REPEATS),
+        "codec": seconds_per_gb(lambda: codec.encode(part, fmt, effort), part.nbytes, CODEC_REPEATS),
+    }
+
+
+def rows(weight: Tensor) -> Iterator[dict[str, Any]]:
+    """One row for each format and effort, and one for the errors at all widths, which a scan needs."""
     for bits in BITS:
         fmt = CodebookFormat(bits, GROUP_SIZE)
         for effort in EFFORTS:
-            kernel, reference = encoder.encode(weight, fmt, effort), codec.encode(weight, fmt, effort)
-            same = torch.equal(kernel.packed, reference.packed) and torch.equal(kernel.norms, reference.norms)
-            del kernel, reference
-            yield {
-                "work": f"{bits} bits, {effort}",
-                "same_bytes": same,
-                "kernel": seconds_per_gb(lambda: encoder.encode(weight, fmt, effort), weight.nbytes, REPEATS),  # noqa: B023
-                "codec": seconds_per_gb(lambda: codec.encode(weight, fmt, effort), weight.nbytes, CODEC_REPEATS),  # noqa: B023
-            }
+            yield row(
+                f"{bits} bits, {effort}", partial(encoder.encode, fmt=fmt, effort=effort), fmt, effort, weight, weight
+            )
+    for bits in TRELLIS_BITS:
+        trellis = TrellisFormat(bits, GROUP_SIZE)
+        for effort in EFFORTS:
+            kernel = partial(trellis_encoder.encode, fmt=trellis, effort=effort)
+            yield row(f"{trellis.id}, {effort}", kernel, trellis, effort, weight, weight[:TRELLIS_ROWS])
     yield {
         "work": "errors at 2 to 8 bits",
         "kernel": seconds_per_gb(lambda: encoder.squared_errors(weight, GROUP_SIZE), weight.nbytes, REPEATS),

@@ -68,7 +68,7 @@ def test_gpu_results_keep_their_bounds() -> None:
     assert missed <= {"4 128, of bf16's time", *(f"{bits} 1, share of the read ceiling" for bits in (2, 6))}, missed
     for row in result("gpu_encode")["rows"]:
         assert row.get("same_bytes", True)
-        assert row["kernel"] < 0.03
+        assert row["kernel"] < (0.1 if row["work"].startswith("t") else 0.03)
 
 
 def test_encoding_on_a_cpu_keeps_its_bounds() -> None:

@@ -49,7 +49,8 @@ class RingRounding(Rounding):
             some = slice(start, start + rings_at_once(y.device))
             for candidate in SCALES:
                 squares, _ = subset_levels(y[:, some] * candidate, self._levels)
-                lost = walk(no_cost(squares, self._code), squares, self._code).amin(0) / (candidate * candidate)
+                least = walk(no_cost(squares, self._code), squares, self._code).amin(0)
+                lost = least / y.new_tensor(candidate * candidate)  # CUDA multiplies by the reciprocal of a number
                 better = lost < best[some]
                 best[some] = torch.where(better, lost, best[some])
                 scale[some] = torch.where(better, candidate, scale[some])

@@ -19,6 +19,7 @@ from kappaquant.kernels.cuda import cubins
 _FOLDER = resources.files("kappaquant.kernels.cuda")
 _HEADERS = (
     "numbers.cuh",
+    "groups.cuh",
     "launch.cuh",
     "experts.cuh",
     "trellis.cuh",
@@ -29,7 +30,8 @@ _HEADERS = (
     "step/step.cuh",
     "step/dense.cuh",
 )
-_OPTIONS = {"encode.cu": (b"--fmad=false",)}  # its codes are the codec's only where each product is rounded by itself
+_EXACT = (b"--fmad=false",)  # codes are the codec's only where each product is rounded by itself
+_OPTIONS = {"encode.cu": _EXACT, "trellis_encode.cu": _EXACT}
 _STRUCTS: dict[str, tuple[type[ctypes.Structure], ...]] = {}
 _LOCK = threading.Lock()
 

@@ -25,6 +25,7 @@ INSTANCES = {
     "linear.cu": "linear<3, 0, 0, 0, 128, false, 1, 1, 4, 16>",
     "rotate.cu": "rotate<128, 2, false, 0, false>",
     "sort_experts.cu": "sort_experts<1>",
+    "trellis_encode.cu": "trellis_encode<32, 2, 0>",
     "step/attention.cu": "attention<128, 4, 2>",
     "step/deltanet.cu": "",
     "step/dense.cu": "",
