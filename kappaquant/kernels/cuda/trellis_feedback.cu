@@ -2,13 +2,12 @@
 //
 // Within a block of inputs errors move with their survivors; at its end they are subtracted from all that the survivors still aim at, which
 // lies in shared memory. Which way each came is all that is kept of a search: the levels of the path that closes are then chosen once more.
+// The warps of a thread block take rings of one matrix, and read what inputs take from each other in shared memory, block by block.
 
 #include "numbers.cuh"
 #include "trellis_search.cuh"
 
-constexpr int MOST_WARPS = 16;
-constexpr int BLOCK = 2 * MEMORY;  // inputs
-constexpr int TOGETHER = 4;        // inputs for which targets are lowered together
+constexpr int TOGETHER = 4;  // inputs for which targets are lowered together
 
 struct TrellisFeedback {
     const float* block;    // [matrices, GROUP, rows]: what is to be rounded
@@ -23,18 +22,20 @@ struct TrellisFeedback {
 };
 
 // A search of one warp with a norm, in whose shared memory its targets lie: rest [GROUP - BLOCK, STATES] has those of each survivor, once a
-// first block's errors are subtracted.
-template <int BITS, int GROUP> struct Survivors {
+// first block's errors are subtracted. `shares` [GROUP, BLOCK] of all warps has the columns of a block of inputs, from its own on.
+template <int BITS, int GROUP, int BLOCK> struct Survivors {
+    static_assert(BLOCK % MEMORY == 0 && BLOCK % TOGETHER == 0 && GROUP % BLOCK % TOGETHER == 0, "whole turns, and whole reads");
     static constexpr int SHARED = (GROUP - BLOCK) * STATES + 3 * GROUP;  // floats
     const Levels& levels;
     const float* const lines;
+    float4* const shares;
     float *const targets, *const rest;
     Costs<GROUP> costs;
     const float norm, inverse;
     u32 odd = 0, side = 0;  // bit 2 turns + v: of the subset in which a survivor stays
 
-    __device__ Survivors(const Levels& levels, const float* lines, float* room, int lane, float norm)
-        : levels(levels), lines(lines), targets(room + (GROUP - BLOCK) * STATES), rest(room),
+    __device__ Survivors(const Levels& levels, const float* lines, float4* shares, float* room, int lane, float norm)
+        : levels(levels), lines(lines), shares(shares), targets(room + (GROUP - BLOCK) * STATES), rest(room),
           costs(lane, reinterpret_cast<uint2*>(room + (GROUP - BLOCK) * STATES + GROUP)), norm(norm),
           inverse(norm == 0.f ? 0.f : 1.f / norm) {
         for (int k = 0; k < 2 * MEMORY; k++) {
@@ -50,6 +51,7 @@ template <int BITS, int GROUP> struct Survivors {
         for (int start = 0; start < GROUP; start += BLOCK) {
             float errors[BLOCK][2], began[2];  // began: in which place a survivor was at the begin of the block
             for (int v = 0; v < 2; v++) began[v] = __int_as_float(costs.lane + 32 * v);
+            share(start);
 #pragma unroll
             for (int i = 0; i < BLOCK; i++)
                 if (i < GROUP % BLOCK || start + BLOCK <= GROUP) step(start, i, errors, began);
@@ -62,18 +64,31 @@ template <int BITS, int GROUP> struct Survivors {
         return start == 0 ? targets[t] : rest[(t - BLOCK) * STATES + __float_as_int(began)];
     }
 
-    // What a block's inputs take from others: four together.
-    template <int COUNT> __device__ __forceinline__ void read(int start, int t, float (&line)[BLOCK]) const {
-        const float4* from = reinterpret_cast<const float4*>(lines + t * GROUP + start);
+    // Bring what a block's inputs, and all behind them, take from the block's.
+    __device__ __forceinline__ void share(int start) {
+        constexpr int EACH = BLOCK / 4;
+        __syncthreads();
+        for (int k = threadIdx.x; k < (GROUP - start) * EACH; k += blockDim.x) {
+            const int t = start + k / EACH, first = start + k % EACH * 4;
+            if (first < GROUP) shares[k] = __ldg(reinterpret_cast<const float4*>(lines + t * GROUP + first));
+        }
+        __syncthreads();
+    }
+
+    // Of input number i from a block's first: a share for each of the block's.
+    __device__ __forceinline__ void read(int i, float (&line)[BLOCK]) const {
 #pragma unroll
-        for (int k = 0; k < COUNT; k += 4) *reinterpret_cast<float4*>(&line[k]) = __ldg(from + k / 4);
+        for (int k = 0; k < BLOCK; k += 4) {
+            const float4 four = shares[(i * BLOCK + k) / 4];
+            line[k] = four.x, line[k + 1] = four.y, line[k + 2] = four.z, line[k + 3] = four.w;
+        }
     }
 
     // Input number i of a block.
     __device__ __forceinline__ void step(int start, int i, float (&errors)[BLOCK][2], float (&began)[2]) {
         const int t = start + i, turns = i % MEMORY;
-        alignas(16) float line[BLOCK];
-        read<BLOCK>(start, t, line);
+        float line[BLOCK];
+        read(i, line);
         float stays[2], leaves[2], stay[2], leave[2];
 #pragma unroll
         for (int v = 0; v < 2; v++) {
@@ -110,8 +125,8 @@ template <int BITS, int GROUP> struct Survivors {
             __syncwarp();
 #pragma unroll
             for (int k = 0; k < TOGETHER; k++) {
-                alignas(16) float line[BLOCK];
-                read<BLOCK>(start, t + k, line);
+                float line[BLOCK];
+                read(t + k - start, line);
                 for (int v = 0; v < 2; v++) {
 #pragma unroll
                     for (int j = 0; j < BLOCK; j++) left[k][v] -= line[j] * errors[j][v];
@@ -123,16 +138,17 @@ template <int BITS, int GROUP> struct Survivors {
     }
 };
 
-template <int BITS, int GROUP>
-__global__ void __launch_bounds__(32 * MOST_WARPS) trellis_feedback(const __grid_constant__ TrellisFeedback p) {
+// BLOCK: inputs whose errors move with survivors, in registers; WARPS: at most, as there is room for targets in shared memory.
+template <int BITS, int GROUP, int BLOCK, int WARPS>
+__global__ void __launch_bounds__(32 * WARPS) trellis_feedback(const __grid_constant__ TrellisFeedback p) {
     constexpr int EACH = GROUP / 32;
     extern __shared__ float4 room[];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const long long at = (long long)blockIdx.x * (blockDim.x >> 5) + warp;
-    if (at >= (long long)p.tried * p.matrices * p.rows) return;
-    const int row = at % p.rows, matrix = at / p.rows % p.matrices;
-    Survivors<BITS, GROUP> search(p.levels, p.lines + (long long)matrix * GROUP * GROUP,
-                                  reinterpret_cast<float*>(room) + warp * Survivors<BITS, GROUP>::SHARED, lane, p.norms[at]);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, matrix = blockIdx.y;
+    const long long ring = (long long)blockIdx.x * (blockDim.x >> 5) + warp, rings = (long long)p.tried * p.rows;
+    const int row = ring % p.rows, trial = min(ring, rings - 1) / p.rows;  // a warp without a ring goes along, for all meet at each block
+    const long long at = ((long long)trial * p.matrices + matrix) * p.rows + row;
+    float* own = reinterpret_cast<float*>(room) + GROUP * BLOCK + warp * Survivors<BITS, GROUP, BLOCK>::SHARED;
+    Survivors<BITS, GROUP, BLOCK> search(p.levels, p.lines + (long long)matrix * GROUP * GROUP, room, own, lane, p.norms[at]);
     const float* block = p.block + matrix * p.block_matrix + row;
     float rest[EACH], errors[EACH];
     int subsets[EACH], codes[EACH];
@@ -143,10 +159,11 @@ __global__ void __launch_bounds__(32 * MOST_WARPS) trellis_feedback(const __grid
     }
     __syncwarp();
     close(search, subsets);
+    if (ring >= rings) return;
     const float* upper = p.upper + matrix * p.upper_matrix;
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
-#pragma unroll 1
+#pragma unroll 2
         for (int owner = 0; owner < 32; owner++) {
             const int input = e * 32 + owner;
             const float* line = upper + (long long)input * p.upper_row;

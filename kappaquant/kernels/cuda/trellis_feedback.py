@@ -18,8 +18,10 @@ from kappaquant.kernels.cuda import nvrtc
 
 NAME = "cuda trellis feedback"
 _CHOICES, _TRIALS = 8, len(viterbi.SCALES)  # as in trellis_search.cuh and trellis_norms.cu
-_MOST_WARPS, _BLOCK = 16, 12  # as in trellis_feedback.cu
 _NORMS_WARPS = 8  # as in trellis_norms.cu
+# of a group size the inputs whose errors move with survivors, and the most warps of a thread block: longer blocks take more registers,
+# of which there are enough where targets leave room for few warps
+_BLOCK_AND_WARPS = {32: (12, 16), 64: (12, 16), 128: (24, 8), 256: (24, 8)}
 _RESERVED = 1 << 10  # bytes of shared memory that CUDA takes for a thread block
 _BOTH = ctypes.c_float * _CHOICES * 2
 
@@ -113,15 +115,21 @@ def feed(block: Tensor, norms: Tensor, upper: Tensor, fmt: TrellisFormat) -> tup
         lines = upper.mT.contiguous()
         lines.diagonal(dim1=1, dim2=2).reciprocal_()
         warps, shared = _room(size, device)
-        run = nvrtc.kernel("trellis_feedback.cu", f"trellis_feedback<{fmt.bits}, {size}>", device.index, shared)
+        run = nvrtc.kernel("trellis_feedback.cu", instance(fmt), device.index, shared)
         run(
-            (-(-norms.numel() // warps), 1, 1), 32 * warps,
+            (-(-tried * rows // warps), matrices, 1), 32 * warps,
             _TrellisFeedback(
                 block.data_ptr(), upper.data_ptr(), lines.data_ptr(), norms.data_ptr(), codes.data_ptr(), errors.data_ptr(),
                 block.stride(0), upper.stride(0), upper.stride(1), matrices, rows, tried, _levels(fmt.codebook),
             ),
         )  # fmt: skip
     return codes, errors
+
+
+def instance(fmt: TrellisFormat) -> str:
+    """Of the kernel's template in trellis_feedback.cu."""
+    block, warps = _BLOCK_AND_WARPS[fmt.group_size]
+    return f"trellis_feedback<{fmt.bits}, {fmt.group_size}, {block}, {warps}>"
 
 
 def _check(block: Tensor, fmt: TrellisFormat) -> None:
@@ -137,10 +145,11 @@ def _of_whole_inputs(block: Tensor) -> Tensor:
 @cache
 def _room(size: int, device: torch.device) -> tuple[int, int]:
     """(warps, bytes of shared memory) of a thread block: as many as there is room for what survivors aim at."""
-    each = 4 * ((size - _BLOCK) * TRELLIS.states + 3 * size)
+    block, most = _BLOCK_AND_WARPS[size]
+    each, together = 4 * ((size - block) * TRELLIS.states + 3 * size), 4 * size * block
     memory = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - _RESERVED
-    warps = min(_MOST_WARPS, memory // each)
-    return warps, warps * each
+    warps = min(most, (memory - together) // each)
+    return warps, together + warps * each
 
 
 @cache
