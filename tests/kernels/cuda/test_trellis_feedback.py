@@ -9,7 +9,7 @@ import torch
 from hard_weights import numbers
 from nvrtc_here import ARCHITECTURES, needs_compiler
 from other_trellises import Sixteen
-from torch import Tensor
+from trellis_rounding import MORE, SCALES, check_losses, check_that_it_stays_in_its_row, problem
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats import trials, viterbi
@@ -21,8 +21,6 @@ from kappaquant.quantizing.rounding import feedback as rounding
 from kappaquant.quantizing.rounding import rings
 
 FORMATS = [*TRELLIS_FORMATS.values()]
-SCALES = (1.0, 0.94, 1.06)
-MORE = 0.005  # of what is lost that roundings may add
 gpu = pytest.mark.gpu
 
 
@@ -85,43 +83,19 @@ def test_levels_and_steps_are_those_of_the_search(bits: int) -> None:
             assert mine ^ (2 * (bit ^ oldest)) == theirs
 
 
-def problem(size: int, rows: int) -> tuple[Tensor, Tensor]:
-    """The middle one of three groups of inputs of two matrices, of which some inputs count more: views into larger tensors; a row is 0."""
-    some = slice(size, 2 * size)
-    x = numbers(2, 4 * size, 3 * size, seed=size) * torch.arange(1, 3 * size + 1).float() ** -0.5
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(x.mT @ x))
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    block = numbers(2, 3 * size, rows, seed=rows)
-    block[1, :, 0] = 0
-    return block.cuda()[:, some], upper.cuda()[:, some, some]
-
-
-def left_by(block: Tensor, upper: Tensor, codes: Tensor, norms: Tensor, fmt: TrellisFormat) -> Tensor:
-    """Errors over the factor's diagonal, float64 [B, size, N]."""
-    values = torch.tensor(fmt.codebook).double().to(codes.device)[codes.int()] * norms[:, None].double()
-    return torch.linalg.solve_triangular(upper.double().mT, block.double() - values, upper=False)
-
-
 @gpu
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.id)
 def test_it_loses_what_torch_loses(fmt: TrellisFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    block, upper = problem(fmt.group_size, 37)
-    codes, norms, errors = trellis_feedback.choose(block, upper, SCALES, fmt)
-    flat = codes.transpose(0, 1).flatten(1)
-    assert torch.equal(fmt.unpack_block(fmt.pack_block(flat)), flat)  # all lie on rings
-    mine = left_by(block, upper, codes, norms, fmt)
-    torch.testing.assert_close(errors.double(), mine, rtol=1e-3, atol=1e-3 * float(mine.abs().mean()))
+    given = problem(fmt.group_size, 37, "cuda")
+    found = trellis_feedback.choose(*given, SCALES, fmt)
     monkeypatch.setattr(dispatch, "_TRELLIS_FEEDBACKS", ())
-    known = rings.choose(block, upper, SCALES, fmt)
-    assert (codes == known[0]).float().mean() > 0.97
-    lost = left_by(block, upper, *known[:2], fmt).square().sum()
-    assert float(mine.square().sum()) == pytest.approx(float(lost), rel=MORE)
+    check_losses(found, rings.choose(*given, SCALES, fmt), *given, fmt)
 
 
 @gpu
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.id)
 def test_norms_are_those_of_torch(fmt: TrellisFormat) -> None:
-    block, _ = problem(fmt.group_size, 37)
+    block, _ = problem(fmt.group_size, 37, "cuda")
     norms = trials.multiples(trellis_feedback.plain_norms(block, fmt), SCALES, fmt)
     known = trials.tried_norms(block, SCALES, fmt)
     assert (norms == known).float().mean() > 0.97  # the same but where scales are all but equally good
@@ -146,19 +120,10 @@ def test_whole_matrices_lose_as_little(monkeypatch: pytest.MonkeyPatch) -> None:
 @gpu
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
 def test_numbers_that_are_none_are_survived(value: float) -> None:
-    """And stay in their row."""
-    fmt, (block, upper) = TrellisFormat(3, 32), problem(32, 19)
-    fine = trellis_feedback.choose(block, upper, SCALES, fmt)
-    hurt = block.clone()
-    hurt[0, 5, 7] = value
-    codes, norms, errors = trellis_feedback.choose(hurt, upper, SCALES, fmt)
-    others = torch.ones(2, 19, dtype=torch.bool, device="cuda")
-    others[0, 7] = False
-    assert int(codes.max()) < len(fmt.codebook)
-    assert torch.equal(norms[others], fine[1][others])
-    each = others[:, None].expand_as(codes)
-    assert torch.equal(codes[each], fine[0][each])
-    assert torch.equal(errors[each], fine[2][each])
+    fmt, (block, upper) = TrellisFormat(3, 32), problem(32, 19, "cuda")
+    check_that_it_stays_in_its_row(
+        value, lambda given: trellis_feedback.choose(given, upper, SCALES, fmt), block, len(fmt.codebook)
+    )
 
 
 @gpu
