@@ -29,8 +29,12 @@ def tried_norms(block: Tensor, scales: Sequence[float], fmt: GroupedFormat) -> T
     rounding.choose(unit * rounding.best_scale(unit))
     dot = rounding.dot(unit, rounding.centroids).clone()
     plain = norm * (dot / rounding.dot(rounding.centroids, rounding.centroids))
-    plain = plain.view(block.shape[0], block.shape[2])
-    return stored(torch.tensor(scales, device=block.device)[:, None, None] * plain, fmt)
+    return multiples(plain.view(block.shape[0], block.shape[2]), scales, fmt)
+
+
+def multiples(plain: Tensor, scales: Sequence[float], fmt: GroupedFormat) -> Tensor:
+    """What ``tried_norms`` gives for such norms, float32 [B, N]."""
+    return stored(torch.tensor(scales, device=plain.device)[:, None, None] * plain, fmt)
 
 
 def stored(norms: Tensor, fmt: GroupedFormat) -> Tensor:

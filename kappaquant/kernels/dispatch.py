@@ -29,7 +29,8 @@ from kappaquant.kernels.cpu.library import absence
 from kappaquant.kernels.cpu.native import Native
 from kappaquant.kernels.cuda import encoder as cuda_encoder
 from kappaquant.kernels.cuda import feedback as cuda_feedback
-from kappaquant.kernels.cuda import trellis_encoder
+from kappaquant.kernels.cuda import trellis_encoder as cuda_trellis_encoder
+from kappaquant.kernels.cuda import trellis_feedback as cuda_trellis_feedback
 from kappaquant.kernels.cuda.tiled import Tiled
 from kappaquant.kernels.torch import AnyFormat, Lookups
 
@@ -38,9 +39,9 @@ logger = logging.getLogger("kappaquant")
 # Fastest first: of those that serve a use, the first that does not refuse runs.
 _KERNELS: list[Kernel] = [Tiled(), Native(), Lookups(), AnyFormat()]
 _ENCODERS = (cuda_encoder, native_encoder)
-_TRELLIS_ENCODERS = (trellis_encoder, native_encoder)
+_TRELLIS_ENCODERS = (cuda_trellis_encoder, native_encoder)
 _FEEDBACKS = (cuda_feedback, native_feedback)
-_TRELLIS_FEEDBACKS = (native_feedback,)
+_TRELLIS_FEEDBACKS = (cuda_trellis_feedback, native_feedback)
 _SERVED: dict[str, tuple[Kernel, Format]] = {}
 """What a spec stands for: "<kernel>/<format key>", the same in every process that has chosen it."""
 _LIBRARY = torch.library.Library("kappaquant", "FRAGMENT")

@@ -27,6 +27,7 @@ _HEADERS = (
     "product.cuh",
     "wgmma.cuh",
     "gemm.cuh",
+    "trellis_search.cuh",
     "step/step.cuh",
     "step/dense.cuh",
 )

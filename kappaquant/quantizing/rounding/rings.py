@@ -1,7 +1,8 @@
 """Trellis codes of one group of inputs, each weight making up for what those before it left: what ``groups`` is for codebooks.
 
 A code is part of a path, which only its end decides. So every survivor of the Viterbi search carries its own errors, and its own targets
-for the weights to come (per-survivor processing, Raheli, Polydoros & Tzou 1995). Plain torch, on any device.
+for the weights to come (per-survivor processing, Raheli, Polydoros & Tzou 1995). Plain torch, on any device; NVIDIA GPUs have kernels for it,
+and CPUs the native core, whose sums are rounded otherwise.
 
 Inside, arrays are [B, states, X]: X = tried * N rings side by side for each of B matrices.
 """

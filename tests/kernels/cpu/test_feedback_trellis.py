@@ -6,9 +6,8 @@ from functools import cache
 
 import pytest
 import torch
-from hard_weights import numbers
 from other_trellises import OTHERS
-from torch import Tensor
+from trellis_rounding import SCALES, Parts, check_losses, check_that_it_stays_in_its_row, problem
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats.trellis import TRELLIS_FORMATS, Trellis, TrellisFormat
@@ -20,26 +19,11 @@ if library.absence():
     pytest.skip(library.absence(), allow_module_level=True)
 LEVELS = [name for name, here in library.levels().items() if here]
 FORMATS = [*TRELLIS_FORMATS.values(), *(kind(3, 32) for kind in OTHERS)]
-SCALES = (1.0, 0.94, 1.06)
-MORE = 0.005  # of what is lost that roundings may add
-Parts = tuple[Tensor, Tensor, Tensor]
 
 
 @pytest.fixture(params=LEVELS)
 def level(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-@cache
-def problem(size: int, rows: int) -> tuple[Tensor, Tensor]:
-    """The middle one of three groups of inputs of two matrices, of which some inputs count more: views into larger tensors; a row is 0."""
-    some = slice(size, 2 * size)
-    x = numbers(2, 4 * size, 3 * size, seed=size) * torch.arange(1, 3 * size + 1).float() ** -0.5
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(x.mT @ x))
-    upper = torch.linalg.cholesky(inverse, upper=True)[:, some, some]
-    block = numbers(2, 3 * size, rows, seed=rows)[:, some]
-    block[1, :, 0] = 0
-    return block, upper
 
 
 @cache
@@ -49,24 +33,11 @@ def by_torch(fmt: TrellisFormat, rows: int) -> Parts:
         return rings.choose(*problem(fmt.group_size, rows), SCALES, fmt)
 
 
-def left_by(fmt: TrellisFormat, rows: int, codes: Tensor, norms: Tensor) -> Tensor:
-    """Errors over the factor's diagonal, float64 [B, size, N]."""
-    block, upper = problem(fmt.group_size, rows)
-    values = torch.tensor(fmt.codebook).double()[codes.int()] * norms[:, None].double()
-    return torch.linalg.solve_triangular(upper.double().mT, block.double() - values, upper=False)
-
-
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.key)
 def test_it_loses_what_torch_loses(level: str, fmt: TrellisFormat) -> None:
     rows = {32: 19, 64: 9, 128: 3, 256: 2}[fmt.group_size]
-    codes, norms, errors = feedback.choose(*problem(fmt.group_size, rows), SCALES, fmt, level=level)
-    flat = codes.transpose(0, 1).flatten(1)
-    assert torch.equal(fmt.unpack_block(fmt.pack_block(flat)), flat)  # all lie on rings
-    mine = left_by(fmt, rows, codes, norms)
-    torch.testing.assert_close(errors.double(), mine, rtol=1e-3, atol=1e-3 * float(mine.abs().mean()))
-    known = left_by(fmt, rows, *by_torch(fmt, rows)[:2])
-    assert float(mine.square().sum()) == pytest.approx(float(known.square().sum()), rel=MORE)
-    assert (codes == by_torch(fmt, rows)[0]).float().mean() > 0.97
+    given = problem(fmt.group_size, rows)
+    check_losses(feedback.choose(*given, SCALES, fmt, level=level), by_torch(fmt, rows), *given, fmt)
 
 
 def test_norms_are_those_of_the_dtype_and_no_larger_than_it_holds(level: str) -> None:
@@ -94,19 +65,10 @@ def test_any_number_of_threads_gives_the_same(level: str) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
 def test_numbers_that_are_none_are_survived(level: str, value: float) -> None:
-    """And stay in their row."""
     fmt, (block, upper) = TrellisFormat(3, 32), problem(32, 19)
-    fine = feedback.choose(block, upper, SCALES, fmt, level=level)
-    hurt = block.clone()
-    hurt[0, 5, 7] = value
-    codes, norms, errors = feedback.choose(hurt, upper, SCALES, fmt, level=level)
-    others = torch.ones(2, 19, dtype=torch.bool)
-    others[0, 7] = False
-    assert codes.max() < len(fmt.codebook)
-    assert torch.equal(norms[others], fine[1][others])
-    each = others[:, None].expand_as(codes)
-    assert torch.equal(codes[each], fine[0][each])
-    assert torch.equal(errors[each], fine[2][each])
+    check_that_it_stays_in_its_row(
+        value, lambda given: feedback.choose(given, upper, SCALES, fmt, level=level), block, len(fmt.codebook)
+    )
 
 
 def test_dispatch_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:

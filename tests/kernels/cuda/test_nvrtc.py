@@ -30,6 +30,8 @@ INSTANCES = {
     "step/deltanet.cu": "",
     "step/dense.cu": "",
     "step/route.cu": "",
+    "trellis_feedback.cu": "trellis_feedback<3, 128, 24, 8>",
+    "trellis_norms.cu": "trellis_norms<3, 128>",
 }
 
 
