@@ -32,6 +32,7 @@ STEPS = 64
 Variants = dict[str, tuple[Callable[[Any, str], Any], tuple[tuple[int, int], ...], bool | None]]
 VARIANTS: Variants = {
     "apex2": (partial(packed, policy="recipe", recipe="apex2"), CASES, None),
+    "apex2, trellis": (partial(packed, policy="recipe", recipe="apex2", trellis=True), CASES, None),
     "bf16": (plain, CASES, None),
     "bf16, no graph": (plain, SHORT, False),  # bound by launches, at any context
     "uniform 3": (partial(packed, policy="uniform", bits=3), CASES, None),
@@ -68,6 +69,8 @@ def aims(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     made: list[tuple[str, float, float]] = []
     if ("apex2", 1, 32) in at:
         made.append(("apex2, batch 1, context 32, decode tok/s", at["apex2", 1, 32]["decode_tokens_per_s"], 250.0))
+    if ("apex2, trellis", 1, 32) in at:
+        made.append(("apex2 in trellis codes, the same", at["apex2, trellis", 1, 32]["decode_tokens_per_s"], 480.0))
     if ours and peer:
         made.append((f"apex2, prefill of {PREFILL}, tok/s", ours["prefill_tokens_per_s"], peer["prefill_tokens_per_s"]))
     return [

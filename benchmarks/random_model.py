@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor
 
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.base import Encoded, Format
+from kappaquant.formats.codebook import FORMATS
+from kappaquant.formats.trellis import TRELLIS_BITS, TrellisFormat
+from kappaquant.kernels import dispatch
 from kappaquant.models.skeleton import model_class
 from kappaquant.planning.make import make_plan
-from kappaquant.planning.plan import Plan
+from kappaquant.planning.plan import Choice, Plan
 from kappaquant.planning.sizes import summary
 from kappaquant.runtime.assemble import Assembler
 from kappaquant.runtime.fused.layers import fuse
@@ -46,13 +50,23 @@ class RandomCheckpoint:
             assert fmt is not None
             wide = self.shapes[name][-1]
             weight = torch.randn(_SAMPLE, wide, device=self.device) * wide**-0.5
-            self._encoded = name, fmt.encode(weight, "fast")
+            self._encoded = name, dispatch.encode(weight, fmt, "fast")
         rows = torch.randint(_SAMPLE, self.shapes[name][:-1], device=self.device)
         return {suffix: part[rows] for suffix, part in self._encoded[1].parts.items()}
 
     def tensor(self, name: str) -> Tensor:
         shape = self.shapes[name]
         return torch.randn(shape, dtype=torch.bfloat16, device=self.device) * shape[-1] ** -0.5
+
+
+def in_trellis(choice: Choice) -> Choice:
+    """The trellis code of as many bits and the same groups in a codebook's place."""
+    fmt = FORMATS.get(choice.format)
+    return (
+        replace(choice, format=TrellisFormat(fmt.bits, fmt.group_size).id)
+        if fmt and fmt.bits in TRELLIS_BITS
+        else choice
+    )
 
 
 def plain(config: Any, device: str) -> Any:
@@ -63,12 +77,14 @@ def plain(config: Any, device: str) -> Any:
     return model
 
 
-def packed(config: Any, device: str, **policy: Any) -> Any:
-    """The same with packed weights, as ``make_plan`` with this policy chooses."""
+def packed(config: Any, device: str, trellis: bool = False, **policy: Any) -> Any:
+    """The same with packed weights, as ``make_plan`` with this policy chooses; with trellis codes where there are such of as many bits."""
     model = empty(config)
     infos = tensors_of(model)
     shapes = {name: info.shape for name, info in infos.items()}
     plan = make_plan(infos, config.to_dict(), **policy)
+    if trellis:
+        plan = replace(plan, choices={name: in_trellis(choice) for name, choice in plan.choices.items()})
     assembler = Assembler(model, RandomCheckpoint(shapes, plan, device))  # type: ignore[arg-type]
     assembler.replace()
     model.to_empty(device=device)

@@ -180,5 +180,6 @@ def _raw_fields(bits: int) -> tuple[Field, ...]:
         return (Field(2, 1, tuple((s // 2, 4 * i + 2 * (s % 2)) for s, i in _EIGHTS)),)
     # the last eight cells' in what the nibbles of the others leave
     return tuple(
-        Field(1, 1 + bit, tuple((s, 4 * i + bit) if s < 3 else (bit, 4 * i + 3) for s, i in _EIGHTS)) for bit in range(3)
+        Field(1, 1 + bit, tuple((s, 4 * i + bit) if s < 3 else (bit, 4 * i + 3) for s, i in _EIGHTS))
+        for bit in range(3)
     )

@@ -28,3 +28,9 @@ def refusal(device: torch.device) -> str | None:
 def has_clusters(device: torch.device) -> bool:
     """Whether blocks can share their memory."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a card has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -18,6 +18,7 @@ from kappaquant.formats import codec
 from kappaquant.formats.base import Effort
 from kappaquant.formats.codebook import BITS, CodebookFormat
 from kappaquant.formats.search import SCALES, Nearest, nearest
+from kappaquant.kernels.cuda import device as gpu
 from kappaquant.kernels.cuda import groups, nvrtc
 
 NAME = "cuda encoder"
@@ -89,7 +90,7 @@ def _run(
     table = nearest(books[0], torch.device("cpu"))
     search = SCALES if effort == "best" else ()
     if count:
-        blocks = min(-(-count * group_size // (_TILE * _WARPS)), _BLOCKS * _multiprocessors(device))
+        blocks = min(-(-count * group_size // (_TILE * _WARPS)), _BLOCKS * gpu.multiprocessors(device))
         run = nvrtc.kernel("encode.cu", f"encode<{group_size}, {groups.DTYPES[weight.dtype]}>", device.index)
         run(
             (blocks, 1, 1), 32 * _WARPS,
@@ -118,11 +119,6 @@ def thresholds(table: Nearest) -> Tensor:
 
 def _bits(books: Sequence[Sequence[float]]) -> list[int]:
     return [len(book).bit_length() - 1 for book in books]
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _of(kind: type, room: int, values: Sequence[float]) -> ctypes.Array[ctypes.c_int]:

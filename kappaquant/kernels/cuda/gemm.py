@@ -140,7 +140,7 @@ def linear(
     if not count:
         return outs
     row_count = sum(w.rows for w in weights)
-    use = launch or (choose if x.half else int8_gemm.choose)(x.count, row_count, units, _multiprocessors(device))
+    use = launch or (choose if x.half else int8_gemm.choose)(x.count, row_count, units, gpu.multiprocessors(device))
     if use.half != x.half:
         raise UnsupportedError(f"{NAME}: {use} is not for inputs in {x.values.dtype}")
     if items is not None and use.paired:
@@ -158,7 +158,7 @@ def linear(
     parameters.row_blocks = -(-blocks // 2) * 2 if use.paired else blocks
     parameters.token_blocks = items.work.shape[0] if items else -(-x.count // use.tokens)
     every = parameters.row_blocks * parameters.token_blocks
-    parameters.whole = whole_blocks(every, use.split, _multiprocessors(device) * use.resident)
+    parameters.whole = whole_blocks(every, use.split, gpu.multiprocessors(device) * use.resident)
     formats, table = tuple(numbers(weights, _MOST_OUTPUTS)), table_bytes(weights, x.half)
     run = _kernel(use, formats, x.group_size, items is not None, table, device.index)
     grid = parameters.whole + (every - parameters.whole) * use.split
@@ -194,10 +194,7 @@ def _check(x: Tokens, weights: Sequence[Weight], items: Items | None) -> None:
 def _kernel(
     use: Launch | int8_gemm.Launch, formats: tuple[int, ...], group_size: int, items: bool, table: int, device: int
 ) -> nvrtc.Kernel:
-    instance = use.instance(formats, group_size, items) if isinstance(use, Launch) else use.instance(formats, group_size)
+    instance = (
+        use.instance(formats, group_size, items) if isinstance(use, Launch) else use.instance(formats, group_size)
+    )
     return nvrtc.kernel(use.file, instance, device, use.shared_bytes(group_size) + table)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -30,7 +30,9 @@ def int8_table(cells: Cells) -> tuple[list[int], float]:
 def refusal(cells: Cells) -> str | None:
     """Why there is no table of a format's entries, or None."""
     first, second = cells.entries[:8], cells.entries[8:16]
-    if len(cells.entries) == 16 and not all(0 <= a - b <= max(map(abs, cells.entries)) for a, b in zip(first, second, strict=True)):
+    if len(cells.entries) == 16 and not all(
+        0 <= a - b <= max(map(abs, cells.entries)) for a, b in zip(first, second, strict=True)
+    ):
         return f"levels of {cells.fmt.id} lie too far apart"
     return None
 

@@ -29,7 +29,12 @@ _ONES = 0x3C003C00  # float16 1 twice
 
 
 class _Table(ctypes.Structure):
-    _fields_ = (("bytes", ctypes.c_uint32 * 8), ("half", ctypes.c_void_p), ("scale", ctypes.c_float), ("ones", ctypes.c_uint32))
+    _fields_ = (
+        ("bytes", ctypes.c_uint32 * 8),
+        ("half", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("ones", ctypes.c_uint32),
+    )
 
 
 class Codes(ctypes.Structure):

@@ -79,7 +79,9 @@ def untile(tiled: Tiled, fmt: GroupedFormat, n: int, groups: int) -> tuple[Tenso
             made[..., c] |= ((part & (2**field.width - 1)) << field.lowest).to(torch.uint8)
     back = _order(fmt.group_size, words.device).argsort()
     # [tile, unit, r, t, j, c] -> [tile, j, r, unit, t, c]
-    made = made.view(count, units, 8, 4, 4, COUNT).permute(0, 4, 2, 1, 3, 5).reshape(count, 4, 8, units, INPUTS)[..., back]
+    made = (
+        made.view(count, units, 8, 4, 4, COUNT).permute(0, 4, 2, 1, 3, 5).reshape(count, 4, 8, units, INPUTS)[..., back]
+    )
     rows = made.reshape(*lead, -1, units * INPUTS)[..., :n, : groups * fmt.group_size]
     norms = tiled.norms.transpose(-3, -1).reshape(*lead, -1, tiled.norms.shape[-3])
     return codec.packed(kind.indices(rows), fmt), norms[..., :n, :groups].contiguous()

@@ -15,7 +15,15 @@ from kappaquant.kernels.cuda import decoded, nvrtc
 @needs_compiler
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile(arch: str) -> None:
-    for instance in ("decoded<3, 128>", "decoded<6, 256>", "decoded<5, 32>", "decoded<8, 64>", "decoded<19, 32>", "decoded<18, 256>", "decoded<20, 64>"):
+    for instance in (
+        "decoded<3, 128>",
+        "decoded<6, 256>",
+        "decoded<5, 32>",
+        "decoded<8, 64>",
+        "decoded<19, 32>",
+        "decoded<18, 256>",
+        "decoded<20, 64>",
+    ):
         assert nvrtc.compiled("decoded.cu", instance, arch)[0].startswith(b"\x7fELF")
 
 

@@ -33,7 +33,9 @@ def hopper(test):  # type: ignore[no-untyped-def]
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["k3", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "k3")])
+@pytest.mark.parametrize(
+    "name", ["k3", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "k3")]
+)
 def test_products_compile(name: str) -> None:
     number = cells(named(name)).number
     for use in [*LAUNCHES[number % 2 :: 2], *(INT8_LAUNCHES[number % 2 :: 2] if name in INT8_NAMES else ())]:
@@ -176,9 +178,7 @@ def test_more_blocks_than_fit_the_card(launch: Launch, k: int) -> None:
     m, dtype = 2 * launch.tokens + 9, torch.bfloat16 if k == 384 else torch.float16
     x = random(m, k).cuda().to(dtype)
     tokens, _ = inputs.rotate_tokens(x, CodebookFormat(3, 128), True)
-    made = [
-        prepared(named(name), n, k, seed=n) for name, n in (("k3", 33_304), ("k7", 5000), ("t4", 904), ("k8", 264))
-    ]
+    made = [prepared(named(name), n, k, seed=n) for name, n in (("k3", 33_304), ("k7", 5000), ("t4", 904), ("k8", 264))]
     biases = [None, random(5000).cuda().to(dtype), None, random(264).cuda().to(dtype)]
     outs = gemm.linear(tokens, [w for w, _ in made], dtype, biases, launch)
     again = gemm.linear(tokens, [w for w, _ in made], dtype, biases, launch)

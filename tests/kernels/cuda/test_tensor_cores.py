@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import struct
-
 import pytest
 import torch
-from gpu_products import ALL, INT8_NAMES, NAMES, codes, error, gpu, named, prepared, random
+from gpu_products import ALL, INT8_NAMES, NAMES, error, gpu, named, prepared, random
 from nvrtc_here import ARCHITECTURES, needs_compiler
 
 from kappaquant.errors import UnsupportedError
