@@ -32,9 +32,10 @@ __device__ __forceinline__ uint2 stream(const uint2* p) {
     return v;
 }
 
-// 16 bytes on their way to an address in shared memory, past L1; groups of such copies, of which all but the last PENDING are there
-__device__ __forceinline__ void copy_async(u32 to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+// 16 bytes on their way to an address in shared memory, past L1, or zeros where `wanted` is 0, not 16; groups of such copies, of which
+// all but the last PENDING are there
+__device__ __forceinline__ void copy_async(u32 to, const void* from, u32 wanted) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted) : "memory");
 }
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }

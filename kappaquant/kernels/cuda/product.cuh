@@ -49,6 +49,12 @@ __device__ __forceinline__ void mma(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u3
 template <bool HALF> struct Sum { typedef int type; };
 template <> struct Sum<true> { typedef float type; };
 
+// Where sums of int8 products begin: with the bits of a float32 that one more makes 1 larger, up to 2**22 either way, so that a
+// subtraction makes numbers of them. 128 products of int8 are less.
+constexpr int ZERO_BITS = 0x4b400000;
+__device__ __forceinline__ float number(int sum) { return __int_as_float(sum) - 12582912.f; }
+__device__ __forceinline__ float number(float sum) { return sum; }
+
 // this lane's share of x for one token: WORDS words in runs of RUN bytes, STRIDE bytes apart
 template <int WORDS, int RUN, int STRIDE>
 __device__ __forceinline__ void load_x(const char* p, u32* out) {
@@ -91,6 +97,11 @@ __device__ __forceinline__ void load_words(const uint4* codes, int first, u32* w
     }
 }
 
+// base[i] for elements of so many bytes, as one multiplication
+template <typename T> __device__ __forceinline__ const T* element(const T* base, u32 i, u32 bytes) {
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(base) + (unsigned long long)i * bytes);
+}
+
 // What a lane holds of a unit
 template <int FORMAT, int GROUP, int PAIRS> struct Unit {
     static constexpr int GROUPS = GROUP < 128 ? 128 / GROUP : 1;
@@ -114,12 +125,12 @@ template <int FORMAT, int GROUP, int PAIRS> struct Reader {
 
     __device__ __forceinline__ Rows read(int unit) const {
         Rows out;
-        const uint4* from = codes + (size_t)unit * BITS * 32;
+        const uint4* from = element(codes, unit, 512 * BITS);
         load_words<FORMAT, 2 * PAIRS>(from, pair0, out.words);
         out.before.read(from, unit, 2 * pair0);
 #pragma unroll
         for (int g = 0; g < Rows::GROUPS; g++) {
-            const uint2 both = stream(norms + ((size_t)unit * 128 / GROUP + g) * 8);
+            const uint2 both = stream(element(norms, GROUP > 128 ? unit / 2 : unit, 64 * Rows::GROUPS) + 8 * g);
             if constexpr (PAIRS == 1) out.norm[0][g] = pair0 ? both.y : both.x;
             else out.norm[0][g] = both.x, out.norm[1][g] = both.y;
         }
@@ -152,31 +163,31 @@ template <int FORMAT, int GROUP, int STAGES> struct Staged {
     static constexpr int BITS = bits_of(FORMAT), NORMS = 512 * BITS, EDGE = NORMS + 64 * Rows::GROUPS;
     static constexpr bool WIDE_RINGS = is_trellis(FORMAT) && GROUP > 128;
     static constexpr int BYTES = EDGE + (WIDE_RINGS ? 128 : 0);  // of a stage
-    const char *codes, *norms;
-    u32 stages;  // address of the warp's
-    int step, units, stage = 0;
+    const char *codes, *norms;  // of this lane
+    u32 stage, last, end;       // addresses of stages: of the next unit, of the one before, and of all the last
+    int step, units;
 
     __device__ __forceinline__ Staged(const Codes& w, int tile, int first, int step, int k, char* memory) : step(step), units(k / 128) {
-        codes = reinterpret_cast<const char*>(w.codes + (size_t)tile * units * BITS * 32);
-        norms = reinterpret_cast<const char*>(w.norms + (size_t)tile * (k / GROUP) * 8);
-        stages = (u32)__cvta_generic_to_shared(memory);
+        const int lane = threadIdx.x & 31;
+        codes = reinterpret_cast<const char*>(w.codes + (size_t)tile * units * BITS * 32 + lane);
+        norms = reinterpret_cast<const char*>(w.norms + (size_t)tile * (k / GROUP) * 8 + 2 * (lane % (4 * Rows::GROUPS)));
+        stage = (u32)__cvta_generic_to_shared(memory);
+        last = end = stage + (STAGES - 1) * BYTES;
 #pragma unroll
-        for (int i = 0; i + 1 < STAGES; i++) fetch(first + i * step, i);
+        for (int i = 0; i + 1 < STAGES; i++) fetch(first + i * step, stage + i * BYTES);
         wait_for_earlier();
     }
 
-    // one group of copies, empty past the end
-    __device__ __forceinline__ void fetch(int unit, int to) const {
-        if (unit < units) {
-            const int lane = threadIdx.x & 31;
-            const u32 at = stages + to * BYTES + 16 * lane;
-            const char* from = codes + (size_t)unit * (512 * BITS) + 16 * lane;
+    // one group of copies, which leave memory alone past the end
+    __device__ __forceinline__ void fetch(int unit, u32 to) const {
+        const int lane = threadIdx.x & 31;
+        const u32 wanted = unit < units ? 16 : 0, at = to + 16 * lane;
+        const char* from = element(codes, unit, 512 * BITS);
 #pragma unroll
-            for (int i = 0; i < BITS; i++) copy_async(at + 512 * i, from + 512 * i);
-            if (lane < 4 * Rows::GROUPS) copy_async(at + NORMS, norms + (size_t)unit * 128 / GROUP * 64 + 16 * lane);
-            if constexpr (WIDE_RINGS)
-                if (lane % 4 == 3) copy_async(stages + to * BYTES + EDGE + 16 * (lane / 4), from + (unit % 2 ? -512 * BITS : 512 * BITS) + 512 * (BITS - 1));
-        }
+        for (int i = 0; i < BITS; i++) copy_async(at + 512 * i, from + 512 * i, wanted);
+        if (lane < 4 * Rows::GROUPS) copy_async(at + NORMS, element(norms, GROUP > 128 ? unit / 2 : unit, 64 * Rows::GROUPS), wanted);
+        if constexpr (WIDE_RINGS)
+            if (lane % 4 == 3) copy_async(to + EDGE + 4 * (lane - 3), from + (unit % 2 ? -512 * BITS : 512 * BITS) + 512 * (BITS - 1), wanted);
         copies_commit();
     }
 
@@ -184,22 +195,22 @@ template <int FORMAT, int GROUP, int STAGES> struct Staged {
         const int lane = threadIdx.x & 31;
         copies_wait<STAGES - 2>();
         __syncwarp();  // all lanes' copies are there, and the stage before has been read
-        fetch(unit + (STAGES - 1) * step, stage ? stage - 1 : STAGES - 1);
-        const u32 at = stages + stage * BYTES;
+        fetch(unit + (STAGES - 1) * step, last);
         Rows out;
 #pragma unroll
-        for (int i = 0; i < BITS; i++) *reinterpret_cast<uint4*>(out.words + 4 * i) = load_shared(at + 512 * i + 16 * lane);
+        for (int i = 0; i < BITS; i++) *reinterpret_cast<uint4*>(out.words + 4 * i) = load_shared(stage + 512 * i + 16 * lane);
         if constexpr (is_trellis(FORMAT)) {
-            const u32 before = lane % 4 ? at + 512 * (BITS - 1) + 16 * (lane - 1)
-                                        : WIDE_RINGS ? at + EDGE + 16 * (lane / 4) : at + 512 * (BITS - 1) + 16 * (lane + 3);
+            const u32 path = stage + 512 * (BITS - 1) + 16 * lane;
+            const u32 before = lane % 4 ? path - 16 : WIDE_RINGS ? stage + EDGE + 4 * lane : path + 48;
             *reinterpret_cast<uint4*>(out.before.words) = load_shared(before);
         }
 #pragma unroll
         for (int g = 0; g < Rows::GROUPS; g++) {
-            const uint2 both = load_shared_two(at + NORMS + 64 * g + 8 * (lane >> 2));
+            const uint2 both = load_shared_two(stage + NORMS + 64 * g + 8 * (lane >> 2));
             out.norm[0][g] = both.x, out.norm[1][g] = both.y;
         }
-        stage = stage + 1 < STAGES ? stage + 1 : 0;
+        last = stage;
+        stage = stage == end ? end - (STAGES - 1) * BYTES : stage + BYTES;
         return out;
     }
 };
@@ -220,6 +231,14 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
     constexpr int WORDS = HALF ? 16 : 8;                  // words of a row's 32 codes, or of a token's inputs
     constexpr int STEPS = WORDS / 2 / GROUPS;             // products of one group
     const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3, units = in.k / 128;
+    const char* x[NT];
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        const int token = ONE ? token0 : min(token0 + 8 * n + r, tokens - 1);
+        x[n] = reinterpret_cast<const char*>(in.x) + ((size_t)token * in.k + t * (SUB / 4)) * SIZE;
+    }
+    const u32 padded = 4 * in.padded;
+    const float *scales = in.scales + token0 + (ONE ? 0 : 2 * t), *halves = in.halves + (scales - in.scales);
     typename Ahead<FORMAT, GROUP, STAGES>::type ahead(w, tile, first, step, in.k, stages);
     for (int unit = first; unit < units; unit += step) {
         const Unit<FORMAT, GROUP, 2> now = ahead.take(unit);
@@ -236,38 +255,35 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
             }
 #pragma unroll
             for (int n = 0; n < NT; n++) {
-                int token = ONE ? token0 : token0 + 8 * n + r;
-                if (!ONE) token = token < tokens ? token : tokens - 1;
                 u32 b[WORDS];
-                load_x<WORDS, SUB / 4 * SIZE, SUB * SIZE>(
-                    reinterpret_cast<const char*>(in.x) + ((size_t)token * in.k + unit * 128 + t * (SUB / 4)) * SIZE, b);
+                load_x<WORDS, SUB / 4 * SIZE, SUB * SIZE>(element(x[n], unit, 128 * SIZE), b);
 #pragma unroll
                 for (int g = 0; g < GROUPS; g++) {
-                    size_t at = ((size_t)unit * 128 / GROUP + g) * in.padded;
+                    const int group = GROUP > 128 ? unit / 2 : unit * GROUPS + g;
                     float2 scale, half = {0.f, 0.f};
                     // a group of 256 is met twice and corrected once
                     const bool corrected = !HALF && has_signs(FORMAT) && (GROUP <= 128 || unit % 2 == 0);
                     if constexpr (ONE) {
-                        scale.x = scale.y = __ldg(in.scales + at + token0);
-                        if (corrected) half.x = half.y = __ldg(in.halves + at + token0);
+                        scale.x = scale.y = __ldg(element(scales, group, padded));
+                        if (corrected) half.x = half.y = __ldg(element(halves, group, padded));
                     } else {
-                        at += token0 + 8 * n + 2 * t;
-                        scale = __ldg(reinterpret_cast<const float2*>(in.scales + at));
-                        if (corrected) half = __ldg(reinterpret_cast<const float2*>(in.halves + at));
+                        scale = __ldg(reinterpret_cast<const float2*>(element(scales, group, padded) + 8 * n));
+                        if (corrected) half = __ldg(reinterpret_cast<const float2*>(element(halves, group, padded) + 8 * n));
                     }
 #pragma unroll
                     for (int i = 0; i < ROWS; i += 2) {
                         const int pair = (row + i) / 2;
-                        Acc sum[4] = {};
+                        const Acc zero = HALF ? Acc{} : Acc(ZERO_BITS);
+                        Acc sum[4] = {zero, zero, zero, zero};
 #pragma unroll
                         for (int step = g * STEPS; step < (g + 1) * STEPS; step++)
                             mma(sum, a[i][2 * step], a[i + 1][2 * step], a[i][2 * step + 1], a[i + 1][2 * step + 1], b[2 * step], b[2 * step + 1]);
                         const u32 both = now.norm[pair][g];
                         float n0 = widen<1>((unsigned short)both), n1 = widen<1>((unsigned short)(both >> 16));
-                        out[pair][n][0] += ((float)sum[0] + half.x) * (n0 * scale.x);
-                        out[pair][n][1] += ((float)sum[1] + half.y) * (n0 * scale.y);
-                        out[pair][n][2] += ((float)sum[2] + half.x) * (n1 * scale.x);
-                        out[pair][n][3] += ((float)sum[3] + half.y) * (n1 * scale.y);
+                        out[pair][n][0] += (number(sum[0]) + half.x) * (n0 * scale.x);
+                        out[pair][n][1] += (number(sum[1]) + half.y) * (n0 * scale.y);
+                        out[pair][n][2] += (number(sum[2]) + half.x) * (n1 * scale.x);
+                        out[pair][n][3] += (number(sum[3]) + half.y) * (n1 * scale.y);
                     }
                 }
             }

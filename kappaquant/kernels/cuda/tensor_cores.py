@@ -149,15 +149,30 @@ class Launch:
     stages: int = 0
 
 
-def choose(tokens: int, tile_count: int, units: int, bits: int) -> Launch:
-    """As measured on an H200 (``benchmarks/gpu_kernels.py``): 1700 warps fill it, and fewer warps to a tile save sums."""
+# (warps of a multiprocessor, units in shared memory) by format; int8 inputs, one token
+_RESIDENT = {2: (24, 0), 3: (28, 0), 4: (28, 3), 5: (16, 0), 18: (28, 3), 19: (16, 3), 20: (16, 3)}
+
+
+def choose(tokens: int, tile_count: int, units: int, formats: Sequence[int], half: bool) -> Launch:
+    """As measured on an H200 (``benchmarks/gpu_kernels.py``): 1700 warps fill it, and fewer warps to a tile save sums.
+
+    Args:
+        formats: of the weights, as ``numbers`` has them.
+        half: whether inputs are float16.
+    """
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 64 else 16
     if token_tiles == 4:
         return Launch(token_tiles, 2, 4, 0)
     warps, most = 4, 4 if token_tiles == 16 else 16  # their sums must fit in shared memory
     while warps < most and tile_count * warps < 1700 and 4 * warps <= units:
         warps *= 2
-    return Launch(token_tiles, 1, warps, 0 if token_tiles > 1 else {2: 24, 3: 28}.get(bits, 16))
+    if token_tiles == 16:
+        return Launch(token_tiles, 1, warps, 0)
+    found = [(16, 0) if half and fmt > 3 else _RESIDENT.get(fmt, (16, 0)) for fmt in formats if fmt]
+    resident, stages = min(warps for warps, _ in found), max(stages for _, stages in found)
+    if token_tiles == 2:
+        resident = min(resident, 16 if stages or max(formats) > 3 else 20)
+    return Launch(token_tiles, 1, warps, resident, 0 if half else stages)
 
 
 def linear(
@@ -178,8 +193,9 @@ def linear(
     outs = [torch.empty(tokens, w.rows, dtype=dtype, device=x.values.device) for w in weights]
     if not tokens:
         return outs
+    formats = numbers(weights, _MOST_OUTPUTS)
     tile_counts = [w.tiled.codes.shape[0] for w in weights]
-    use = launch or choose(tokens, sum(tile_counts), k // tiles.INPUTS, max(w.fmt.bits for w in weights))
+    use = launch or choose(tokens, sum(tile_counts), k // tiles.INPUTS, formats, x.half)
     parameters = _Linear(inputs=Inputs.of(x), tokens=tokens, out_kind=KINDS[dtype])
     blocks = 0
     for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
@@ -189,7 +205,7 @@ def linear(
         blocks += -(-tile_counts[i] // use.tiles)
     flags = f"{x.group_size}, {str(x.half).lower()}, {use.token_tiles}, {use.tiles}, {use.warps}, {use.resident}, {use.stages}"
     shared = use.warps * (4 * 8 * use.token_tiles * 33 + use.stages * max(stage_bytes(w) for w in weights))
-    instance = f"linear<{', '.join(map(str, numbers(weights, _MOST_OUTPUTS)))}, {flags}>"
+    instance = f"linear<{', '.join(map(str, formats))}, {flags}>"
     run = nvrtc.kernel("linear.cu", instance, x.values.device.index, shared + table_bytes(weights, x.half))
     run((blocks, -(-tokens // (8 * use.token_tiles)), 1), 32 * use.warps, parameters, early=True)
     return outs

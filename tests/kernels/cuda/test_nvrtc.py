@@ -22,7 +22,7 @@ INSTANCES = {
     "feedback.cu": "feedback<3, 128, true>",
     "gemm.cu": "gemm<3, 0, 0, 0, 128, false, 64, 2, 1, 4, 1>",
     "int8_gemm.cu": "int8_gemm<3, 0, 0, 0, 128, 64, 1, 1, 4, 2>",
-    "linear.cu": "linear<3, 0, 0, 0, 128, false, 1, 1, 4, 16>",
+    "linear.cu": "linear<3, 0, 0, 0, 128, false, 1, 1, 4, 16, 0>",
     "rotate.cu": "rotate<128, 2, false, 0, false>",
     "sort_experts.cu": "sort_experts<1>",
     "trellis_encode.cu": "trellis_encode<32, 2, 0>",

@@ -17,10 +17,10 @@ from kappaquant.kernels.cuda.cells import cells
 @needs_compiler
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile(arch: str) -> None:
-    instances = [f"linear<{cells(named(n)).number}, 0, 0, 0, 128, false, 1, 1, 4, 0>" for n in INT8_NAMES]
-    instances += [f"linear<{cells(named(n)).number}, 0, 0, 0, 64, true, 2, 1, 8, 16>" for n in NAMES]
-    instances += ["linear<3, 4, 5, 2, 256, false, 8, 2, 4, 0>", "linear<6, 8, 7, 0, 32, true, 1, 1, 4, 16>"]
-    instances += ["linear<19, 20, 3, 18, 256, false, 8, 2, 4, 0>", "linear<6, 19, 18, 20, 32, true, 1, 1, 4, 16>"]
+    instances = [f"linear<{cells(named(n)).number}, 0, 0, 0, 128, false, 1, 1, 4, 0, 0>" for n in INT8_NAMES]
+    instances += [f"linear<{cells(named(n)).number}, 0, 0, 0, 64, true, 2, 1, 8, 16, 0>" for n in NAMES]
+    instances += ["linear<3, 4, 5, 2, 256, false, 8, 2, 4, 0, 0>", "linear<6, 8, 7, 0, 32, true, 1, 1, 4, 16, 0>"]
+    instances += ["linear<19, 20, 3, 18, 256, false, 2, 1, 4, 16, 3>", "linear<6, 19, 18, 20, 32, true, 1, 1, 4, 16, 0>"]
     for instance in instances:
         code, name = nvrtc.compiled("linear.cu", instance, arch)
         assert code.startswith(b"\x7fELF")
@@ -32,7 +32,7 @@ def test_kernels_compile(arch: str) -> None:
 @needs_compiler
 def test_a_kernel_that_does_not_compile_says_why() -> None:
     with pytest.raises(UnsupportedError, match=r"(?s)linear.cu: linear<6, .*int8 tables are for 2 to 5 bits"):
-        nvrtc.compiled("linear.cu", "linear<6, 0, 0, 0, 128, false, 1, 1, 4, 0>", "sm_90")
+        nvrtc.compiled("linear.cu", "linear<6, 0, 0, 0, 128, false, 1, 1, 4, 0, 0>", "sm_90")
 
 
 def test_refusals_say_why() -> None:
@@ -60,17 +60,20 @@ def test_inputs_that_do_not_go_together_are_refused() -> None:
 
 
 def test_every_launch_fits_the_card() -> None:
-    """Shared memory of 227 KB a block (compute capability 9.0) holds the sums and the widest table."""
+    """Shared memory of 227 KB a block (compute capability 9.0) holds the sums, the widest table and the stages."""
+    numbers = {cells(named(name)).number: named(name) for name in NAMES}
     for tokens in (1, 8, 9, 16, 17, 64, 65, 128, 4096):
         for tile_count in (1, 64, 896, 10000):
             for units in (1, 4, 32, 256):
-                for bits in BITS:
-                    use = tensor_cores.choose(tokens, tile_count, units, bits)
-                    assert use.warps % use.tiles == 0
-                    assert use.warps <= 16
-                    assert 4 * 8 * use.token_tiles * 33 * use.warps + (128 << 8) <= 227 << 10
-                    padded = 8 if tokens <= 8 else -(-tokens // 128) * 128
-                    assert -(-tokens // (8 * use.token_tiles)) * 8 * use.token_tiles <= padded
+                for number, fmt in numbers.items():
+                    for half in (False, True):
+                        use = tensor_cores.choose(tokens, tile_count, units, [number, 3, 0, 0], half)
+                        assert use.warps % use.tiles == 0
+                        assert use.warps <= 16
+                        stages = use.stages * (512 * fmt.bits + 256 + 128)
+                        assert use.warps * (4 * 8 * use.token_tiles * 33 + stages) + (128 << 8) <= 227 << 10
+                        padded = 8 if tokens <= 8 else -(-tokens // 128) * 128
+                        assert -(-tokens // (8 * use.token_tiles)) * 8 * use.token_tiles <= padded
 
 
 @gpu
@@ -85,7 +88,8 @@ def test_products(fmt: GroupedFormat, half: bool) -> None:
             x = random(m, k, seed=m).cuda().bfloat16()
             rotated, _ = inputs.rotate(x, fmt, half)
             (y,) = tensor_cores.linear(rotated, [weight], torch.float32)
-            assert error(y, x, decoded) < (1e-3 if half else 0.013), (n, k, m)
+            allowed = (1e-3 if half else 0.013) * (1 if m * n > 100 else 3)  # few outputs vary more
+            assert error(y, x, decoded) < allowed, (n, k, m)
 
 
 @gpu
@@ -146,6 +150,21 @@ def test_what_goes_before_the_rotation(dtype: torch.dtype) -> None:
     integers, _ = inputs.rotate(x, fmt, False)
     assert torch.equal(integers.halves[:, :5], integers.values.view(5, -1, 128).sum(-1).t() / 2)
     assert int(integers.values.abs().max()) == 127
+
+
+@gpu
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+@pytest.mark.parametrize("name", INT8_NAMES)
+def test_stages_give_what_registers_give(name: str, group: int, stages: int) -> None:
+    fmt = named(name, group)
+    for n, k in ((45, 3 * group - 5), (300, 1024 + group)):
+        weight, _ = prepared(fmt, n, k)
+        for m, tiles in ((1, 1), (13, 2)):
+            rotated, _ = inputs.rotate(random(m, k).cuda().bfloat16(), fmt, False)
+            launches = (tensor_cores.Launch(tiles, 1, 4, 16), tensor_cores.Launch(tiles, 1, 4, 16, stages))
+            one, other = (tensor_cores.linear(rotated, [weight], torch.float32, launch=each)[0] for each in launches)
+            assert torch.equal(one, other)
 
 
 @gpu
