@@ -3,7 +3,7 @@
 Weights are made on the card, layer by layer: 70 GB in bf16, and never both. Every variant runs transformers' own model
 through the same static cache; a step is timed by events, with the draw of the token, and a row is the median.
 
-python -m benchmarks.gpu_decode [--layers 4]
+python -m benchmarks.gpu_decode [--layers 4] [--only apex2 --only "apex2, trellis" --save gpu_decode_trellis]
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, help="a smaller model, to try; its result is not saved")
     parser.add_argument("--only", action="append", choices=VARIANTS, help="a variant; may be given several times")
+    parser.add_argument("--save", default="gpu_decode", help="name of the result of all layers")
     parser.add_argument("--cases", default=",".join(f"{b}x{c}" for b, c in CASES), help="batch x context")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -103,7 +104,7 @@ def main() -> None:
     console, about = Console(width=130), environment("cuda")
     table = Table("model", "batch", "context", "decode tok/s", "step ms", "prefill tok/s", "first token ms", "weights GiB",
                   "peak GiB", "kernels/step")  # fmt: skip
-    whole = options.layers is None and not options.only
+    whole = options.layers is None and (not options.only or options.save != "gpu_decode")
     found: list[dict[str, Any]] = []
     for row in rows(qwen3_6(options.layers), "cuda", variants):
         found.append(row)
@@ -112,7 +113,7 @@ def main() -> None:
         table.add_row(*(str(row[key]) for key in shown))
         print(*(row[key] for key in shown), file=sys.stderr, flush=True)  # a long run shows where it is
         if whole:
-            save("gpu_decode", {"environment": about, "rows": found, "aims": aims(found)})  # and keeps what it has
+            save(options.save, {"environment": about, "rows": found, "aims": aims(found)})  # and keeps what it has
     console.print(table)
     for aim in aims(found):
         console.print(

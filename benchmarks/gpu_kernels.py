@@ -1,4 +1,4 @@
-"""Codebook products against bf16 and int4 on one GPU: microseconds, TB/s and share of the card's read ceiling.
+"""Products with codebooks and trellis codes against bf16 and int4 on one GPU: microseconds, TB/s and share of the card's read ceiling.
 
 Products are timed alone; the input's rotation is a time of its own, and `with input` their sum. Which kernel runs is what
 `kappaquant.kernels.cuda.tiled` chooses for that batch. Peers run in the same process: bf16 through cuBLAS, torch's int4 (tinygemm),
@@ -23,7 +23,8 @@ from rich.table import Table
 from benchmarks import gpu_peers as peers
 from benchmarks.environment import environment, save
 from benchmarks.gpu_peers import DEVICE, GROUP, activations, copies, matmul_ceiling, read_ceiling, replay
-from kappaquant.formats.codebook import BITS, CodebookFormat
+from kappaquant.formats.codebook import GroupedFormat
+from kappaquant.formats.kinds import KINDS, kind_and_bits
 from kappaquant.kernels.base import Arranged
 from kappaquant.kernels.cuda import decoded, tensor_cores, tiled
 from kappaquant.kernels.cuda.tiled import Tiled
@@ -32,6 +33,9 @@ LARGE, SMALL, SQUARE = (28672, 4096), (8192, 2048), (4096, 4096)
 BATCHES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 EXPERTS, TOP_K, HIDDEN, INNER = 256, 8, 2048, 512
 EXPERT_TOKENS = (1, 8, 64, 2048)
+EXPERT_FORMATS = (("k3", "k4"), ("t3", "t4"))  # of gate_up and down
+ALL = [f"{letter}{bits}" for letter, kind in KINDS.items() for bits in kind.bits]
+USUAL = ("k3", "k4", "t3", "t4")
 
 Peer = Callable[[int, int, int], float]
 PEERS: dict[str, tuple[Peer, float]] = {
@@ -42,34 +46,46 @@ PEERS: dict[str, tuple[Peer, float]] = {
 }
 
 
-def random_weight(bits: int, *shape: int) -> tensor_cores.Weight:
+def named(name: str) -> GroupedFormat:
+    """The format of a name such as "t3"."""
+    letter, bits = kind_and_bits(name, "format") or ("", 0)
+    return KINDS[letter].make(bits, GROUP)
+
+
+def random_weight(name: str, *shape: int) -> tensor_cores.Weight:
     """Any bytes are codes: random ones are as fast as encoded weights."""
-    fmt = CodebookFormat(bits, GROUP)
+    fmt = named(name)
     packed = torch.randint(0, 256, fmt.packed_shape(shape), dtype=torch.uint8, device=DEVICE)
     norms = (torch.rand(fmt.norms_shape(shape), device=DEVICE) / 8).half()
     return tensor_cores.Weight.of(packed, norms, fmt, shape[-1])
 
 
-def codebook(bits: int, n: int, k: int, m: int, half: bool) -> tuple[float, float]:
-    """(product, rotation of its input), microseconds."""
-    fmt, shape = CodebookFormat(bits, GROUP), (n, k)
-    weights = [random_weight(bits, *shape) for _ in range(copies(fmt.nbytes(shape)))]
+def product(name: str, n: int, k: int, m: int, half: bool) -> float:
+    """Microseconds of a product whose input is rotated."""
+    fmt, shape = named(name), (n, k)
+    weights = [random_weight(name, *shape) for _ in range(copies(fmt.nbytes(shape)))]
     x = activations(m, k)
     if tiled.decodes_first(m, x.device):
-        return replay([partial(decoded.linear, x, w) for w in weights]), 0.0
-    kernel = Tiled()
-    kind = (GROUP, half)
+        return replay([partial(decoded.linear, x, w) for w in weights])
+    kernel, kind = Tiled(), (GROUP, half)
     prepared = kernel.prepare(x, fmt, kind)
     calls = [
         partial(kernel.linear, x, prepared, kind, Arranged(fmt, shape, (w.tiled.codes, w.tiled.norms)), None)
         for w in weights
     ]
-    return replay(calls), replay([partial(kernel.prepare, x, fmt, kind)] * 20)
+    return replay(calls)
 
 
-def experts(tokens: int) -> tuple[float, float]:
-    """(ours, grouped_mm in bf16), microseconds of a block of routed experts, 3 and 4 bits, its input's rotation included."""
-    made = [(random_weight(3, EXPERTS, 2 * INNER, HIDDEN), random_weight(4, EXPERTS, HIDDEN, INNER)) for _ in range(2)]
+def rotation(k: int, m: int, half: bool) -> float:
+    """Microseconds of an input's rotation, the same for every format; none where a weight is decoded first."""
+    x = activations(m, k)
+    if tiled.decodes_first(m, x.device):
+        return 0.0
+    return replay([partial(Tiled().prepare, x, named("k3"), (GROUP, half))] * 20)
+
+
+def experts(tokens: int) -> tuple[list[float], float]:
+    """(ours in each of ``EXPERT_FORMATS``, grouped_mm in bf16), microseconds of a block of routed experts, its input's rotation included."""
     plain = [
         torch.randn(EXPERTS, *shape, dtype=torch.bfloat16, device=DEVICE) / 32
         for shape in ((2 * INNER, HIDDEN), (HIDDEN, INNER))
@@ -80,7 +96,7 @@ def experts(tokens: int) -> tuple[float, float]:
 
     shapes = ((EXPERTS, 2 * INNER, HIDDEN), (EXPERTS, HIDDEN, INNER))
 
-    def ours(i: int) -> torch.Tensor:
+    def ours(made: list[tuple[tensor_cores.Weight, tensor_cores.Weight]], i: int) -> torch.Tensor:
         gate_up, down = made[i % 2]
         first, second = (
             Arranged(w.fmt, shape, (w.tiled.codes, w.tiled.norms))
@@ -88,7 +104,10 @@ def experts(tokens: int) -> tuple[float, float]:
         )
         return Tiled().experts(x, routes[i], weights, first, second, "int8")
 
-    mine = replay([partial(ours, i) for i in range(8)])
+    mine = []
+    for first, second in EXPERT_FORMATS:
+        made = [(random_weight(first, *shapes[0]), random_weight(second, *shapes[1])) for _ in range(2)]
+        mine.append(replay([partial(ours, made, i) for i in range(8)]))
     return mine, replay([partial(peers.grouped_mm, plain[0], plain[1], x, route, weights) for route in routes])
 
 
@@ -115,21 +134,35 @@ def rows(ceiling: float, others: Mapping[str, tuple[Peer, float]]) -> Iterator[d
                     continue
                 yield row(name, shape, m, bits, us)
             for half in (False, True) if not tiled.needs_half("int8", 3, m, shape[0]) else (True,):
-                for width in BITS if m == 1 and shape == LARGE else (3, 4):
-                    if half or width in tensor_cores.INT8_BITS:
-                        us, rotation = codebook(width, *shape, m, half)
-                        kind = "float16" if half else "int8"
-                        beside = {"rotation_us": round(rotation, 2), "with_input_us": round(us + rotation, 2)}
-                        yield row(f"{width} bits, {kind}", shape, m, width + 16 / GROUP, us) | beside
+                turn = rotation(shape[1], m, half)
+                for name in ALL if (m, shape) == (1, LARGE) else USUAL:
+                    fmt = named(name)
+                    if half or fmt.bits in tensor_cores.INT8_BITS:
+                        us = product(name, *shape, m, half)
+                        beside = {"rotation_us": round(turn, 2), "with_input_us": round(us + turn, 2)}
+                        yield row(label(name, half), shape, m, fmt.bits + 16 / GROUP, us) | beside
             torch.cuda.empty_cache()
+
+
+def label(name: str, half: bool) -> str:
+    """What a row is called."""
+    width = f"{name[1:]} bits" if name[0] == "k" else f"trellis {name[1:]}"
+    return f"{width}, {'float16' if half else 'int8'}"
 
 
 def blocks() -> list[dict[str, Any]]:
     """Blocks of routed experts, 256 of them, 8 a token, 2048 / 512."""
     found = []
     for tokens in EXPERT_TOKENS:
-        us, bf16 = experts(tokens)
-        found.append({"tokens": tokens, "us": round(us, 2), "grouped_mm_bf16_us": round(bf16, 2)})
+        (us, trellis), bf16 = experts(tokens)
+        found.append(
+            {
+                "tokens": tokens,
+                "us": round(us, 2),
+                "trellis_us": round(trellis, 2),
+                "grouped_mm_bf16_us": round(bf16, 2),
+            }
+        )
         torch.cuda.empty_cache()
     return found
 
@@ -151,6 +184,10 @@ def aims(found: list[dict[str, Any]], of_experts: list[dict[str, Any]]) -> list[
         kind = "float16" if tiled.needs_half("int8", bits, m, LARGE[0]) else "int8"
         return us(f"{bits} bits, {kind}", LARGE, m) / us("bf16 (cuBLAS)", LARGE, m)
 
+    def beside(bits: int, m: int) -> float:
+        half = tiled.needs_half("int8", bits, m, LARGE[0])
+        return us(label(f"t{bits}", half), LARGE, m) / us(label(f"k{bits}", half), LARGE, m)
+
     three, four = "3 bits, int8", "4 bits, int8"
     block = {row["tokens"]: row for row in of_experts}
     made: list[tuple[str, float, str, float]] = [
@@ -165,6 +202,19 @@ def aims(found: list[dict[str, Any]], of_experts: list[dict[str, Any]]) -> list[
             (f"{bits} bits 28672x4096 batch {m}, of bf16's time", ratio(bits, m), "<=", most)
             for m, most in ((16, 0.8), (32, 0.8), (64, 0.8), (128, 0.8), (512, 1.1), (1024, 1.1), (4096, 1.1))
             for bits in (3, 4)
+        ),
+        *(
+            (f"trellis {bits} 28672x4096 batch 1, us", us(f"trellis {bits}, int8", LARGE, 1), "<=", most)
+            for bits, most in ((2, 15.0), (3, 18.0), (4, 23.0))
+        ),
+        *(
+            (f"trellis {bits} 28672x4096 batch {m}, of the codebook's time", beside(bits, m), "<=", 1.25)
+            for m in BATCHES[1:]
+            for bits in (3, 4)
+        ),
+        *(
+            (f"experts in trellis codes, {m} tokens, of the codebooks' time", block[m]["trellis_us"] / block[m]["us"], "<=", 1.25)
+            for m in EXPERT_TOKENS
         ),
         ("experts, 1 token, us", block[1]["us"], "<=", 20.0),
         *(
@@ -206,9 +256,9 @@ def main() -> None:
             str(r.get("rotation_us", "")), str(r.get("with_input_us", "")),
         )  # fmt: skip
     console.print(table)
-    beside = Table("experts: tokens", "us", "grouped_mm bf16 us")
+    beside = Table("experts: tokens", "us", "trellis us", "grouped_mm bf16 us")
     for r in of_experts:
-        beside.add_row(str(r["tokens"]), f"{r['us']}", f"{r['grouped_mm_bf16_us']}")
+        beside.add_row(str(r["tokens"]), f"{r['us']}", f"{r['trellis_us']}", f"{r['grouped_mm_bf16_us']}")
     console.print(beside)
     reached = aims(found, of_experts)
     for aim in reached:

@@ -9,7 +9,7 @@ from nvrtc_here import ARCHITECTURES, needs_compiler
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats import codec
-from kappaquant.formats.codebook import BITS, CodebookFormat, GroupedFormat
+from kappaquant.formats.codebook import CodebookFormat, GroupedFormat
 from kappaquant.kernels.cuda import inputs, nvrtc, tensor_cores
 from kappaquant.kernels.cuda.cells import cells
 
@@ -20,7 +20,10 @@ def test_kernels_compile(arch: str) -> None:
     instances = [f"linear<{cells(named(n)).number}, 0, 0, 0, 128, false, 1, 1, 4, 0, 0>" for n in INT8_NAMES]
     instances += [f"linear<{cells(named(n)).number}, 0, 0, 0, 64, true, 2, 1, 8, 16, 0>" for n in NAMES]
     instances += ["linear<3, 4, 5, 2, 256, false, 8, 2, 4, 0, 0>", "linear<6, 8, 7, 0, 32, true, 1, 1, 4, 16, 0>"]
-    instances += ["linear<19, 20, 3, 18, 256, false, 2, 1, 4, 16, 3>", "linear<6, 19, 18, 20, 32, true, 1, 1, 4, 16, 0>"]
+    instances += [
+        "linear<19, 20, 3, 18, 256, false, 2, 1, 4, 16, 3>",
+        "linear<6, 19, 18, 20, 32, true, 1, 1, 4, 16, 0>",
+    ]
     for instance in instances:
         code, name = nvrtc.compiled("linear.cu", instance, arch)
         assert code.startswith(b"\x7fELF")
