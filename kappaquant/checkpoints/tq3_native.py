@@ -19,6 +19,7 @@ from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat, published_codebook
 from kappaquant.formats.entry import Entry, Located
+from kappaquant.formats.kinds import CODEBOOK
 from kappaquant.formats.signs import GROUP_SIZES
 from kappaquant.planning.plan import Plan
 from kappaquant.sources.open import open_source
@@ -51,6 +52,7 @@ class Tq3Native(Container):
     """What published TurboQuant checkpoints are; see docs/format.md."""
 
     id = TQ3_NATIVE
+    kinds = (CODEBOOK,)
     one_group_size = True
     hashed = False
     needs_conversion = True
@@ -67,7 +69,10 @@ class Tq3Native(Container):
             if fmt is None:
                 continue
             if not isinstance(fmt, CodebookFormat):
-                raise PlanError(f"{name}: {fmt.id} is no format of {TQ3_NATIVE}; write the kappaquant container")
+                raise PlanError(
+                    f"{name}: {fmt.id} is no format of {TQ3_NATIVE}; plan with --formats {','.join(self.kinds)}, or write the kappaquant "
+                    "container"
+                )
             used.setdefault(fmt.bits, name)
             groups.setdefault(fmt.group_size, name)
         if not used:
