@@ -121,9 +121,9 @@ def _padding(
         inputs *= share
     elif len(info.shape) == 2:
         rows *= share
-    whole = math.ceil(inputs / fmt.step) * fmt.step
+    whole = Fraction(math.ceil(inputs / fmt.step) * fmt.step)
     steps = tile[0], math.lcm(tile[1], fmt.step)
-    padded = (math.ceil(size / step) * step / Fraction(size) for size, step in zip((rows, whole), steps, strict=True))
+    padded = (math.ceil(size / step) * step / size for size, step in zip((rows, whole), steps, strict=True))
     return math.prod(padded, start=Fraction(1))
 
 
