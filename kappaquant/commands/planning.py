@@ -11,7 +11,8 @@ import typer
 
 from kappaquant.commands.options import group_choice, implied_policy, kurtosis_of, policy_of
 from kappaquant.errors import BudgetError, PlanError
-from kappaquant.formats.kinds import KINDS
+from kappaquant.formats.kinds import CODEBOOK, KINDS, TRELLIS_CODE
+from kappaquant.formats.trellis import TrellisFormat
 from kappaquant.planning.policies.base import Evidence, Policy
 from kappaquant.planning.policies.registry import policies
 
@@ -217,3 +218,18 @@ def warn_of_prediction(plan: Plan) -> None:
                 "expect several times as much",
                 predicted,
             )
+
+
+def warn_of_slow_rounding(plan: Plan, device: str | None) -> None:
+    """Say so where a plan has trellis codes and torch would have to search for them."""
+    from kappaquant.files.processes import choose_device
+    from kappaquant.quantizing.calibration.trials import kinds_by_kernels
+
+    where = choose_device(device)
+    formats = filter(None, map(plan.format_of, plan.choices))
+    if TRELLIS_CODE not in kinds_by_kernels(where) and any(isinstance(fmt.rowwise, TrellisFormat) for fmt in formats):
+        logger.warning(
+            "the plan has trellis codes, which no kernel rounds on %s: torch takes tens of times as long; use --device cpu where the native "
+            "core is built, or plan with --formats %s",
+            where, CODEBOOK,
+        )  # fmt: skip

@@ -39,6 +39,7 @@ from kappaquant.commands.planning import (
     SizeOpt,
     check_files,
     warn_of_prediction,
+    warn_of_slow_rounding,
 )
 from kappaquant.commands.terminal import console, progress, show
 from kappaquant.errors import PlanError
@@ -265,6 +266,7 @@ def quantize(
     check(opened, made, options, calibrated)
     if not plan_file:
         check_files(made, opened, container)
+    warn_of_slow_rounding(made, device)
     if not calibrated:
         warn_of_prediction(made)
     text = calibration_of(opened, folder, calibration, calibration_tokens, device) if calibrated else None

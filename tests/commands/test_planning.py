@@ -20,6 +20,7 @@ from kappaquant.commands.planning import evidence_of as read_evidence
 from kappaquant.errors import BudgetError, PlanError
 from kappaquant.planning.policies.sensitivity import Sensitivity
 from kappaquant.planning.sensitivity import Sensitivities
+from kappaquant.quantizing.calibration import trials
 from kappaquant.quantizing.calibration.written import model_of
 from kappaquant.sources.source import Source
 
@@ -123,6 +124,17 @@ def test_a_container_without_trellis_codes_is_planned_for_without_them(
     assert "formats: codebooks (k) and trellis codes (t), all" in done.stdout
     said = refused(*by, "-o", tmp_path / "none", "--format", "tq3_native", "--formats", "t")
     assert "is no format of tq3_native; plan with --formats k, or write the kappaquant container" in said
+
+
+def test_trellis_codes_that_torch_has_to_search_for_are_warned_of(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trials, "kinds_by_kernels", lambda device: ("k",))
+    for formats, warns in (("k", False), ("k,t", True)):
+        by = "--bits", 4, "--formats", formats, "--effort", "fast", "--device", "cpu", "--set", "*.1.*=16"
+        done = run_here("quantize", model, "-o", tmp_path / formats, *by)
+        assert done.returncode == 0, done.stderr
+        assert ("trellis codes, which no kernel rounds on cpu: torch takes tens of times" in caplog.text) is warns
 
 
 def test_budgets_in_every_form(model: Path, evidence: Path) -> None:
