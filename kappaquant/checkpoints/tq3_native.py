@@ -21,6 +21,7 @@ from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFor
 from kappaquant.formats.entry import Entry, Located
 from kappaquant.formats.kinds import CODEBOOK
 from kappaquant.formats.signs import GROUP_SIZES
+from kappaquant.formats.trellis import TrellisFormat
 from kappaquant.planning.plan import Plan
 from kappaquant.sources.open import open_source
 from kappaquant.sources.source import INDEX_NAME, SINGLE_NAME, check_config
@@ -69,10 +70,8 @@ class Tq3Native(Container):
             if fmt is None:
                 continue
             if not isinstance(fmt, CodebookFormat):
-                raise PlanError(
-                    f"{name}: {fmt.id} is no format of {TQ3_NATIVE}; plan with --formats {','.join(self.kinds)}, or write the kappaquant "
-                    "container"
-                )
+                other = f"plan with --formats {CODEBOOK}, or " if isinstance(fmt, TrellisFormat) else ""
+                raise PlanError(f"{name}: {fmt.id} is no format of {TQ3_NATIVE}; {other}write the kappaquant container")
             used.setdefault(fmt.bits, name)
             groups.setdefault(fmt.group_size, name)
         if not used:
