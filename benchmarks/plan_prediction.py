@@ -1,9 +1,11 @@
 """Predicted divergence against measured: plans of many kinds of one model, each quantized and read, beside the plans that evidence makes.
 
-Fixed plans, mixes by chance, and for the bytes of each fixed plan the one that the evidence predicts to be closest. Kept apart: what the
-evidence and calibrated rounding read, and the text that is measured on.
+Fixed plans and mixes by chance, in codebooks and, where the evidence has them, in trellis codes; and for the bytes of each fixed plan the one
+that the evidence predicts to be closest. Other evidence of the same model (--beside) predicts the same plans. Kept apart: what the evidence
+and calibrated rounding read, and the text that is measured on.
 
 python -m benchmarks.plan_prediction MODEL --evidence evidence.json --text held_out.txt [--calibration text.txt] [--mixes 10] [--windows 8]
+    [--beside other.json]
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,6 +31,7 @@ from benchmarks.reference_measure import TextYardstick
 from benchmarks.reference_table import formats_of, quantized
 from kappaquant.checkpoints.open import container_by_id
 from kappaquant.evaluate.documents.report import rounded
+from kappaquant.formats.kinds import USUAL
 from kappaquant.planning.plan import Plan
 from kappaquant.planning.sensitivity import Sensitivities
 from kappaquant.quantizing.calibration.text import Calibration, calibration
@@ -55,15 +59,14 @@ class Plans:
         """Of the checkpoint's weight files."""
         return container_by_id("kappaquant").output_bytes(self.source.shards, plan.format_of)
 
-    def predicted(self, plan: Plan) -> float:
-        """Nats."""
-        return self.evidence.predicted(formats_of(plan))
-
     def all(self, mixes: int) -> Iterator[tuple[str, Plan]]:
         """Name and plan."""
         for name, options in FIXED.items():
             fixed = self.made(**options)
             yield name, fixed
+            in_all = self.made(**options, kinds=self.evidence.kinds)
+            if in_all.choices != fixed.choices:
+                yield f"{name}, trellis codes", in_all
             yield (
                 f"measured, bytes of {name}",
                 self.made(policy="sensitivity", sensitivity=self.evidence, size=self.nbytes(fixed)),
@@ -73,26 +76,45 @@ class Plans:
             pool = POOLS[number % len(POOLS)]
             widths = [(unit.tensors, draw.choice(pool)) for unit in self.evidence.units]
             overrides = [(name, bits) for names, bits in widths for name in names]
-            yield f"mix {number + 1} of {', '.join(map(str, pool))}", self.made(policy="uniform", overrides=overrides)
+            kinds = USUAL if number < len(POOLS) else self.evidence.kinds
+            mix = f"mix {number + 1} of {', '.join(map(str, pool))}{'' if kinds == USUAL else ', trellis codes'}"
+            yield mix, self.made(policy="uniform", overrides=overrides, kinds=kinds)
 
 
 def measure(
-    plans: Plans, yardstick: TextYardstick, text: Calibration | None, mixes: int, device: str, console: Console
-) -> list[dict[str, Any]]:
-    """A row for each plan."""
+    plans: Plans, others: Mapping[str, Sensitivities], yardstick: TextYardstick, text: Calibration | None, mixes: int, device: str,
+    console: Console,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each plan, with what the evidence and others predict of it."""
     rows = []
     with tempfile.TemporaryDirectory() as work:
         for number, (name, plan) in enumerate(plans.all(mixes)):
             packed = quantized(plans.source, plan, Path(work) / str(number), text, device)
             kld = yardstick.read({tensor: weight for tensor, (weight, _) in packed.items()}).figures()["kld_nats"]
             kld.pop("by_position", None)
-            rows.append(
-                {"name": name, "bytes": plans.nbytes(plan), "predicted_kld": plans.predicted(plan), "kld_nats": kld}
-            )
+            formats = formats_of(plan)
+            row = {"name": name, "bytes": plans.nbytes(plan), "predicted_kld": plans.evidence.predicted(formats)}
+            beside = {"beside": {file: other.predicted(formats) for file, other in others.items()}} if others else {}
+            rows.append(row | beside | {"kld_nats": kld})
             console.print(
                 f"{name}: predicted {rows[-1]['predicted_kld']:.5f}, measured {kld['mean']:.5f}", highlight=False
             )
     return rows
+
+
+def agreement(rows: list[dict[str, Any]], predicted: list[float]) -> dict[str, Any]:
+    """Rank correlation, and measured over predicted divergence: the least, the middle and the most."""
+    measured = [row["kld_nats"]["mean"] for row in rows]
+    ratios = sorted(mean / each for mean, each in zip(measured, predicted, strict=True))
+    return {
+        "rank_correlation": float(spearmanr(predicted, measured).statistic),
+        "measured_over_predicted": [ratios[0], median(ratios), ratios[-1]],
+    }
+
+
+def tried(evidence: Sensitivities) -> str:
+    """The width of a kind in which parts were."""
+    return f"{evidence.units[0].kind}{evidence.units[0].bits}"
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -112,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--evidence", type=Path, required=True)
+    parser.add_argument("--beside", type=Path, action="append", default=[], help="other evidence; repeatable")
     parser.add_argument("--text", type=Path, required=True, help="to measure on")
     parser.add_argument("--calibration", type=Path, help="for calibrated rounding; without it effort best")
     parser.add_argument("--calibration-tokens", type=int, default=24 * WINDOW)
@@ -131,16 +154,27 @@ def main() -> None:
     text = args.calibration and calibration(args.calibration, tokenizer, args.calibration_tokens)
     plans = Plans(kappaquant.open_source(args.model), Sensitivities.load(args.evidence))
     yardstick = TextYardstick(args.model, lambda _: windows, args.device)
-    rows = measure(plans, yardstick, text, args.mixes, args.device, console)
-    rank = spearmanr([row["predicted_kld"] for row in rows], [row["kld_nats"]["mean"] for row in rows]).statistic
+    others = {path.name: Sensitivities.load(path) for path in args.beside}
+    rows = measure(plans, others, yardstick, text, args.mixes, args.device, console)
+    own = agreement(rows, [row["predicted_kld"] for row in rows])
+    beside = {
+        name: {"tried": tried(other), **agreement(rows, [row["beside"][name] for row in rows])}
+        for name, other in others.items()
+    }
     save(args.result, rounded({
         "what": "predicted divergence of plans against measured; made by: python -m benchmarks.plan_prediction",
         "model": args.model.name, "text": {"name": args.text.name, "windows": len(windows), "skipped": args.skip},
-        "evidence": {"effort": plans.evidence.effort, "bits": plans.evidence.units[0].bits, "text": plans.evidence.text},
-        "rounding": text.record if text else "best", "environment": environment(args.device), "rank_correlation": float(rank), "rows": rows,
+        "evidence": {"effort": plans.evidence.effort, "tried": tried(plans.evidence), "text": plans.evidence.text},
+        "beside": beside,
+        "rounding": text.record if text else "best", "environment": environment(args.device), **own, "rows": rows,
     }))  # fmt: skip
     console.print(table(rows))
-    console.print(f"rank correlation of predicted and measured: {rank:.3f}", highlight=False)
+    for name, found in {args.evidence.name: own, **beside}.items():
+        least, middle, most = found["measured_over_predicted"]
+        console.print(
+            f"{name}: rank correlation {found['rank_correlation']:.3f}, measured over predicted {least:.2f} to {most:.2f}, {middle:.2f} in "
+            "the middle", highlight=False,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

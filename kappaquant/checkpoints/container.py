@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kappaquant.checkpoints.layout import ShardLayout
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.base import Format
+from kappaquant.formats.kinds import KINDS
 from kappaquant.planning.plan import Plan
 
 if TYPE_CHECKING:
@@ -59,12 +60,14 @@ class Container(ABC):
 
     Attributes:
         id: what commands, messages and reports call it.
+        kinds: of formats that it holds, letters of ``formats.kinds``.
         one_group_size: it says the group size once for all weights.
         hashed: it carries a hash of every stored tensor.
         needs_conversion: it is read and decoded, but serving engines take another container.
     """
 
     id: str
+    kinds: tuple[str, ...] = tuple(KINDS)
     one_group_size: bool = False
     hashed: bool = True
     needs_conversion: bool = False

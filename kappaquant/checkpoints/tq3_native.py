@@ -19,7 +19,9 @@ from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, CodebookFormat, published_codebook
 from kappaquant.formats.entry import Entry, Located
+from kappaquant.formats.kinds import CODEBOOK
 from kappaquant.formats.signs import GROUP_SIZES
+from kappaquant.formats.trellis import TrellisFormat
 from kappaquant.planning.plan import Plan
 from kappaquant.sources.open import open_source
 from kappaquant.sources.source import INDEX_NAME, SINGLE_NAME, check_config
@@ -51,6 +53,7 @@ class Tq3Native(Container):
     """What published TurboQuant checkpoints are; see docs/format.md."""
 
     id = TQ3_NATIVE
+    kinds = (CODEBOOK,)
     one_group_size = True
     hashed = False
     needs_conversion = True
@@ -67,7 +70,8 @@ class Tq3Native(Container):
             if fmt is None:
                 continue
             if not isinstance(fmt, CodebookFormat):
-                raise PlanError(f"{name}: {fmt.id} is no format of {TQ3_NATIVE}; write the kappaquant container")
+                other = f"plan with --formats {CODEBOOK}, or " if isinstance(fmt, TrellisFormat) else ""
+                raise PlanError(f"{name}: {fmt.id} is no format of {TQ3_NATIVE}; {other}write the kappaquant container")
             used.setdefault(fmt.bits, name)
             groups.setdefault(fmt.group_size, name)
         if not used:

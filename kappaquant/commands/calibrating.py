@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,6 @@ import typer
 
 from kappaquant.commands.options import (
     DeviceOpt,
-    FormatsOpt,
     GroupOpt,
     JobsOpt,
     RevisionOpt,
@@ -23,13 +23,15 @@ from kappaquant.commands.terminal import console, progress
 from kappaquant.errors import OutputError, PlanError, SourceError
 from kappaquant.files.documents import check_file
 from kappaquant.formats.base import EFFORTS
-from kappaquant.formats.kinds import CODEBOOK, check_kinds, kind_and_bits
+from kappaquant.formats.kinds import KINDS, check_kinds, kind_and_bits
 
 if TYPE_CHECKING:
     from kappaquant.checkpoints.checkpoint import Checkpoint
     from kappaquant.quantizing.calibration.text import Calibration
     from kappaquant.quantizing.calibration.written import Header
     from kappaquant.sources.source import Source
+
+logger = logging.getLogger("kappaquant")
 
 
 def write(
@@ -70,7 +72,7 @@ def calibrate(
     bits: Annotated[
         str | None,
         typer.Option(
-            help="At which each part of the model is tried, 2 to 8, or with its kind such as t3; 3, of the first of --formats, unless given."
+            help="At which each part of the model is tried, 2 to 8, or with its kind such as t3; 3, of the kind of least error, unless given."
         ),
     ] = None,
     effort: Annotated[
@@ -83,7 +85,13 @@ def calibrate(
         bool, typer.Option("--data-free", help="Without text: errors of weights, and κ; cruder by far, and fast.")
     ] = False,
     group_size: GroupOpt = "auto",
-    formats: FormatsOpt = CODEBOOK,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            help="Kinds of formats to measure: k (codebooks), t (trellis codes of 2 to 4 bits), or k,t; all that kernels round on the "
+            "device, unless given."
+        ),
+    ] = None,
     jobs: JobsOpt = None,
     device: DeviceOpt = None,
     revision: RevisionOpt = None,
@@ -102,7 +110,7 @@ def calibrate(
     if data_free:
         refuse_unused({"--bits": bits, "--effort": effort}, "with --data-free, which tries nothing; leave it out")
     check_file(output)
-    group, kinds = group_choice(group_size), check_kinds(formats.split(","))
+    group, kinds = group_choice(group_size), _kinds_to_measure(formats, bits, device)
     kind, width = _tried(bits or "3", kinds)
     trial = Trial(width, effort or "calibrated", group, kinds, kind)
     opened = open_source(source, revision)
@@ -118,13 +126,35 @@ def calibrate(
             )  # fmt: skip
     found.save(output)
     console().print(sensitivity_table(found))
-    console().print(f"{output}: for kappaquant plan --evidence", markup=False, highlight=False)
+    measured = " and ".join(KINDS[kind].name for kind in found.kinds)
+    console().print(f"{output}: of {measured}, for kappaquant plan --evidence", markup=False, highlight=False)
+
+
+def _kinds_to_measure(formats: str | None, bits: str | None, device: str | None) -> tuple[str, ...]:
+    """Those that --formats says; without it all where --bits names one, else those that kernels round, and a warning if these are not all."""
+    from kappaquant.files.processes import choose_device
+    from kappaquant.quantizing.calibration.trials import kinds_by_kernels
+
+    if formats is not None:
+        return check_kinds(formats.split(","))
+    if bits and not bits.isdecimal():
+        return tuple(KINDS)
+    where = choose_device(device)
+    kinds = kinds_by_kernels(where)
+    if missing := [kind for kind in KINDS if kind not in kinds]:
+        logger.warning(
+            "%s are not measured: no kernel rounds them on %s, and torch takes tens of times as long; --formats %s measures them, and "
+            "plans choose from what was measured",
+            " and ".join(KINDS[kind].name for kind in missing), where, ",".join(KINDS),
+        )  # fmt: skip
+    return kinds
 
 
 def _tried(bits: str, kinds: Sequence[str]) -> tuple[str, int]:
     """The kind and width that --bits says. Raises PlanError."""
     if bits.isdecimal():
-        return kinds[0], int(bits)
+        least_error_first = reversed(kinds)  # they stand in the order of ``KINDS``
+        return next((kind for kind in least_error_first if int(bits) in KINDS[kind].bits), kinds[0]), int(bits)
     named = kind_and_bits(bits, f"--bits {bits}")
     if not named:
         raise PlanError(f"--bits {bits!r}: must be a width, 2 to 8, or one with its kind such as t3")

@@ -11,7 +11,6 @@ import typer
 from kappaquant.commands.planning import check_model
 from kappaquant.errors import PlanError
 from kappaquant.files.documents import check_file, write_whole
-from kappaquant.formats.kinds import USUAL
 
 if TYPE_CHECKING:
     from kappaquant.formats.base import Format
@@ -49,15 +48,18 @@ def write_page(
     plan: Plan,
     evidence: Path,
     measured: list[Path] | None,
+    kinds: str | None,
 ) -> None:
-    """Write the explorer of a source."""
+    """Write the explorer of a source, which chooses from the kinds of formats that --formats says; by default all that were measured."""
     from kappaquant.planning.explorer.page import page as made
     from kappaquant.planning.sensitivity import Sensitivities
 
     source = shlex.join([location, *(["--revision", revision] if revision else [])])
-    command = f"kappaquant plan {source} --evidence {shlex.quote(str(evidence))}{_plan_options(plan)}"
     known = Sensitivities.load(evidence)
     check_model(evidence, known, opened)
+    plan = plan.among(known.kinds if kinds is None else plan.kinds)
+    options = _plan_options(plan) + ("" if plan.kinds == known.kinds else f" --formats {','.join(plan.kinds)}")
+    command = f"kappaquant plan {source} --evidence {shlex.quote(str(evidence))}{options}"
     text = made(
         plan, opened.tensors, opened.config, known, command=command, source=source, headers=_headers(opened, plan, known),
         measured=[_mark(path) for path in measured or []],
@@ -82,7 +84,6 @@ def _plan_options(plan: Plan) -> str:
     words = [
         word for pattern, setting in plan.inputs.get("overrides", []) for word in ("--set", f"{pattern}={setting}")
     ]
-    words += ["--formats", ",".join(plan.kinds)] if plan.kinds != USUAL else []
     words += ["--group-size", str(plan.group_size)] if plan.group_size != "auto" else []
     words += ["--fuse-legal"] if plan.inputs.get("fuse") else []
     words += ["--target", plan.inputs["target"]] if "target" in plan.inputs else []

@@ -57,9 +57,10 @@ SetOpt = Annotated[
     ),
 ]
 FormatsOpt = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="Kinds of formats: k (codebooks), t (trellis codes of 2 to 4 bits: less error in the same bytes), or k,t."
+        help="Kinds of formats: k (codebooks), t (trellis codes of 2 to 4 bits: less error in the same bytes), or k,t; by evidence all "
+        "that it has, else k, unless given."
     ),
 ]
 FuseOpt = Annotated[

@@ -11,8 +11,9 @@ import typer
 
 from kappaquant.commands.options import group_choice, implied_policy, kurtosis_of, policy_of
 from kappaquant.errors import BudgetError, PlanError
-from kappaquant.formats.kinds import CODEBOOK
-from kappaquant.planning.policies.base import Policy
+from kappaquant.formats.kinds import CODEBOOK, KINDS, TRELLIS_CODE
+from kappaquant.formats.trellis import TrellisFormat
+from kappaquant.planning.policies.base import Evidence, Policy
 from kappaquant.planning.policies.registry import policies
 
 if TYPE_CHECKING:
@@ -96,7 +97,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What the options of a command say of a plan."""
+    """What the options of a command say of a plan.
+
+    Attributes:
+        kinds: what --formats says; None where it was not given.
+        container: id of the one that the plan is for.
+    """
 
     policy: str | None
     policy_options: dict[str, str]
@@ -105,7 +111,8 @@ class PlanSettings:
     limits: Limits
     group_size: str
     overrides: list[str] | None
-    kinds: str = CODEBOOK
+    kinds: str | None = None
+    container: str = "kappaquant"
 
     def plan(self, source: Source, fuse: bool, target: str | None = None) -> Plan:
         from kappaquant.planning.make import make_plan, parse_override
@@ -113,17 +120,42 @@ class PlanSettings:
         default = implied_policy(self.policy_options, "sensitivity" if self.evidence else "recipe")
         policy = policy_of(self.policy or default, self.policy_options)
         size, active = self.limits.bytes_of_files(source), self.limits.bytes_for_a_token()
+        known = evidence_of(self.evidence, source, policy)
         try:
             return make_plan(
                 source.tensors, source.config, policy, profile=kurtosis_of(self.profile, policy),
-                sensitivity=evidence_of(self.evidence, source, policy), size=size, active=active, shards=source.shards,
-                group_size=group_choice(self.group_size), kinds=self.kinds.split(","), overrides=[parse_override(text) for text in self.overrides or []],
+                sensitivity=known, size=size, active=active, shards=source.shards,
+                group_size=group_choice(self.group_size), kinds=self._kinds(policy, known), overrides=[parse_override(text) for text in self.overrides or []],
                 fuse=fuse, target=target,
             )  # fmt: skip
         except BudgetError as problem:
             if shared := self.limits.fitted(source):
                 raise BudgetError(f"--fit: {shared}; {problem}") from None
             raise
+
+    def _kinds(self, policy: Policy, known: Sensitivities | None) -> list[str]:
+        """Letters that --formats says; without it those of the policy's that the container holds."""
+        from kappaquant.checkpoints.open import container_by_id
+
+        if self.kinds is not None:
+            return self.kinds.split(",")
+        held = container_by_id(self.container).kinds
+        return [kind for kind in policy.kinds(Evidence(sensitivity=known)) if kind in held] or list(held)
+
+    def of_kinds(self, made: Plan) -> str:
+        """Which kinds of formats a plan by evidence was chosen from, and why not from all; empty where --formats said so."""
+        from kappaquant.checkpoints.open import container_by_id
+
+        if self.kinds is not None or "evidence" not in made.inputs:
+            return ""
+        names = {kind: f"{KINDS[kind].name} ({kind})" for kind in KINDS}
+        chosen = " and ".join(names[kind] for kind in made.kinds)
+        missing = " and ".join(name for kind, name in names.items() if kind not in made.kinds)
+        if not missing:
+            return f"formats: {chosen}, all that the evidence has; --formats takes fewer"
+        if set(made.kinds) == set(container_by_id(self.container).kinds):
+            return f"formats: {chosen} alone: {self.container} holds no {missing}"
+        return f"formats: {chosen} alone: the evidence has no {missing}; calibrate --formats {','.join(KINDS)} measures all"
 
 
 def evidence_of(path: Path | None, source: Source, policy: Policy) -> Sensitivities | None:
@@ -186,3 +218,18 @@ def warn_of_prediction(plan: Plan) -> None:
                 "expect several times as much",
                 predicted,
             )
+
+
+def warn_of_slow_rounding(plan: Plan, device: str | None) -> None:
+    """Say so where a plan has trellis codes and torch would have to search for them."""
+    from kappaquant.files.processes import choose_device
+    from kappaquant.quantizing.calibration.trials import kinds_by_kernels
+
+    where = choose_device(device)
+    formats = filter(None, map(plan.format_of, plan.choices))
+    if TRELLIS_CODE not in kinds_by_kernels(where) and any(isinstance(fmt.rowwise, TrellisFormat) for fmt in formats):
+        logger.warning(
+            "the plan has trellis codes, which no kernel rounds on %s: torch takes tens of times as long; use --device cpu where the native "
+            "core is built, or plan with --formats %s",
+            where, CODEBOOK,
+        )  # fmt: skip

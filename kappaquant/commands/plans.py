@@ -39,11 +39,11 @@ from kappaquant.commands.planning import (
     SizeOpt,
     check_files,
     warn_of_prediction,
+    warn_of_slow_rounding,
 )
 from kappaquant.commands.terminal import console, progress, show
 from kappaquant.errors import PlanError
 from kappaquant.files.documents import check_file
-from kappaquant.formats.kinds import CODEBOOK
 
 if TYPE_CHECKING:
     from kappaquant.planning.plan import Plan
@@ -104,7 +104,7 @@ def plan(
     fit: FitOpt = None,
     context: ContextOpt = None,
     group_size: GroupOpt = "auto",
-    formats: FormatsOpt = CODEBOOK,
+    formats: FormatsOpt = None,
     overrides: SetOpt = None,
     fuse: FuseOpt = False,
     target: Annotated[
@@ -144,10 +144,12 @@ def plan(
     if output:
         made.save(output)
     if explore and evidence:
-        write_page(explore, source, revision, opened, made, evidence, measured)
+        write_page(explore, source, revision, opened, made, evidence, measured, formats)
         if not as_json:
             console().print(f"{explore}: open it in a browser", markup=False, highlight=False)
     show(made.to_json() if as_json else plan_table(made, sizes, files), as_json)
+    if not as_json and (said := settings.of_kinds(made)):
+        console().print(said, markup=False, highlight=False, soft_wrap=True)
     if not as_json and (shared := limits.fitted(opened)):
         console().print(str(shared), highlight=False, soft_wrap=True)
     if fuse and not as_json:
@@ -177,7 +179,9 @@ def quantize(
     fit: FitOpt = None,
     context: ContextOpt = None,
     group_size: Annotated[str | None, typer.Option(help="As for plan; 128 for tq3_native unless given.")] = None,
-    formats: Annotated[str | None, typer.Option(help="As for plan.")] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="As for plan; those that the --format holds, unless given.")
+    ] = None,
     overrides: SetOpt = None,
     fuse: FuseOpt = False,
     effort: Annotated[
@@ -255,11 +259,14 @@ def quantize(
         one = container_by_id(container).one_group_size  # which is 128 where nothing else is asked for
         group = group_size or ("128" if one else "auto")
         limits = Limits(size, bits_per_weight, active, fit, context)
-        made = PlanSettings(
-            policy, policy_options, profile, evidence, limits, group, overrides, formats or CODEBOOK
-        ).plan(opened, fuse)
-        check_files(made, opened, container)
+        settings = PlanSettings(policy, policy_options, profile, evidence, limits, group, overrides, formats, container)
+        made = settings.plan(opened, fuse)
+        if said := settings.of_kinds(made):
+            console().print(said, markup=False, highlight=False, soft_wrap=True)
     check(opened, made, options, calibrated)
+    if not plan_file:
+        check_files(made, opened, container)
+    warn_of_slow_rounding(made, device)
     if not calibrated:
         warn_of_prediction(made)
     text = calibration_of(opened, folder, calibration, calibration_tokens, device) if calibrated else None

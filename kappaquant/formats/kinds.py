@@ -36,7 +36,7 @@ KINDS: Mapping[str, Kind] = {
 }
 """In alphabetical order, and of two that have a width the one of less error last."""
 USUAL = (CODEBOOK,)
-"""What plans choose from unless they are told to."""
+"""What plans choose from unless they are told to, or go by evidence that holds more."""
 
 
 def check_kinds(kinds: Iterable[str]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.base import Format
+from kappaquant.formats.codebook import GroupedFormat
 from kappaquant.models.roles import Role, TensorKind, kinds_of
 
 ROUTED = (Role.ROUTED_GATE, Role.ROUTED_UP, Role.ROUTED_GATE_UP, Role.ROUTED_DOWN)
@@ -94,7 +95,8 @@ def bytes_per_card(
     With ``expert_parallel`` a card holds the experts' share rounded up to whole experts.
 
     Args:
-        tile: rows and inputs that a kernel's layout takes at once; a card's share of a packed matrix is padded to whole ones.
+        tile: rows and inputs that a kernel's layout of codebooks and trellis codes takes at once; a card's share of such a matrix is
+            padded to whole ones, in as many bytes a weight.
     """
     total = Fraction(0)
     for name, kind in kinds_of(tensors, config).items():
@@ -102,20 +104,26 @@ def bytes_per_card(
         if kind.role is Role.MTP:
             continue
         share = _share(info, kind, config, cards, expert_parallel)
-        size = fmt.nbytes(info.shape) if fmt else info.nbytes
-        total += size * share * (_padding(info, kind, share, tile, _cut(name, kind, expert_parallel)) if fmt else 1)
+        size = (fmt.nbytes(info.shape) if fmt else info.nbytes) * share
+        if fmt and isinstance(fmt.rowwise, GroupedFormat):
+            size *= _padding(info, kind, fmt, share, tile, _cut(name, kind, expert_parallel))
+        total += size
     return math.ceil(total)
 
 
-def _padding(info: TensorInfo, kind: TensorKind, share: Fraction, tile: tuple[int, int], by_input: bool) -> Fraction:
-    """How many times its packed bytes a share takes, its rows and inputs padded to whole tiles."""
+def _padding(
+    info: TensorInfo, kind: TensorKind, fmt: Format, share: Fraction, tile: tuple[int, int], by_input: bool
+) -> Fraction:
+    """How many times its packed bytes, in which groups are whole, a share takes with its rows and inputs padded to whole tiles."""
     inputs = Fraction(kind.inputs(info.shape))
     rows = info.shape[-2] * info.shape[-1] / inputs
     if by_input:
         inputs *= share
     elif len(info.shape) == 2:
         rows *= share
-    padded = (math.ceil(size / unit) * unit / size for size, unit in zip((rows, inputs), tile, strict=True))
+    whole = Fraction(math.ceil(inputs / fmt.step) * fmt.step)
+    steps = tile[0], math.lcm(tile[1], fmt.step)
+    padded = (math.ceil(size / step) * step / size for size, step in zip((rows, whole), steps, strict=True))
     return math.prod(padded, start=Fraction(1))
 
 

@@ -45,7 +45,7 @@ def make_plan(
     active: int | None = None,
     shards: Mapping[str, Mapping[str, TensorInfo]] | None = None,
     group_size: GroupSize = AUTO,
-    kinds: Iterable[str] = USUAL,
+    kinds: Iterable[str] | None = None,
     overrides: Iterable[tuple[str, Setting]] = (),
     fuse: bool = False,
     target: str | None = None,
@@ -64,7 +64,8 @@ def make_plan(
         active: bytes of weights that decoding a token may read, for policies that keep to this one too.
         shards: file name -> its tensors, as ``source.shards`` has them; their headers count. One file unless given.
         group_size: weights per norm, a power of two from 32 to 256, or "auto": for each tensor what suits its input axis.
-        kinds: of formats to choose from: "k" (codebooks), "t" (trellis codes of 2 to 4 bits), or both: then the one of less error.
+        kinds: of formats to choose from: "k" (codebooks), "t" (trellis codes of 2 to 4 bits), or both: then the one of less error. None
+            takes those that the policy does: "sensitivity" all that were measured, others codebooks.
         overrides: (glob over tensor names, setting) pairs, case-sensitive; the last that matches wins over policy and defaults. A setting
             is bits, of the kind of least error; a kind with its bits, such as "t3", whatever the ``kinds``; or a format id.
         fuse: raise tensors that serving engines fuse (q/k/v, gate/up, ...) to the most bits among them.
@@ -79,7 +80,7 @@ def make_plan(
     check_group_choice(group_size)
     if target is not None and target not in ENGINES:
         raise PlanError(f"target {target!r} is unknown; the targets are {', '.join(ENGINES)}")
-    overrides, kinds = list(overrides), check_kinds(kinds)
+    overrides = list(overrides)
     chosen = policy if isinstance(policy, Policy) else policy_by_name(policy, options)
     for what, limit, taken in (("size", size, chosen.takes_size), ("active size", active, chosen.takes_active)):
         if limit is not None and not taken:
@@ -90,6 +91,7 @@ def make_plan(
     if profile is None and sensitivity is not None:
         profile = sensitivity.kurtosis
     inventory, evidence = Inventory(tensors, config), Evidence(profile, sensitivity)
+    kinds = check_kinds(chosen.kinds(evidence) if kinds is None else kinds)
     claimed = frozenset(chosen.claims(inventory, evidence))
     fixed = {n: Choice(KEPT, why) for n in tensors if (why := why_kept(inventory, n, group_size, claimed, target))}
     forced = _overridden(inventory, overrides, group_size, kinds)

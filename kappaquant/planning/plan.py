@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from kappaquant.files.safetensors import TensorInfo
 from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import BITS, CodebookFormat, GroupSize, check_group_choice
 from kappaquant.formats.entry import KEPT_BITS
-from kappaquant.formats.kinds import USUAL, check_kinds, name_of
+from kappaquant.formats.kinds import USUAL, check_kinds, name_of, usual_kind
 from kappaquant.formats.registry import format_by_id
 from kappaquant.formats.transposed import Transposed
 from kappaquant.models.roles import kinds_of
@@ -79,6 +79,16 @@ class Plan:
     def kinds(self) -> tuple[str, ...]:
         """Of formats that it was chosen from, letters of ``formats.kinds``. Raises PlanError where its inputs name others."""
         return check_kinds(self.inputs.get("formats", USUAL))
+
+    def among(self, kinds: Sequence[str]) -> Plan:
+        """The same choices, to be changed for formats of these kinds: an override that says bits alone names the kind that it got."""
+        if tuple(kinds) == self.kinds:
+            return self
+        overrides = [
+            [pattern, f"{usual_kind(self.kinds, setting, pattern)}{setting}" if setting in BITS else setting]
+            for pattern, setting in self.inputs.get("overrides", [])
+        ]
+        return replace(self, inputs={**self.inputs, "formats": list(kinds), "overrides": overrides})
 
     @property
     def usual_group_size(self) -> int:

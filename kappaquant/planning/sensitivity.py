@@ -12,7 +12,7 @@ from typing import Any
 from kappaquant.errors import PlanError
 from kappaquant.files.documents import read_json, write_whole
 from kappaquant.formats.codebook import GroupSize, check_group_choice
-from kappaquant.formats.kinds import CODEBOOK, KINDS
+from kappaquant.formats.kinds import CODEBOOK, KINDS, USUAL
 from kappaquant.models.roles import Role, TensorKind
 
 EVIDENCE_VERSION = 1
@@ -133,6 +133,12 @@ class Sensitivities:
                 "calibrate again"
             )
         return found
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of formats in which every tensor has an error, letters of ``formats.kinds``; codebooks where there are none such."""
+        known = (k for k in KINDS if all(self._known(name, k, KINDS[k].bits) for name in self.tensors))
+        return tuple(known) or USUAL
 
     def check_measured(self, names: Iterable[str], kinds: Sequence[str]) -> None:
         """Raise PlanError, naming the tensor, where one has no error in any format of one of these kinds."""

@@ -10,7 +10,9 @@ from command_line import run_here
 
 from kappaquant import open_source
 from kappaquant.commands import calibrating
+from kappaquant.kernels.cpu.library import absence
 from kappaquant.planning.sensitivity import Sensitivities
+from kappaquant.quantizing.calibration import trials
 from kappaquant.quantizing.calibration.written import model_of
 
 FAST = ("--effort", "best", "--group-size", 32, "--device", "cpu")
@@ -35,7 +37,7 @@ def test_evidence_says_what_it_is_of(source: Path, text: Path, tmp_path: Path) -
         "calibrate", source, "-o", tmp_path / "e.json", "--calibration", text, "--calibration-tokens", 96, *FAST
     )
     assert done.returncode == 0, done.stderr
-    assert "KLD in k3" in done.stdout
+    assert f"KLD in {'k3' if absence() else 't3'}" in done.stdout
     assert "embedding" in done.stdout
     found, model = Sensitivities.load(tmp_path / "e.json"), model_of(open_source(source))
     assert (found.kind, found.model, found.sha256) == ("calibration", "tiny", model.sha256)
@@ -58,7 +60,12 @@ def test_without_a_file_the_model_writes(source: Path, tmp_path: Path) -> None:
     ("options", "tried", "known"),
     [
         (("--formats", "k,t", "--bits", "t2"), "t2", "kt"),
+        (("--bits", "t4"), "t4", "kt"),
+        (("--formats", "k,t", "--bits", "k3"), "k3", "kt"),
+        (("--formats", "k,t"), "t3", "kt"),
+        (("--formats", "k,t", "--bits", "5"), "k5", "kt"),
         (("--formats", "t"), "t3", "t"),
+        (("--formats", "k"), "k3", "k"),
     ],
 )
 def test_parts_are_tried_in_the_format_that_is_named(
@@ -71,7 +78,24 @@ def test_parts_are_tried_in_the_format_that_is_named(
     found = Sensitivities.load(tmp_path / "e.json")
     assert {f"{unit.kind}{unit.bits}" for unit in found.units} == {tried}
     found.check_measured(found.tensors, known)
-    assert len(next(iter(found.tensors.values())).errors) == {"kt": 10, "t": 3}[known]
+    assert found.kinds == tuple(known)
+    assert len(next(iter(found.tensors.values())).errors) == {"kt": 10, "t": 3, "k": 7}[known]
+
+
+@pytest.mark.parametrize(
+    ("rounded", "tried", "said"), [(True, "t3", "codebooks and trellis codes"), (False, "k3", "codebooks")]
+)
+def test_all_kinds_are_measured_where_kernels_round_them(
+    rounded: bool, tried: str, said: str, source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(trials, "kinds_by_kernels", lambda device: ("k", "t") if rounded else ("k",))
+    by = "--calibration", text, "--calibration-tokens", 48
+    done = run_here("calibrate", source, "-o", tmp_path / "e.json", *by, *FAST)
+    assert done.returncode == 0, done.stderr
+    assert f"KLD in {tried}" in done.stdout
+    assert f"e.json: of {said}, for kappaquant plan --evidence" in done.stdout
+    assert ("trellis codes are not measured: no kernel rounds them on cpu" in caplog.text) is not rounded
 
 
 def test_without_text_it_says_so(source: Path, tmp_path: Path) -> None:
@@ -84,7 +108,8 @@ def test_without_text_it_says_so(source: Path, tmp_path: Path) -> None:
     assert (found.kind, found.text) == ("weights", {})
     assert all(unit.kld is None and unit.bits is None for unit in found.units)
     known = found.tensors["model.layers.0.mlp.up_proj.weight"]
-    assert list(known.errors) == [f"tq{bits}g32" for bits in range(2, 9)]
+    both = [f"tq{bits}g32" for bits in range(2, 9)] + [f"t{bits}g32" for bits in (2, 3, 4)]
+    assert list(known.errors) == (both[:7] if absence() else both)
     assert set(found.kurtosis) == set(found.tensors)
 
 
@@ -96,7 +121,7 @@ def test_without_text_it_says_so(source: Path, tmp_path: Path) -> None:
         (("--bits", 9, "--calibration", "text.txt"), "bits = 9"),
         (("--bits", "t5"), "--bits t5: trellis codes have no width of 5 bits; there are t2, t3, t4"),
         (("--bits", "tq3"), "--bits 'tq3': must be a width, 2 to 8, or one with its kind such as t3"),
-        (("--bits", "t3"), "formats k: parts are tried in 't', which is none of these"),
+        (("--bits", "t3", "--formats", "k"), "formats k: parts are tried in 't', which is none of these"),
         (("--formats", "t", "--bits", 5), "bits = 5: parts are tried in trellis codes, which have 2, 3, 4 bits"),
         (("--group-size", 48), "--group-size|group size 48"),
         (("--calibration", "nowhere.txt"), "nowhere.txt: no such file"),

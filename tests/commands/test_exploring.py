@@ -50,6 +50,25 @@ def test_it_writes_the_page_beside_the_plan(source: Path, known: Path, tmp_path:
     assert embedded["target"] == "vllm"
 
 
+def test_a_page_chooses_from_all_that_was_measured(source: Path, tmp_path: Path) -> None:
+    """Whatever the plan beside it is of; what overrides gave stays, and its command gives it again."""
+    page, both = tmp_path / "page.html", tmp_path / "both.json"
+    evidence_of(kappaquant.open_source(source), kinds="kt").save(both)
+    by = "plan", source, "--evidence", both, "--explore", page, "--set", "*.o_proj.weight=4"
+    done = run_here(*by, "--json")
+    assert done.returncode == 0, done.stderr
+    assert kappaquant.Plan.from_json(done.stdout).kinds == ("k",)
+    embedded = contents(page)
+    assert embedded["kinds"] == ["k", "t"]
+    assert embedded["units"][0]["formats"][:4] == ["k2", "t2", "k3", "t3"]
+    assert embedded["command"] == f"kappaquant plan {source} --evidence {both} --set '*.o_proj.weight=k4'"
+    fixed = {row["why"]: row["format"] for row in embedded["fixed"]}
+    assert fixed["set by '*.o_proj.weight'"].startswith("tq4g")
+    assert run_here(*by, "--formats", "k").returncode == 0
+    assert contents(page)["kinds"] == ["k"]
+    assert contents(page)["command"].endswith("=4' --formats k")
+
+
 def test_json_output_stays_json(source: Path, known: Path, tmp_path: Path) -> None:
     done = run_here("plan", source, "--evidence", known, "--explore", tmp_path / "page.html", "--json")
     assert json.loads(done.stdout)["plan_version"] == 2

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import run_here
-from measured import evidence_of
+from measured import evidence_of, with_trellis
 from tiny_models import save_tiny
 
 import kappaquant
@@ -20,6 +20,7 @@ from kappaquant.commands.planning import evidence_of as read_evidence
 from kappaquant.errors import BudgetError, PlanError
 from kappaquant.planning.policies.sensitivity import Sensitivity
 from kappaquant.planning.sensitivity import Sensitivities
+from kappaquant.quantizing.calibration import trials
 from kappaquant.quantizing.calibration.written import model_of
 from kappaquant.sources.source import Source
 
@@ -84,6 +85,56 @@ def test_a_prediction_of_calibrated_rounding_is_no_prediction_without(
         done = run_here("quantize", model, "-o", tmp_path / f"out-{warns}", "--evidence", path, "--size", "0.25MB")
         assert done.returncode == 0, done.stderr
         assert ("nats are predicted of calibrated rounding; without --effort calibrated" in caplog.text) is warns
+
+
+def test_formats_are_those_of_the_evidence_and_what_lacks_is_said(model: Path, evidence: Path, tmp_path: Path) -> None:
+    both = tmp_path / "both.json"
+    with_trellis(Sensitivities.load(evidence), lambda _: 0.7).save(both)
+    by = "--size", "300KB", "-o", tmp_path / "plan.json"
+
+    def said(*options: object) -> tuple[tuple[str, ...], str]:
+        done = run_here("plan", model, *by, *options)
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in done.stdout.splitlines() if line.startswith("formats:")]
+        return kappaquant.Plan.load(tmp_path / "plan.json").kinds, "\n".join(lines)
+
+    line = "formats: codebooks (k) and trellis codes (t), all that the evidence has; --formats takes fewer"
+    assert said("--evidence", both) == (("k", "t"), line)
+    line = "formats: codebooks (k) alone: the evidence has no trellis codes (t); calibrate --formats k,t measures all"
+    assert said("--evidence", evidence) == (("k",), line)
+    assert said("--evidence", both, "--formats", "k") == (("k",), "")
+    assert said("--evidence", both, "--policy", "kurtosis") == (("k",), "")
+
+
+def test_a_container_without_trellis_codes_is_planned_for_without_them(
+    model: Path, evidence: Path, tmp_path: Path
+) -> None:
+    both = tmp_path / "both.json"
+    known = evidence_of(
+        kappaquant.open_source(model).tensors, kappaquant.open_source(model).config, group_size=128, bits=(2, 3, 4),
+        sha256=Sensitivities.load(evidence).sha256,
+    )  # fmt: skip
+    with_trellis(known, lambda _: 0.7).save(both)
+    by = "quantize", model, "--evidence", both, "--size", "280KB", "--set", "*embed*=16", "--group-size", 128
+    done = run_here(*by, "-o", tmp_path / "native", "--format", "tq3_native", "--effort", "fast")
+    assert done.returncode == 0, done.stderr
+    assert "formats: codebooks (k) alone: tq3_native holds no trellis codes (t)\n" in done.stdout
+    done = run_here(*by, "-o", tmp_path / "own", "--effort", "fast")
+    assert done.returncode == 0, done.stderr
+    assert "formats: codebooks (k) and trellis codes (t), all" in done.stdout
+    said = refused(*by, "-o", tmp_path / "none", "--format", "tq3_native", "--formats", "t")
+    assert "is no format of tq3_native; plan with --formats k, or write the kappaquant container" in said
+
+
+def test_trellis_codes_that_torch_has_to_search_for_are_warned_of(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trials, "kinds_by_kernels", lambda device: ("k",))
+    for formats, warns in (("k", False), ("k,t", True)):
+        by = "--bits", 4, "--formats", formats, "--effort", "fast", "--device", "cpu", "--set", "*.1.*=16"
+        done = run_here("quantize", model, "-o", tmp_path / formats, *by)
+        assert done.returncode == 0, done.stderr
+        assert ("trellis codes, which no kernel rounds on cpu: torch takes tens of times" in caplog.text) is warns
 
 
 def test_budgets_in_every_form(model: Path, evidence: Path) -> None:

@@ -110,7 +110,7 @@ def test_a_version_without_it_refuses_it_by_its_id(
 
 def test_published_loaders_do_not_get_it(source: Path, planned: Path, tmp_path: Path) -> None:
     opened, plan = kappaquant.open_source(source), kappaquant.Plan.load(planned)
-    with pytest.raises(PlanError, match=r"t\dg\d+ is no format of tq3_native; write the kappaquant container"):
+    with pytest.raises(PlanError, match=r"t\dg\d+ is no format of tq3_native; plan with --formats k, or write the"):
         kappaquant.quantize(opened, tmp_path / "native", plan, kappaquant.Options(container="tq3_native"))
     assert not (tmp_path / "native").exists()
 
@@ -149,10 +149,12 @@ def test_plans_choose_it_where_they_may(source: Path, tmp_path: Path) -> None:
     plan, evidence = tmp_path / "plan.json", tmp_path / "evidence.json"
 
     def chosen(*options: object) -> set[str]:
-        command("plan", source, "-o", plan, "--formats", "k,t", *options)
+        command("plan", source, "-o", plan, *options)
         return {entry["format"] for entry in json.loads(plan.read_text())["tensors"].values()}
 
-    assert chosen("--policy", "uniform", "--bits", 2, "--group-size", 32) == {"kept", "t2g32"}
+    by = "--policy", "uniform", "--bits", 2, "--group-size", 32
+    assert chosen(*by, "--formats", "k,t") == {"kept", "t2g32"}
+    assert chosen(*by) == {"kept", "tq2g32"}
     command("calibrate", source, "-o", evidence, "--data-free", "--formats", "k,t", "--jobs", 1, "--device", "cpu")
     assert any(fmt.startswith("t3g") for fmt in chosen("--evidence", evidence, "--bits-per-weight", 4))
     command("calibrate", source, "-o", evidence, "--data-free", "--formats", "t", "--jobs", 1, "--device", "cpu")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import save_tiny
 from typer.testing import CliRunner
 
@@ -14,7 +15,10 @@ import kappaquant
 from kappaquant.cli import app
 from kappaquant.errors import PlanError
 from kappaquant.files.safetensors import TensorInfo
-from kappaquant.formats.codebook import FORMATS, CodebookFormat
+from kappaquant.formats.base import Format, Part
+from kappaquant.formats.codebook import FORMATS
+from kappaquant.formats.registry import format_by_id
+from kappaquant.kernels.cuda import tiles
 from kappaquant.models import sharding as parallel
 
 LAYER = "model.layers.0."
@@ -77,7 +81,7 @@ def test_the_command_says_what_fusing_cost_and_how_many_cards(source: Path) -> N
     assert "cards that can share it (--tensor-parallel-size): 1, 2\n" in mixed.output
 
 
-def shares(config: dict[str, Any], **tensors: tuple[tuple[int, ...], CodebookFormat | None]) -> Any:
+def shares(config: dict[str, Any], **tensors: tuple[tuple[int, ...], Format | None]) -> Any:
     infos = {name: TensorInfo(name, "BF16", shape) for name, (shape, _) in tensors.items()}
     return infos, lambda name: tensors[name][1], {"model_type": "qwen3_5_moe_text", **config}
 
@@ -133,6 +137,39 @@ def test_what_a_card_holds_is_padded_to_the_tiles_of_its_kernels() -> None:
     assert parallel.bytes_per_card(*what, 2, tile=(32, 128), expert_parallel=True) == packed // 2
     rows = shares({"num_attention_heads": 8}, **{"model.layers.0.self_attn.q_proj.weight": ((48, 128), G64)})
     assert parallel.bytes_per_card(*rows, 2, tile=(32, 128)) == G64.nbytes((32, 128))
+
+
+@pytest.mark.parametrize("fmt", ["tq3g64", "t3g64", "t2g32", "t4g128", "tq5g32", "tq4g256", "t2g256"])
+@pytest.mark.parametrize("shape", [(48, 80), (33, 300), (4, 40, 192), (64, 512)])
+def test_what_a_card_holds_are_the_bytes_of_the_tiles(fmt: str, shape: tuple[int, ...]) -> None:
+    """Those of trellis codes are as many as codebooks' of their bits."""
+    held = format_by_id(fmt, "w")
+    packed, norms = (
+        torch.zeros(part, dtype=dtype)
+        for (_, part), dtype in zip(held.parts(shape).values(), (torch.uint8, torch.float16), strict=True)
+    )
+    tiled = tiles.tile(packed, norms, held)
+    name = EXPERTS if len(shape) == 3 else DOWN
+    what = shares({}, **{name: (shape, held)})
+    assert parallel.bytes_per_card(*what, 1, tile=(tiles.ROWS, tiles.INPUTS)) == tiled.codes.nbytes + tiled.norms.nbytes
+    assert parallel.bytes_per_card(*what, 1) == held.nbytes(shape)
+
+
+class PlainBytes(Format):
+    """A byte for each weight, of which no tile is made."""
+
+    id, bits = "plain8", 8
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
+        return {".bytes": ("U8", shape)}
+
+    encode = decode = columns = None  # type: ignore[assignment]
+
+
+def test_what_no_tile_holds_is_not_padded() -> None:
+    for fmt, packed in ((PlainBytes(), 48 * 96), (None, 2 * 48 * 96)):
+        what = shares({}, **{DOWN: ((48, 96), fmt)})
+        assert parallel.bytes_per_card(*what, 1, tile=(32, 128)) == packed
 
 
 def test_inspect_tells_beforehand(source: Path, tmp_path: Path) -> None:

@@ -31,6 +31,16 @@ def test_json_round_trip_and_order(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_among_other_kinds_overrides_name_the_kind_that_they_got() -> None:
+    overrides = [("*q_proj.weight", 4), ("*o_proj.weight", "t3"), ("lm_head.weight", 16)]
+    made = plan(overrides=overrides)
+    assert made.among(("k",)) is made
+    other = made.among(("k", "t"))
+    assert (other.kinds, other.choices) == (("k", "t"), made.choices)
+    assert other.inputs["overrides"] == [["*q_proj.weight", "k4"], ["*o_proj.weight", "t3"], ["lm_head.weight", 16]]
+    assert plan(overrides=[tuple(pair) for pair in other.inputs["overrides"]], kinds="kt").choice(Q) == made.choice(Q)
+
+
 def test_an_empty_plan_is_still_json() -> None:
     made = plan(tensors={})
     assert Plan.from_json(made.to_json()) == made

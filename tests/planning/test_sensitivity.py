@@ -95,6 +95,16 @@ def test_what_was_not_measured_is_named() -> None:
         FOUND.check_measured("ab", ["k", "t"])
 
 
+def test_kinds_are_those_in_which_every_tensor_was_measured() -> None:
+    assert FOUND.kinds == ("k",)
+    tensors = {name: replace(each, errors={**each.errors, "t3g64t": 0.02}) for name, each in FOUND.tensors.items()}
+    assert replace(FOUND, tensors=tensors).kinds == ("k", "t")
+    assert replace(FOUND, tensors={**tensors, "b": FOUND.tensors["b"]}).kinds == ("k",)
+    assert replace(FOUND, tensors={"a": TensorErrors(1.0, {"t2g64": 0.1})}).kinds == ("t",)
+    none_of_both = {"a": FOUND.tensors["a"], "b": TensorErrors(1.0, {"t2g64": 0.1})}
+    assert replace(FOUND, tensors=none_of_both).kinds == ("k",)
+
+
 def test_parts_are_what_one_layer_has_of_one_role_and_embeddings_may_shrink() -> None:
     names = [
         "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "model.layers.0.mlp.gate.weight",

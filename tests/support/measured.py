@@ -49,6 +49,15 @@ def evidence_of(
     return replace(made, **fields)
 
 
+def with_trellis(known: Sensitivities, factor: Callable[[str], float]) -> Sensitivities:
+    """The same evidence with errors of trellis codes, so many times those of codebooks, by tensor."""
+    tensors = {}
+    for name, each in known.tensors.items():
+        more = {fmt.replace("tq", "t"): factor(name) * error for fmt, error in each.errors.items() if fmt[2] in "234"}
+        tensors[name] = replace(each, errors={**each.errors, **more})
+    return replace(known, tensors=tensors)
+
+
 def of_weights(evidence: Sensitivities) -> Sensitivities:
     """The same, as it is where no text was read."""
     units = tuple(replace(unit, bits=None, kld=None, interval_95=None) for unit in evidence.units)

@@ -186,6 +186,11 @@ class Policy(ABC):
         """Tensors that defaults keep and that this policy decides all the same, where they can be quantized."""
         return ()
 
+    def kinds(self, evidence: Evidence) -> tuple[str, ...]:
+        """Of formats that it chooses from unless it is told to, letters of ``formats.kinds``: codebooks, so that a rule gives the same
+        bytes whatever else was measured."""
+        return USUAL
+
     def inputs(self) -> dict[str, Any]:
         """Its parameters as JSON values, for the plan."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kappaquant.errors import BudgetError, PlanError
 from kappaquant.formats.entry import KEPT_BITS
-from kappaquant.formats.kinds import KINDS
+from kappaquant.formats.kinds import KINDS, USUAL
 from kappaquant.models.inventory import Inventory
 from kappaquant.planning.plan import KEPT, Choice
 from kappaquant.planning.policies.base import Budget, Decision, Evidence, Policy, active_bytes, check_limit
@@ -44,6 +44,10 @@ class Sensitivity(Policy):
         units = evidence.sensitivity.units if evidence.sensitivity else ()
         kinds = inventory.kinds
         return {name for unit in units for name in unit.tensors if name in kinds and kinds[name].role in SHRINKABLE}
+
+    def kinds(self, evidence: Evidence) -> tuple[str, ...]:
+        """All that were measured."""
+        return evidence.sensitivity.kinds if evidence.sensitivity else USUAL
 
     def choose(self, inventory: Inventory, evidence: Evidence, budget: Budget) -> Decision:
         if evidence.sensitivity is None:

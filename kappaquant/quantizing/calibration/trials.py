@@ -11,6 +11,7 @@ from torch import Tensor
 from kappaquant.errors import PlanError
 from kappaquant.formats.codebook import GroupedFormat, GroupSize, fitting
 from kappaquant.formats.kinds import CODEBOOK, KINDS, USUAL, check_kinds
+from kappaquant.formats.trellis import TrellisFormat
 from kappaquant.kernels import dispatch
 from kappaquant.planning.sensitivity import TensorErrors
 from kappaquant.quantizing.calibration.stacks import Stack, one_thread, round_stack
@@ -83,6 +84,14 @@ class Tried:
     decoded: Tensor
     energies: Tensor
     errors: dict[str, Tensor]
+
+
+def kinds_by_kernels(device: str) -> tuple[str, ...]:
+    """Kinds of formats that are measured unless others are asked for: trellis codes only where a kernel rounds them on the device; torch
+    takes tens of times as long as a kernel."""
+    fmt = TrellisFormat(3, 128)
+    block = torch.empty(1, fmt.group_size, 1, device=device)
+    return tuple(KINDS) if dispatch.trellis_feedback(block, fmt) else USUAL
 
 
 @torch.no_grad()

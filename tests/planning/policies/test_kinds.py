@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 from budgeted import KNOWN, ends, files, plan, predicted
 from headers import in_memory, infos
-from measured import evidence_of
+from measured import evidence_of, with_trellis
 from planned import DOWN, GATE_UP, OUT, QWEN, TENSORS, Q
 
 from kappaquant.errors import PlanError
@@ -20,16 +19,6 @@ from kappaquant.formats.kinds import name_of
 from kappaquant.models.roles import fused_groups
 from kappaquant.planning.make import make_plan
 from kappaquant.planning.plan import rank_of
-from kappaquant.planning.sensitivity import Sensitivities
-
-
-def with_trellis(known: Sensitivities, factor: Callable[[str], float]) -> Sensitivities:
-    """The same evidence with errors of trellis codes, so many times those of codebooks, by tensor."""
-    tensors = {}
-    for name, each in known.tensors.items():
-        more = {fmt.replace("tq", "t"): factor(name) * error for fmt, error in each.errors.items() if fmt[2] in "234"}
-        tensors[name] = replace(each, errors={**each.errors, **more})
-    return replace(known, tensors=tensors)
 
 
 def test_a_unit_gets_the_kind_in_which_it_loses_less() -> None:
@@ -90,6 +79,31 @@ def test_it_is_the_best_of_all_plans_of_both_kinds() -> None:
         assert predicted(plan(size, known, few, kinds="kt"), known) == pytest.approx(best, rel=1e-9)
 
 
+def test_all_that_were_measured_are_chosen_from_by_default() -> None:
+    both = with_trellis(KNOWN, lambda _: 0.7)
+    low, high = ends(both)
+    size = low + (high - low) // 5
+    made = plan(size, both)
+    assert made == plan(size, both, kinds="kt")
+    assert made.kinds == ("k", "t")
+    assert {name_of(fmt) for name in TENSORS if (fmt := made.format_of(name))} & {"t2", "t3", "t4"}
+    before = plan(size)
+    assert before == plan(size, kinds="k")
+    assert "formats" not in before.inputs
+
+
+@pytest.mark.parametrize("policy", ["uniform", "recipe", "kurtosis"])
+def test_rules_keep_to_codebooks_whatever_was_measured(policy: str) -> None:
+    both = with_trellis(KNOWN, lambda _: 0.7)
+    made = make_plan(TENSORS, QWEN, policy, sensitivity=both, overrides=[("lm_head.weight", 3)])
+    assert (
+        made.choices
+        == make_plan(TENSORS, QWEN, policy, sensitivity=both, overrides=[("lm_head.weight", 3)], kinds="k").choices
+    )
+    assert {choice.format[:2] for choice in made.choices.values()} <= {"tq", "ke"}
+    assert "formats" not in made.inputs
+
+
 def test_trellis_codes_alone() -> None:
     known = with_trellis(KNOWN, lambda _: 0.7)
     low, high = ends(known)
@@ -107,4 +121,4 @@ def test_kinds_that_were_not_measured_are_named() -> None:
     with pytest.raises(
         PlanError, match=r"no error in codebooks \(k\); calibrate with --formats k, or plan with --formats t$"
     ):
-        plan(10**6, replace(KNOWN, tensors=alone))
+        plan(10**6, replace(KNOWN, tensors=alone), kinds="k")

@@ -9,8 +9,10 @@ from kappaquant.errors import PlanError
 from kappaquant.formats import codec
 from kappaquant.formats.codebook import BITS, CodebookFormat
 from kappaquant.formats.trellis import TrellisFormat
+from kappaquant.kernels import dispatch
+from kappaquant.kernels.cpu.library import absence
 from kappaquant.quantizing.calibration.stacks import Stack, round_stack
-from kappaquant.quantizing.calibration.trials import Piece, Trial, errors_of, tried
+from kappaquant.quantizing.calibration.trials import Piece, Trial, errors_of, kinds_by_kernels, tried
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
@@ -77,6 +79,13 @@ def test_parts_are_tried_in_the_kind_that_is_asked_for() -> None:
     calibrated = tried(piece(GRAM, GRAM, bits=2, kinds=("t",), kind="t"))
     parts = round_stack(Stack(WEIGHT, GRAM, fmt, ["a", "b"])).parts
     assert torch.equal(calibrated.decoded, fmt.decode(parts, 80).flatten(0, 1))
+
+
+def test_trellis_codes_are_measured_by_default_where_a_kernel_rounds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kinds_by_kernels("cpu") == (("k",) if absence() else ("k", "t"))
+    assert kinds_by_kernels("meta") == ("k",)
+    monkeypatch.setattr(dispatch, "_TRELLIS_FEEDBACKS", ())
+    assert kinds_by_kernels("cpu") == ("k",)
 
 
 @pytest.mark.parametrize(
