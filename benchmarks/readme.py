@@ -99,17 +99,17 @@ def gpu_kernels() -> str:
         if (row["rows"], row["inputs"]) == (28672, 4096) and (kind != "float16" or row["batch"] > 16):
             times.setdefault(name, {}).setdefault(row["batch"], row["us"])  # int8 comes first, where it is chosen
     rows = [
-        [f"**{name}**" if name.endswith(" bits") else name, *(f"{at[b]:.1f}" if b in at else "–" for b in batches)]
+        [f"**{name}**" if name.endswith(" bits") or name.startswith("trellis") else name, *(f"{at[b]:.1f}" if b in at else "–" for b in batches)]
         for name, at in times.items()
         if len(at) > 1
     ]
     blocks = ", ".join(
-        f"{e['us']:.0f} against {e['grouped_mm_bf16_us']:.0f} µs for {e['tokens']} token{'s'[: e['tokens'] > 1]}"
+        f"{e['us']:.0f} ({e['trellis_us']:.0f}) against {e['grouped_mm_bf16_us']:.0f} µs for {e['tokens']} token{'s'[: e['tokens'] > 1]}"
         for e in measured["experts"]
     )
     return (
         f"{_table(['µs, 28672 x 4096, tokens:', *map(str, batches)], rows)}\n\n"
-        f"A block of 256 experts, 8 a token (3 and 4 bits, 2048 / 512), against bf16 grouped_mm: {blocks}. "
+        f"A block of 256 experts, 8 a token (3 and 4 bits, 2048 / 512; in brackets in trellis codes), against bf16 grouped_mm: {blocks}. "
         f"{measured['environment']['device']}, read ceiling {measured['read_ceiling_tb_per_s']} TB/s "
         "([gpu_kernels.json](benchmarks/results/gpu_kernels.json))."
     )
@@ -120,10 +120,10 @@ def gpu_decode() -> str:
     measured = result("gpu_decode")
     cases = ((1, 32), (1, 4096), (8, 32), (8, 4096))
     models: dict[str, dict[tuple[int, int], dict[str, Any]]] = {}
-    for row in measured["rows"]:
-        models.setdefault(row["model"], {})[row["batch"], row["context"]] = row
+    for row in [*measured["rows"], *result("gpu_decode_trellis")["rows"]]:
+        models.setdefault(row["model"], {}).setdefault((row["batch"], row["context"]), row)
     rows = []
-    for name, at in models.items():
+    for name, at in sorted(models.items(), key=lambda model: model[0] != "apex2" and model[0] != "apex2, trellis"):
         first = at[cases[0]]
         speeds = [f"{at[case]['decode_tokens_per_s']:.0f}" if case in at else "–" for case in cases]
         prompts = [f"{at[c]['prefill_tokens_per_s']:.0f}" if c in at else "–" for c in ((1, 32), (1, 2048), (1, 4096))]
@@ -138,8 +138,15 @@ def gpu_decode() -> str:
     ]
     return (
         f"{_table(head, rows)}\n\n{measured['environment']['device']}, random weights "
-        "([gpu_decode.json](benchmarks/results/gpu_decode.json))."
+        "([gpu_decode.json](benchmarks/results/gpu_decode.json); trellis codes in the places of apex2's codebooks, in which apex2 itself took "
+        f"{_tokens(result('gpu_decode_trellis'), 'apex2')} tok/s: [gpu_decode_trellis.json](benchmarks/results/gpu_decode_trellis.json))."
     )
+
+
+def _tokens(measured: dict[str, Any], model: str) -> str:
+    """Tokens a second at batch 1, context 32."""
+    found = next(r for r in measured["rows"] if (r["model"], r["batch"], r["context"]) == (model, 1, 32))
+    return f"{found['decode_tokens_per_s']:.0f}"
 
 
 def cpu_decode(name: str = "cpu_decode", root: str = "") -> str:

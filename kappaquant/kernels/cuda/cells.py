@@ -21,7 +21,8 @@ from kappaquant.formats.codebook import CodebookFormat, GroupedFormat
 from kappaquant.formats.trellis import SUBSETS, TRELLIS, TrellisFormat
 
 COUNT = 32  # cells of a row that a lane holds
-_TRELLIS = 16  # as trellis.cuh counts formats
+TRELLIS_NUMBERS = 16
+"""Above which the numbers of formats are those of trellis codes (trellis.cuh)."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class _CodebookCells(Cells):
 class _TrellisCells(Cells):
     def __init__(self, fmt: TrellisFormat) -> None:
         levels, raw = fmt.codebook, range(2 ** (fmt.bits - 1))
-        self.fmt, self.number = fmt, _TRELLIS + fmt.bits
+        self.fmt, self.number = fmt, TRELLIS_NUMBERS + fmt.bits
         self.has_signs = fmt.bits > 2
         subsets = (1, 0) if fmt.bits == 4 else (0, 1)  # of two tables the first has the larger entries
         self.entries = tuple(levels[SUBSETS * r + s] for s in subsets for r in raw) if self.has_signs else levels

@@ -19,7 +19,7 @@ from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import GroupedFormat
 from kappaquant.kernels.cuda import device as gpu
 from kappaquant.kernels.cuda import nvrtc, tables, tiles
-from kappaquant.kernels.cuda.cells import cells, unfit
+from kappaquant.kernels.cuda.cells import TRELLIS_NUMBERS, cells, unfit
 from kappaquant.kernels.cuda.inputs import KINDS, Input, address
 
 NAME = "tensor_cores"
@@ -149,10 +149,6 @@ class Launch:
     stages: int = 0
 
 
-# (warps of a multiprocessor, units in shared memory) by format; int8 inputs, one token
-_RESIDENT = {2: (24, 0), 3: (28, 0), 4: (28, 3), 5: (16, 0), 18: (28, 3), 19: (16, 3), 20: (16, 3)}
-
-
 def choose(tokens: int, tile_count: int, units: int, formats: Sequence[int], half: bool) -> Launch:
     """As measured on an H200 (``benchmarks/gpu_kernels.py``): 1700 warps fill it, and fewer warps to a tile save sums.
 
@@ -166,13 +162,23 @@ def choose(tokens: int, tile_count: int, units: int, formats: Sequence[int], hal
     warps, most = 4, 4 if token_tiles == 16 else 16  # their sums must fit in shared memory
     while warps < most and tile_count * warps < 1700 and 4 * warps <= units:
         warps *= 2
-    if token_tiles == 16:
+    if token_tiles == 16 or (half and token_tiles == 2):
         return Launch(token_tiles, 1, warps, 0)
-    found = [(16, 0) if half and fmt > 3 else _RESIDENT.get(fmt, (16, 0)) for fmt in formats if fmt]
-    resident, stages = min(warps for warps, _ in found), max(stages for _, stages in found)
+    found = [_resident(fmt, token_tiles, half or warps > 4) for fmt in formats if fmt]
+    return Launch(token_tiles, 1, warps, min(warps for warps, _ in found), max(stages for _, stages in found))
+
+
+def _resident(fmt: int, token_tiles: int, registers: bool) -> tuple[int, int]:
+    """Warps of a multiprocessor, and units that a warp has in shared memory, at up to 16 tokens.
+
+    Args:
+        registers: read ahead by registers, as float16 inputs want, which are as large, and short inner loops.
+    """
+    if registers:
+        return {2: 24, 3: 28}.get(fmt, 16), 0
     if token_tiles == 2:
-        resident = min(resident, 16 if stages or max(formats) > 3 else 20)
-    return Launch(token_tiles, 1, warps, resident, 0 if half else stages)
+        return 16, 3 if fmt > TRELLIS_NUMBERS else 0
+    return {2: (24, 0), 3: (28, 0), 4: (28, 3), 18: (28, 3), 19: (16, 3), 20: (16, 3)}.get(fmt, (16, 0))
 
 
 def linear(
@@ -214,7 +220,7 @@ def linear(
 def stage_bytes(weight: Weight) -> int:
     """Shared memory for a unit: its codes, norms, and the path bits before it where a ring is wider (``Staged`` of product.cuh)."""
     group = weight.fmt.group_size
-    wide_rings = cells(weight.fmt).number > 16 and group > tiles.INPUTS
+    wide_rings = cells(weight.fmt).number > TRELLIS_NUMBERS and group > tiles.INPUTS
     return 512 * weight.fmt.bits + 64 * max(1, tiles.INPUTS // group) + 128 * wide_rings
 
 
