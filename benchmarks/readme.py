@@ -99,7 +99,10 @@ def gpu_kernels() -> str:
         if (row["rows"], row["inputs"]) == (28672, 4096) and (kind != "float16" or row["batch"] > 16):
             times.setdefault(name, {}).setdefault(row["batch"], row["us"])  # int8 comes first, where it is chosen
     rows = [
-        [f"**{name}**" if name.endswith(" bits") or name.startswith("trellis") else name, *(f"{at[b]:.1f}" if b in at else "–" for b in batches)]
+        [
+            f"**{name}**" if name.endswith(" bits") or name.startswith("trellis") else name,
+            *(f"{at[b]:.1f}" if b in at else "–" for b in batches),
+        ]
         for name, at in times.items()
         if len(at) > 1
     ]

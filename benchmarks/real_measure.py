@@ -17,6 +17,7 @@ import kappaquant
 from benchmarks.reference_measure import TextYardstick
 from benchmarks.reference_table import formats_of
 from kappaquant.files.safetensors import TensorInfo
+from kappaquant.formats.kinds import CODEBOOK, TRELLIS_CODE
 from kappaquant.planning import profile as scanner
 from kappaquant.planning.plan import KEPT, Plan
 from kappaquant.planning.sensitivity import Sensitivities
@@ -27,6 +28,7 @@ from kappaquant.quantizing.calibration.trials import Trial
 WINDOW = 1024
 CALIBRATION_WINDOWS = 24
 GROUP = 64  # of a row of 576; the usual 128 does not divide it
+BOTH = (CODEBOOK, TRELLIS_CODE)
 Packed = Mapping[str, tuple[Tensor, int]]  # name -> (dequantized, bytes as stored)
 Row = dict[str, Any]
 
@@ -42,6 +44,7 @@ class Variant:
         plan: what it is quantized by, for those whose divergence the evidence predicts: of kappaquant, and calibrated.
         absent: why it cannot be made here; None if it can.
         took: seconds that making it took, where it is kept between runs.
+        kinds: of formats, of which the evidence must be that predicts it.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Variant:
     plan: Callable[[Bench], Plan] | None = None
     absent: Callable[[Bench], str | None] = lambda bench: None
     took: Callable[[Bench], float] | None = None
+    kinds: tuple[str, ...] = (CODEBOOK,)
 
 
 class Bench:
@@ -110,13 +114,15 @@ class Bench:
         record = {"file": "the first half", "tokens": some.numel(), "window": WINDOW, "tokens_sha256": digest}
         return Calibration(some, record)
 
-    @cached_property
-    def evidence(self) -> Sensitivities:
-        """Of the text that rows are calibrated on, kept beside the model (inside, it would pass for a part of it)."""
-        text, path = self.calibration(), self.folder.with_name(f"{self.folder.name}-evidence.json")
+    def evidence(self, kinds: tuple[str, ...]) -> Sensitivities:
+        """Of the text that rows are calibrated on, kept beside the model (inside, it would pass for a part of it); parts are
+        tried in the last of the kinds."""
+        letters = "" if kinds == (CODEBOOK,) else f"-{''.join(kinds)}"
+        text, path = self.calibration(), self.folder.with_name(f"{self.folder.name}-evidence{letters}.json")
         if path.exists() and text.record.items() <= (found := Sensitivities.load(path)).text.items():
             return found
-        found = sensitivities(self.source, text, Trial(group_size=GROUP), self.device)
+        trial = Trial(group_size=GROUP, kinds=kinds, kind=kinds[-1])
+        found = sensitivities(self.source, text, trial, self.device)
         found.save(path)
         return found
 
@@ -141,7 +147,7 @@ class Bench:
         figures = self.yardstick.read({name: tensor for name, (tensor, _) in packed.items()}).figures()
         figures["kld_nats"].pop("by_position", None)
         if variant.plan:
-            row["predicted_kld"] = self.evidence.predicted(formats_of(variant.plan(self)))
+            row["predicted_kld"] = self.evidence(variant.kinds).predicted(formats_of(variant.plan(self)))
         return {
             **row, **sizes(packed, self.infos, self.matrices), "weight_error": self.error(packed), **figures,
             "seconds_to_make": round(seconds, 1), "seconds_to_measure": round(time.perf_counter() - made, 1),

@@ -40,10 +40,11 @@ SERIES = {
     "trellis": Series("kappaquant, calibrated, trellis codes", "P", "tab:brown", "-", 9),
     "embedding 8": Series("kappaquant, calibrated, embedding in 8 bits", "D", "tab:purple", "-", 8),
     "measured": Series("kappaquant, calibrated, bits by measured sensitivity", "D", "tab:green", "-", 9),
+    "measured in both kinds": Series("the same, and kinds: codebooks and trellis codes", "d", "black", "-", 9),
     "others": Series("others without text", "s", "dimgrey"),
     "others, calibrated": Series("others, calibrated", "*", "black", "", 11),
 }
-UNNAMED = ("measured",)  # their line says it
+UNNAMED = ("measured", "measured in both kinds")  # their line says it
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Picture:
 #: The embedding counts in the size alone, so what differs in it is in the second; "types" are no whole models.
 BITS = Picture(
     "bits per weight of the matrices", lambda row: float(row["matrix_bits_per_weight"]),
-    lambda row: series_of(row) not in ("measured", "embedding 8"),
+    lambda row: series_of(row) not in (*UNNAMED, "embedding 8"),
 )  # fmt: skip
 SIZE = Picture(
     "MB of the model", lambda row: row["model_bytes"] / 1e6,
@@ -90,7 +91,7 @@ def series_of(row: Row) -> str:
     if row["group"] != "kappaquant":
         return "others, calibrated" if row["calibrated"] else "others"
     if row["name"].startswith("measured"):
-        return "measured"
+        return row["name"].partition(",")[0]
     setting = json.loads(row["setting"])
     if row["name"].startswith("own text"):
         return "own text"

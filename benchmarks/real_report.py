@@ -24,7 +24,8 @@ HEAD = (
 #: what README puts beside plans by measurement
 BESIDE = ("llama.cpp*", "calibrated ? g64, embedding 8", "calibrated apex2*", "calibrated kurtosis*")
 MEASURED = "measured, bytes of "
-PAIRS = ("MB", "beside", "its KLD", "bits by measurement", "ratio")
+MEASURED_BOTH = "measured in both kinds, bytes of "
+PAIRS = ("MB", "beside", "its KLD", "codebooks by measurement", "ratio", "and trellis codes", "ratio")
 BOTH = ("variant", "calibrated", "bits/weight of the matrices", "MB of the model", "KLD as it is", "KLD, dithered")
 #: README's rows of ours, where they have been measured
 OURS = (
@@ -54,7 +55,8 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def pairs(result: dict[str, Any], patterns: Sequence[str] = ("*",)) -> str:
-    """Plans by measured sensitivity, each beside the row whose bytes it was given if its name matches, as Markdown."""
+    """Plans by measured sensitivity, each beside the row whose bytes it was given if its name matches, as Markdown: of codebooks, and where they
+    were made of codebooks and trellis codes."""
     made = {row["name"]: row for row in result["rows"] if "absent" not in row}
     found = []
     for name, row in made.items():
@@ -67,10 +69,11 @@ def pairs(result: dict[str, Any], patterns: Sequence[str] = ("*",)) -> str:
     lines = [PAIRS, ["---"] * len(PAIRS)]
     for other, row in found:
         theirs, ours = other["kld_nats"]["mean"], row["kld_nats"]["mean"]
+        both = made.get(row["name"].replace(MEASURED, MEASURED_BOTH))
         lines.append(
             [
                 f"{other['model_bytes'] / 1e6:.1f}", other["name"], f"{theirs:.4f}", f"**{ours:.4f}**",
-                f"{ours / theirs:.2f}",
+                f"{ours / theirs:.2f}", *((f"**{both['kld_nats']['mean']:.4f}**", f"{both['kld_nats']['mean'] / theirs:.2f}") if both else ("–", "–")),
             ]
         )  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

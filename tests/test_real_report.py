@@ -65,6 +65,7 @@ def test_lines_join_widths_of_one_rule() -> None:
         uniform("uniform 3 g64", 3.25, 2.0), uniform("own text 3 g64", 3.25, 0.3, True), row("x", "peer", 4, 0.3),
         row("y", "calibrated peer", 4, 0.2, True), {"name": "z", "absent": "not installed"}, eight, by_evidence,
         row("t", "llama.cpp type", 4, 0.2, True),
+        {**row("measured in both kinds, bytes of x", "kappaquant", 5, 0.008, True), "setting": "calibrate, plan"},
     ]  # fmt: skip
     joined = {
         "plain": ["uniform 4"], "plain, other": ["uniform 3 g64"], "calibrated": ["calibrated 3 g64", "calibrated 4 g64"],
@@ -72,7 +73,12 @@ def test_lines_join_widths_of_one_rule() -> None:
     }  # fmt: skip
     # bits of the matrices say nothing of an embedding; a type makes no whole model, and what is lost no point
     assert drawn(rows, real_picture.BITS) == {**joined, "others, calibrated": ["t", "y"]}
-    joined |= {"embedding 8": [eight["name"]], "measured": [by_evidence["name"]], "others, calibrated": ["y"]}
+    joined |= {
+        "embedding 8": [eight["name"]],
+        "measured": [by_evidence["name"]],
+        "measured in both kinds": [rows[-1]["name"]],
+        "others, calibrated": ["y"],
+    }
     del joined["plain, other"]
     assert drawn(rows, real_picture.SIZE) == joined
 
@@ -89,10 +95,12 @@ def test_measured_plans_stand_beside_what_takes_their_bytes() -> None:
     rows += [
         {**uniform(f"measured, bytes of {row['name']}", 4, 0.05, True), "predicted_kld": 0.04} for row in rows[:3:2]
     ]
+    rows.append(uniform("measured in both kinds, bytes of calibrated 4", 4, 0.04, True))
     found = real_report.pairs(measured(rows)).splitlines()[2:]
     assert found == [
-        "| 0.5 | calibrated 4 | 0.1000 | **0.0500** | 0.50 |", "| 4.0 | llama.cpp Q | 0.4000 | **0.0500** | 0.12 |",
-        "| 4.0 | llama.cpp Q imatrix | 0.2000 | **0.0500** | 0.25 |",
+        "| 0.5 | calibrated 4 | 0.1000 | **0.0500** | 0.50 | **0.0400** | 0.40 |",
+        "| 4.0 | llama.cpp Q | 0.4000 | **0.0500** | 0.12 | – | – |",
+        "| 4.0 | llama.cpp Q imatrix | 0.2000 | **0.0500** | 0.25 | – | – |",
     ]  # fmt: skip
     assert names(real_report.pairs(measured(rows), ("calibrated*",))) == ["0.5"]
 

@@ -69,13 +69,13 @@ template <int FORMAT> __device__ __forceinline__ Eight trellis_eight(const u32* 
     const auto third = [&](u32 even, u32 odd) { return s == 0 ? even << 2 : s == 1 ? odd << 1 : s == 2 ? even : odd >> 1; };
     if constexpr (BITS == 2) {
         const u32 pairs = s % 2 ? merge(EVEN, of.lower >> 1, of.upper) : merge(EVEN, of.lower, of.upper << 1);
-        const u32 raw = third(logic<0xa0>(words[0], 0, EVEN), logic<0xa0>(words[0], 0, ~EVEN));
+        const u32 raw = third(logic<A & C>(words[0], 0, EVEN), logic<A & C>(words[0], 0, ~EVEN));
         return {merge(0x33333333u, s < 2 ? pairs : pairs >> 2, raw), 0, 0};
     } else if constexpr (BITS == 3) {
-        const u32 differs = third(logic<0x28>(of.lower, of.upper, EVEN), logic<0x28>(of.lower, of.upper, ~EVEN));
+        const u32 differs = third(logic<(A ^ B) & C>(of.lower, of.upper, EVEN), logic<(A ^ B) & C>(of.lower, of.upper, ~EVEN));
         return {merge(0xccccccccu, differs, s % 2 ? words[s / 2] >> 2 : words[s / 2]), 0, of.upper << (3 - s)};
     } else {
-        const u32 same = logic<0xc3>(of.lower, of.upper, 0) << (3 - s);
+        const u32 same = logic<~(A ^ B)>(of.lower, of.upper, 0) << (3 - s);
         const u32 raw = s < 3 ? words[s] & 0x77777777u
                               : words[0] >> 3 & 0x11111111u | words[1] >> 2 & 0x22222222u | words[2] >> 1 & 0x44444444u;
         return {raw, merge(0x88888888u, same, s < 3 ? words[s] : raw), of.upper << (3 - s)};

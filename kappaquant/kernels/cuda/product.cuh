@@ -1,4 +1,4 @@
-// Products of 8 * NT tokens with tiles of 32 codebook rows (tiles.py), on tensor cores.
+// Products of 8 * NT tokens with tiles of 32 rows (tiles.py), on tensor cores.
 //
 // A warp multiplies tiles of 32 rows x 128 inputs: codes become operand A in registers, tokens are operand B, read through
 // the L1 cache.
@@ -242,7 +242,7 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
     typename Ahead<FORMAT, GROUP, STAGES>::type ahead(w, tile, first, step, in.k, stages);
     for (int unit = first; unit < units; unit += step) {
         const Unit<FORMAT, GROUP, 2> now = ahead.take(unit);
-        constexpr int ROWS = HALF || NT <= 2 ? 2 : 4;                    // of a lane that are decoded at a time, as registers allow
+        constexpr int ROWS = HALF || NT <= 2 ? 2 : 4;     // of a lane that are decoded at a time, as registers allow
 #pragma unroll
         for (int row = 0; row < 4; row += ROWS) {
             u32 a[ROWS][WORDS];

@@ -22,19 +22,11 @@ def int8_table(cells: Cells) -> tuple[list[int], float]:
     entries = (wanted / scales - offset).round().clamp(-128, 127)
     best = int(((entries + offset) * scales - wanted).square().sum(1).argmin())
     found: list[int] = entries[best].to(torch.int64).tolist()
-    if len(found) == 16:  # the second eight and what the first are more, as decode_int8 wants them
+    if len(found) == 16:
+        # The second eight and what the first are more, as decode_int8 wants them: these are above them and of their sign, for a codebook
+        # ascends and is symmetric, so that no difference exceeds 127.
         found = [second + 128 for second in found[8:]] + [a - b for a, b in zip(found[:8], found[8:], strict=True)]
     return _little_endian(found), float(scales[best])
-
-
-def refusal(cells: Cells) -> str | None:
-    """Why there is no table of a format's entries, or None."""
-    first, second = cells.entries[:8], cells.entries[8:16]
-    if len(cells.entries) == 16 and not all(
-        0 <= a - b <= max(map(abs, cells.entries)) for a, b in zip(first, second, strict=True)
-    ):
-        return f"levels of {cells.fmt.id} lie too far apart"
-    return None
 
 
 def half_table(cells: Cells) -> tuple[list[int], float]:

@@ -247,4 +247,4 @@ def refusal(device: torch.device, fmt: Format) -> str | None:
     assert isinstance(fmt, GroupedFormat)
     if any(a != -b for a, b in zip(fmt.codebook, reversed(fmt.codebook), strict=True)):
         return "the codebook is not symmetric about 0"
-    return tables.refusal(cells(fmt)) or gpu.refusal(device)
+    return gpu.refusal(device)

@@ -11,15 +11,16 @@
 __device__ constexpr int bits_of(int format) { return format & 15; }
 __device__ constexpr bool is_trellis(int format) { return format & 16; }
 
-// The function of three bits with that table, as one instruction, which compilers do not always find
+// A function of three words' bits as one instruction, which compilers do not always find: TABLE is that function of A, B and C
+constexpr int A = 0xf0, B = 0xcc, C = 0xaa;
 template <int TABLE> __device__ __forceinline__ u32 logic(u32 a, u32 b, u32 c) {
     u32 out;
-    asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(out) : "r"(a), "r"(b), "r"(c), "n"(TABLE));
+    asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(out) : "r"(a), "r"(b), "r"(c), "n"(TABLE & 0xff));
     return out;
 }
 
 // bits of `a` where the mask has them, else of b
-__device__ __forceinline__ u32 merge(u32 mask, u32 a, u32 b) { return logic<0xe4>(a, b, mask); }
+__device__ __forceinline__ u32 merge(u32 mask, u32 a, u32 b) { return logic<(A & C) | (B & ~C)>(a, b, mask); }
 
 constexpr u32 EVEN = 0x55555555u;  // bits
 

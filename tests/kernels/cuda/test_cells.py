@@ -33,7 +33,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     for name, instruction, call in (
         ("numbers.cuh", "", ""),
         ("launch.cuh", "", ""),
-        ("trellis.cuh", "lop3", "out = host_logic(TABLE, a, b, c);"),
+        ("trellis.cuh", "lop3", "out = host_logic(TABLE & 0xff, a, b, c);"),
         ("decode.cuh", "prmt", "out = host_permute(a, b, selector);"),
     ):
         text = (_HEADERS / name).read_text()
