@@ -177,11 +177,12 @@ def planned_by(source: Path, plan: Path, override: str) -> dict[str, dict[str, s
     return json.loads(plan.read_text())["tensors"]
 
 
-def test_kernels_of_codebooks_leave_it_to_the_slow_one() -> None:
+def test_kernels_that_do_not_take_it_say_why() -> None:
     fmt = registry.format_by_id("t3g64", "w")
     parts = fmt.encode(torch.ones(2, 64)).parts
     reasons = {kernel.name: kernel.refusal(fmt, parts) for kernel in dispatch.kernels()}
     assert reasons.pop("any format") is None
     assert (reasons.pop("native") or "") == absence()
+    assert reasons.pop("tensor_cores") == "needs an NVIDIA GPU, got a tensor on cpu"
     assert reasons
     assert all(reason and "codebook formats, not t3g64" in reason for reason in reasons.values())
