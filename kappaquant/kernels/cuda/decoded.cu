@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(128) decoded(const __grid_constant__ Decoded p
     Before<FORMAT, GROUP, 4> before[UNITS];
 #pragma unroll
     for (int u = 0; u < UNITS; u++) {
-        before[u].read(codes + u * BITS * 32, unit0 + u);
+        before[u].template read<false>(codes + u * BITS * 32, unit0 + u);
 #pragma unroll
         for (int i = 0; i < BITS; i++) *reinterpret_cast<uint4*>(words[u] + 4 * i) = stream(codes + (u * BITS + i) * 32);
     }

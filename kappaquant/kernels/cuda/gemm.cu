@@ -81,7 +81,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
     float sums[PAIRS][N / 2] = {};
     u32 a[2 * WORDS];
     const int last = max(rank + (rounds - 1) * step, 0);  // unit
-    Unit<FORMAT, GROUP, PAIRS> next = reader.read(min(rank, last));
+    Unit<FORMAT, GROUP, PAIRS> next = reader.template read<false>(min(rank, last));
     wait_for_earlier(reader.codes);
     let_next_start();
     if (threadIdx.x == 0)
@@ -89,7 +89,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
     targets.template fill<128 * WARPGROUPS>(p, item, p.scales);
     for (int round = 0; round < rounds; round++) {
         const Unit<FORMAT, GROUP, PAIRS> now = next;
-        next = reader.read(min(rank + (round + 1) * step, last));  // without a branch, which would part the lanes
+        next = reader.template read<true>(min(rank + (round + 1) * step, last));  // without a branch, which would part the lanes
         const int stage = round % STAGES;
         const u64 b = swizzled(stages + stage * (N / 8 * UNIT), UNIT);
         barrier_wait(full + 8 * stage, round / STAGES & 1);

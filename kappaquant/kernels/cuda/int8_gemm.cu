@@ -55,9 +55,9 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
     int part[PAIRS][N / 2];
     u32 a[PAIRS][16], norm[PAIRS][GROUPS];
     const int last = max(rank + (rounds - 1) * step, 0);  // unit
-    Unit<FORMAT, GROUP, PAIRS> next = reader.read(min(rank, last));
+    Unit<FORMAT, GROUP, PAIRS> next = reader.template read<false>(min(rank, last));
     decode<FORMAT, GROUP, PAIRS>(next, s.weight.table, a, norm);
-    next = reader.read(min(rank + step, last));
+    next = reader.template read<false>(min(rank + step, last));
     wait_for_earlier();
     let_next_start();
     if (threadIdx.x == 0)
@@ -103,7 +103,7 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
             }
         }
         decode<FORMAT, GROUP, PAIRS>(next, s.weight.table, a, norm);
-        next = reader.read(min(unit + 2 * step, last));
+        next = reader.template read<true>(min(unit + 2 * step, last));
         __syncwarp();
         if (lane == 0) barrier_arrive(empty + 8 * stage);
         const int old = round - SLACK;

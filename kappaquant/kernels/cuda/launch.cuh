@@ -26,7 +26,9 @@ __device__ __forceinline__ uint4 stream(const uint4* p) {
     return v;
 }
 
-__device__ __forceinline__ uint2 stream(const uint2* p) {
+// Eight bytes of which another warp reads the neighbours: by L1 once the wait is over, that is where WAITED
+template <bool WAITED> __device__ __forceinline__ uint2 stream_part(const uint2* p) {
+    if constexpr (WAITED) return __ldg(p);
     uint2 v;
     asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
     return v;

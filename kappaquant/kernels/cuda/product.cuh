@@ -77,7 +77,7 @@ __device__ __forceinline__ void copy_table(const Table& table, u32* lut) {
 }
 
 // The words of ROWS / 2 pairs of rows of a unit, `first` and up, plane after plane
-template <int FORMAT, int ROWS>
+template <int FORMAT, int ROWS, bool WAITED>
 __device__ __forceinline__ void load_words(const uint4* codes, int first, u32* words) {
     constexpr int BITS = bits_of(FORMAT), FIRST = first_plane(FORMAT);
     if constexpr (ROWS == 4) {
@@ -89,11 +89,11 @@ __device__ __forceinline__ void load_words(const uint4* codes, int first, u32* w
         for (int w = 0; w < 2 * FIRST; w += RUN) {
             const uint4* from = codes + 32 * ((first * 2 * FIRST + w) / 4);
             if constexpr (RUN == 4) *reinterpret_cast<uint4*>(words + w) = stream(from);
-            else *reinterpret_cast<uint2*>(words + w) = stream(reinterpret_cast<const uint2*>(from) + (first * 2 * FIRST + w) % 4 / 2);
+            else *reinterpret_cast<uint2*>(words + w) = stream_part<WAITED>(reinterpret_cast<const uint2*>(from) + (first * 2 * FIRST + w) % 4 / 2);
         }
 #pragma unroll
         for (int i = FIRST; i < BITS; i++)
-            *reinterpret_cast<uint2*>(words + 2 * i) = stream(reinterpret_cast<const uint2*>(codes + 32 * i) + first);
+            *reinterpret_cast<uint2*>(words + 2 * i) = stream_part<WAITED>(reinterpret_cast<const uint2*>(codes + 32 * i) + first);
     }
 }
 
@@ -123,14 +123,15 @@ template <int FORMAT, int GROUP, int PAIRS> struct Reader {
         norms = w.norms + tile * (k / GROUP) * 8 + (lane >> 2);
     }
 
-    __device__ __forceinline__ Rows read(int unit) const {
+    // WAITED: not before earlier kernels have been waited for
+    template <bool WAITED> __device__ __forceinline__ Rows read(int unit) const {
         Rows out;
         const uint4* from = element(codes, unit, 512 * BITS);
-        load_words<FORMAT, 2 * PAIRS>(from, pair0, out.words);
-        out.before.read(from, unit, 2 * pair0);
+        load_words<FORMAT, 2 * PAIRS, WAITED>(from, pair0, out.words);
+        out.before.template read<WAITED>(from, unit, 2 * pair0);
 #pragma unroll
         for (int g = 0; g < Rows::GROUPS; g++) {
-            const uint2 both = stream(element(norms, GROUP > 128 ? unit / 2 : unit, 64 * Rows::GROUPS) + 8 * g);
+            const uint2 both = stream_part<WAITED>(element(norms, GROUP > 128 ? unit / 2 : unit, 64 * Rows::GROUPS) + 8 * g);
             if constexpr (PAIRS == 1) out.norm[0][g] = pair0 ? both.y : both.x;
             else out.norm[0][g] = both.x, out.norm[1][g] = both.y;
         }
@@ -146,13 +147,13 @@ template <int FORMAT, int GROUP> struct OneAhead {
     int step, units;
 
     __device__ __forceinline__ OneAhead(const Codes& w, int tile, int first, int step, int k, char*)
-        : reader(w, tile, 0, k), next(reader.read(min(first, k / 128 - 1))), step(step), units(k / 128) {
+        : reader(w, tile, 0, k), next(reader.template read<false>(min(first, k / 128 - 1))), step(step), units(k / 128) {
         wait_for_earlier(reader.codes);  // weights come first: no kernel writes them
     }
 
     __device__ __forceinline__ Rows take(int unit) {
         const Rows now = next;
-        if (unit + step < units) next = reader.read(unit + step);
+        if (unit + step < units) next = reader.template read<true>(unit + step);
         return now;
     }
 };

@@ -47,13 +47,13 @@ template <int FORMAT, int GROUP, int ROWS> struct Before {
     u32 words[is_trellis(FORMAT) ? ROWS : 1];
 
     // of rows `first` and up; codes: of this lane in the unit
-    __device__ __forceinline__ void read(const uint4* codes, int unit, int first = 0) {
+    template <bool WAITED> __device__ __forceinline__ void read(const uint4* codes, int unit, int first = 0) {
         if constexpr (is_trellis(FORMAT)) {
             constexpr int UNIT = 32 * bits_of(FORMAT);
             const int around = GROUP <= 128 ? 3 : unit % 2 ? 3 - UNIT : 3 + UNIT;
             const u32* from = reinterpret_cast<const u32*>(codes + UNIT - 32 + (threadIdx.x % 4 ? -1 : around)) + first;
             if constexpr (ROWS == 4) *reinterpret_cast<uint4*>(words) = stream(reinterpret_cast<const uint4*>(from));
-            else *reinterpret_cast<uint2*>(words) = stream(reinterpret_cast<const uint2*>(from));
+            else *reinterpret_cast<uint2*>(words) = stream_part<WAITED>(reinterpret_cast<const uint2*>(from));
         }
     }
 

@@ -39,6 +39,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         text = (_HEADERS / name).read_text()
         if name == "launch.cuh":
             text = "#pragma once\ntemplate <typename T> T stream(const T* from) { return *from; }\n"
+            text += "template <bool WAITED, typename T> T stream_part(const T* from) { return *from; }\n"
         if instruction:
             text, count = re.subn(rf'asm\("{instruction}.*\);', call, text)
             assert count == 1
