@@ -1,4 +1,4 @@
-"""Codebook products of many tokens on NVIDIA Hopper GPUs: weights are decoded once for up to 256 tokens.
+"""Products of many tokens on NVIDIA Hopper GPUs: weights are decoded once for up to 256 tokens.
 
 float16 inputs serve all widths. Nothing is scaled after their products: a weight's operand is its table entry times its
 group's norm, and a token has one scale. So the error is that of float16, whatever the format: about 4e-4 of a product's size.
