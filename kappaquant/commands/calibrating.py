@@ -127,20 +127,21 @@ def calibrate(
     found.save(output)
     console().print(sensitivity_table(found))
     measured = " and ".join(KINDS[kind].name for kind in found.kinds)
-    console().print(f"{output}: of {measured}, for kappaquant plan --evidence", markup=False, highlight=False)
+    console().print(
+        f"{output}: of {measured}, for kappaquant plan --evidence", markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def _kinds_to_measure(formats: str | None, bits: str | None, device: str | None) -> tuple[str, ...]:
-    """Those that --formats says; without it all where --bits names one, else those that kernels round, and a warning if these are not all."""
+    """Those that --formats says; without it those that kernels round and the one that --bits names, and a warning if these are not all."""
     from kappaquant.files.processes import choose_device
     from kappaquant.quantizing.calibration.trials import kinds_by_kernels
 
     if formats is not None:
         return check_kinds(formats.split(","))
-    if bits and not bits.isdecimal():
-        return tuple(KINDS)
     where = choose_device(device)
-    kinds = kinds_by_kernels(where)
+    named = kind_and_bits(bits, f"--bits {bits}") if bits else None
+    kinds = check_kinds({*kinds_by_kernels(where), *(named or ())[:1]})
     if missing := [kind for kind in KINDS if kind not in kinds]:
         logger.warning(
             "%s are not measured: no kernel rounds them on %s, and torch takes tens of times as long; --formats %s measures them, and "

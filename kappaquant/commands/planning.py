@@ -139,8 +139,14 @@ class PlanSettings:
 
         if self.kinds is not None:
             return self.kinds.split(",")
-        held = container_by_id(self.container).kinds
-        return [kind for kind in policy.kinds(Evidence(sensitivity=known)) if kind in held] or list(held)
+        held, wanted = container_by_id(self.container).kinds, policy.kinds(Evidence(sensitivity=known))
+        kinds = [kind for kind in wanted if kind in held]
+        if not kinds:
+            has, holds = (" and ".join(f"{KINDS[kind].name} ({kind})" for kind in some) for some in (wanted, held))
+            raise PlanError(
+                f"{self.container} holds {holds}, the evidence has {has} alone: calibrate --formats {','.join(held)}, or write another --format"
+            )
+        return kinds
 
     def of_kinds(self, made: Plan) -> str:
         """Which kinds of formats a plan by evidence was chosen from, and why not from all; empty where --formats said so."""
@@ -225,9 +231,11 @@ def warn_of_slow_rounding(plan: Plan, device: str | None) -> None:
     from kappaquant.files.processes import choose_device
     from kappaquant.quantizing.calibration.trials import kinds_by_kernels
 
-    where = choose_device(device)
     formats = filter(None, map(plan.format_of, plan.choices))
-    if TRELLIS_CODE not in kinds_by_kernels(where) and any(isinstance(fmt.rowwise, TrellisFormat) for fmt in formats):
+    if not any(isinstance(fmt.rowwise, TrellisFormat) for fmt in formats):
+        return
+    where = choose_device(device)
+    if TRELLIS_CODE not in kinds_by_kernels(where):
         logger.warning(
             "the plan has trellis codes, which no kernel rounds on %s: torch takes tens of times as long; use --device cpu where the native "
             "core is built, or plan with --formats %s",

@@ -179,9 +179,7 @@ def quantize(
     fit: FitOpt = None,
     context: ContextOpt = None,
     group_size: Annotated[str | None, typer.Option(help="As for plan; 128 for tq3_native unless given.")] = None,
-    formats: Annotated[
-        str | None, typer.Option(help="As for plan; those that the --format holds, unless given.")
-    ] = None,
+    formats: Annotated[str | None, typer.Option(help="As for plan, of those that the --format holds.")] = None,
     overrides: SetOpt = None,
     fuse: FuseOpt = False,
     effort: Annotated[

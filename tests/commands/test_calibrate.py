@@ -94,8 +94,20 @@ def test_all_kinds_are_measured_where_kernels_round_them(
     done = run_here("calibrate", source, "-o", tmp_path / "e.json", *by, *FAST)
     assert done.returncode == 0, done.stderr
     assert f"KLD in {tried}" in done.stdout
-    assert f"e.json: of {said}, for kappaquant plan --evidence" in " ".join(done.stdout.split())  # however long its lines
+    assert f"e.json: of {said}, for kappaquant plan --evidence" in done.stdout
     assert ("trellis codes are not measured: no kernel rounds them on cpu" in caplog.text) is not rounded
+
+
+@pytest.mark.parametrize(("bits", "measured"), [("k3", "codebooks"), ("t3", "codebooks and trellis codes")])
+def test_a_kind_that_is_named_is_measured_too(
+    bits: str, measured: str, source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "kinds_by_kernels", lambda device: ("k",))
+    by = "--calibration", text, "--calibration-tokens", 48
+    done = run_here("calibrate", source, "-o", tmp_path / "e.json", *by, *FAST, "--bits", bits)
+    assert done.returncode == 0, done.stderr
+    assert f"KLD in {bits}" in done.stdout
+    assert f"e.json: of {measured}, for" in done.stdout
 
 
 def test_without_text_it_says_so(source: Path, tmp_path: Path) -> None:

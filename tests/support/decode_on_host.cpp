@@ -13,13 +13,11 @@ static struct { uint32_t x; } threadIdx;
 
 static uint32_t __funnelshift_l(uint32_t low, uint32_t high, int by) { return by ? high << by | low >> (32 - by) : high; }
 static uint32_t __funnelshift_r(uint32_t low, uint32_t high, int by) { return by ? low >> by | high << (32 - by) : low; }
-static uint32_t __shfl_sync(uint32_t, uint32_t value, uint32_t) { return value; }
 static float __uint_as_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, 4);
     return value;
 }
-template <typename T> T __ldg(const T* from) { return *from; }
 
 static uint32_t host_permute(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t bytes = (uint64_t)b << 32 | a;

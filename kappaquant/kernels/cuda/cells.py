@@ -126,10 +126,8 @@ class _TrellisCells(Cells):
 @cache
 def cells(fmt: GroupedFormat) -> Cells:
     """The cells of a format that is not ``unfit``."""
-    return _TrellisCells(fmt) if isinstance(fmt, TrellisFormat) else _codebook(fmt)
-
-
-def _codebook(fmt: GroupedFormat) -> Cells:
+    if isinstance(fmt, TrellisFormat):
+        return _TrellisCells(fmt)
     assert isinstance(fmt, CodebookFormat)
     return _CodebookCells(fmt)
 

@@ -20,6 +20,7 @@ from kappaquant.formats.codebook import BITS, CodebookFormat
 from kappaquant.formats.search import SCALES, Nearest, nearest
 from kappaquant.kernels.cuda import device as gpu
 from kappaquant.kernels.cuda import groups, nvrtc
+from kappaquant.kernels.cuda.arguments import KINDS, address
 
 NAME = "cuda encoder"
 # as in encode.cu and groups.cuh: warps of a block, weights of a warp, room for scales
@@ -91,12 +92,12 @@ def _run(
     search = SCALES if effort == "best" else ()
     if count:
         blocks = min(-(-count * group_size // (_TILE * _WARPS)), _BLOCKS * gpu.multiprocessors(device))
-        run = nvrtc.kernel("encode.cu", f"encode<{group_size}, {groups.DTYPES[weight.dtype]}>", device.index)
+        run = nvrtc.kernel("encode.cu", f"encode<{group_size}, {KINDS[weight.dtype]}>", device.index)
         run(
             (blocks, 1, 1), 32 * _WARPS,
             _Encode(
                 groups.groups(weight, group_size, sums[0], norms), tables.data_ptr(), magnitudes.data_ptr(),
-                groups.address(packed), sums[1:].data_ptr(), len(books), len(search),
+                address(packed), sums[1:].data_ptr(), len(books), len(search),
                 _of(ctypes.c_int, len(BITS), _bits(books)), _of(ctypes.c_float, _CANDIDATES, search),
                 _of(ctypes.c_float, _CANDIDATES, [scale * table.fineness for scale in search]),
             ),

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.kernels.cuda import nvrtc, tiles
-from kappaquant.kernels.cuda.inputs import KINDS, Input, address, rotate
+from kappaquant.kernels.cuda.arguments import KINDS, address
+from kappaquant.kernels.cuda.inputs import Input, rotate
 from kappaquant.kernels.cuda.tensor_cores import INT8_BITS, Codes, Inputs, Weight, numbers, table_bytes
 
 NAME = "experts"

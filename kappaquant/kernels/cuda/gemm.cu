@@ -1,4 +1,4 @@
-// y = x W^T for many tokens: rotated float16 inputs and codebook weights in the layout of tiles.py, on Hopper's warpgroups.
+// y = x W^T for many tokens: rotated float16 inputs and weights in the layout of tiles.py, on Hopper's warpgroups.
 //
 // A warpgroup multiplies four tiles of 32 rows, or with 256 tokens half the rows of each, by N tokens: codes times norms
 // become operand A in registers, tokens are operand B in shared memory. While tensor cores work on a part of a unit the next

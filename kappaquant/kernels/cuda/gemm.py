@@ -18,7 +18,8 @@ from torch import Tensor
 from kappaquant.errors import UnsupportedError
 from kappaquant.kernels.cuda import device as gpu
 from kappaquant.kernels.cuda import int8_gemm, nvrtc, tiles
-from kappaquant.kernels.cuda.inputs import KINDS, Tokens, address
+from kappaquant.kernels.cuda.arguments import KINDS, address
+from kappaquant.kernels.cuda.inputs import Tokens
 from kappaquant.kernels.cuda.launches import BARRIER_BYTES, TARGET_BYTES, Spread, split_of, whole_blocks
 from kappaquant.kernels.cuda.tensor_cores import INT8_BITS, Codes, Weight, numbers, table_bytes
 

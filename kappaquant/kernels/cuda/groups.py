@@ -15,8 +15,7 @@ from kappaquant.formats.base import EFFORTS, Effort
 from kappaquant.formats.codebook import NORMS_SUFFIX, PACKED_SUFFIX, GroupedFormat
 from kappaquant.formats.signs import signs
 from kappaquant.kernels.cuda import device as gpu
-
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as numbers.cuh counts them
+from kappaquant.kernels.cuda.arguments import KINDS, address
 
 
 class Groups(ctypes.Structure):
@@ -31,7 +30,7 @@ class Groups(ctypes.Structure):
 
 def refusal(weight: Tensor, effort: str) -> str | None:
     """Why a weight can not be encoded by a kernel, or None."""
-    if weight.dtype not in DTYPES:
+    if weight.dtype not in KINDS:
         return f"takes weights in float32, float16 or bfloat16, not {weight.dtype}"
     if effort not in EFFORTS:
         return f"knows efforts {', '.join(EFFORTS)}, not {effort!r}"
@@ -73,10 +72,6 @@ def encoded(
     if not math.isfinite(energy + error):
         return codec.encode(weight, fmt, effort, name=name)  # says what is wrong
     return codec.CodebookEncoded({PACKED_SUFFIX: packed, NORMS_SUFFIX: norms}, error, energy)
-
-
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 @cache

@@ -14,9 +14,9 @@ from kappaquant.errors import UnsupportedError
 from kappaquant.formats.codebook import GroupedFormat
 from kappaquant.formats.signs import signs
 from kappaquant.kernels.cuda import nvrtc, tiles
+from kappaquant.kernels.cuda.arguments import KINDS, address
 
 _FEW = 64  # tokens up to which a warp for each group pays: then latency counts, not the number of blocks
-KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as numbers.cuh counts them
 
 
 class _Rotate(ctypes.Structure):
@@ -215,7 +215,3 @@ def _layout(tensor: Tensor) -> tuple[torch.dtype, torch.device, torch.Size, tupl
 def _signs(group_size: int, device: torch.device) -> Tensor:
     first, second = (torch.tensor(s, dtype=torch.float32) for s in signs(group_size))
     return torch.stack([first, second / math.sqrt(group_size)]).to(device)
-
-
-def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

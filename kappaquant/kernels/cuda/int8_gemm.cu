@@ -1,4 +1,4 @@
-// y = x W^T for many tokens with int8 inputs: codebook weights of 2 to 5 bits in the layout of tiles.py, on Hopper's warpgroups.
+// y = x W^T for many tokens with int8 inputs: weights of 2 to 5 bits in the layout of tiles.py, on Hopper's warpgroups.
 //
 // As gemm.cu, but codes become int8, products run at twice the rate, and int32 sums of a group leave the tensor cores to be
 // scaled by the input's scale and the weight's norm, which other warpgroups hide.

@@ -1,4 +1,4 @@
-// y = x W^T for rotated inputs x and codebook weights W in the tiled layout of tiles.py, on tensor cores.
+// y = x W^T for rotated inputs x and weights W in the tiled layout of tiles.py, on tensor cores.
 //
 // A block has TILES tiles, so that many tokens are read from L2 once for all of them; its other warps split the input axis,
 // and their sums meet in shared memory. blockIdx.x counts blocks over all outputs that read the same input, blockIdx.y

@@ -109,7 +109,7 @@ def _early() -> Any:
 
 @cache
 def kernel(file: str, instance: str, device: int, shared_bytes: int = 0) -> Kernel:
-    """The instance such as ``linear<3, 0, 128>`` of a template in ``cuda/<file>``, for that CUDA device.
+    """The instance such as ``decoded<3, 128>`` of a template in ``cuda/<file>``, for that CUDA device.
 
     Raises:
         UnsupportedError: the compiler refused it; holds its log.

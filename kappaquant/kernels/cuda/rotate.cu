@@ -1,4 +1,4 @@
-// The input side of a codebook layer in one kernel: (residual add, RMS norm | silu(gate) * up), rotation, int8 or float16.
+// The input side of a packed layer in one kernel: (residual add, RMS norm | silu(gate) * up), rotation, int8 or float16.
 //
 // A block per token, a warp per group, GROUP / 32 neighbouring inputs per lane; butterflies inside a lane, then across lanes.
 // With a warp for every group each input is read once, in one go. Values are rounded where the unfused torch modules round,

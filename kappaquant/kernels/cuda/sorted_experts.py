@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.kernels.cuda import gemm, nvrtc
-from kappaquant.kernels.cuda.inputs import KINDS, rotate_tokens
+from kappaquant.kernels.cuda.arguments import KINDS
+from kappaquant.kernels.cuda.inputs import rotate_tokens
 from kappaquant.kernels.cuda.tensor_cores import Weight
 
 NAME = "sorted_experts"

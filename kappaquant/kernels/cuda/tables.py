@@ -6,7 +6,7 @@ import torch
 
 from kappaquant.kernels.cuda.cells import Cells
 
-WIDE = 32
+WIDE = 16
 """Entries beyond which a table lies in shared memory, a copy for each lane."""
 
 
@@ -23,8 +23,8 @@ def int8_table(cells: Cells) -> tuple[list[int], float]:
     best = int(((entries + offset) * scales - wanted).square().sum(1).argmin())
     found: list[int] = entries[best].to(torch.int64).tolist()
     if len(found) == 16:
-        # The second eight and what the first are more, as decode_int8 wants them: these are above them and of their sign, for a codebook
-        # ascends and is symmetric, so that no difference exceeds 127.
+        # The second eight and what the first are more, as decode_int8 wants them. Both are of one sign, magnitudes of a codebook's negative
+        # half or neighbouring levels of a trellis's subsets, so that no difference exceeds 127.
         found = [second + 128 for second in found[8:]] + [a - b for a, b in zip(found[:8], found[8:], strict=True)]
     return _little_endian(found), float(scales[best])
 

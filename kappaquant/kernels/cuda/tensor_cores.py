@@ -19,8 +19,9 @@ from kappaquant.formats.base import Format
 from kappaquant.formats.codebook import GroupedFormat
 from kappaquant.kernels.cuda import device as gpu
 from kappaquant.kernels.cuda import nvrtc, tables, tiles
+from kappaquant.kernels.cuda.arguments import KINDS, address
 from kappaquant.kernels.cuda.cells import TRELLIS_NUMBERS, cells, unfit
-from kappaquant.kernels.cuda.inputs import KINDS, Input, address
+from kappaquant.kernels.cuda.inputs import Input
 
 NAME = "tensor_cores"
 INT8_BITS = (2, 3, 4, 5)  # above, rounding a codebook to int8 would cost more than the width gains
@@ -74,7 +75,7 @@ nvrtc.declare("linear.cu", _Table, Codes, Inputs, _Segment, _Linear)
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight [rows, in_features], or of experts [E, rows, in_features], in tiles, with the tables of its codebook.
+    """A weight [rows, in_features], or of experts [E, rows, in_features], in tiles, with the tables of its format.
 
     The tiles serve int8 and float16 inputs alike; only the table that decodes them differs.
     """
@@ -149,6 +150,12 @@ class Launch:
     stages: int = 0
 
 
+# (warps of a multiprocessor, units that a warp has in shared memory) of int8 inputs of up to 8 tokens, by the numbers of ``cells``
+_RESIDENT = {
+    2: (24, 0), 3: (28, 0), 4: (28, 3), TRELLIS_NUMBERS + 2: (28, 3), TRELLIS_NUMBERS + 3: (16, 3), TRELLIS_NUMBERS + 4: (16, 3)
+}  # fmt: skip
+
+
 def choose(tokens: int, tile_count: int, units: int, formats: Sequence[int], half: bool) -> Launch:
     """As measured on an H200 (``benchmarks/gpu_kernels.py``): 1700 warps fill it, and fewer warps to a tile save sums.
 
@@ -164,21 +171,21 @@ def choose(tokens: int, tile_count: int, units: int, formats: Sequence[int], hal
         warps *= 2
     if token_tiles == 16 or (half and token_tiles == 2):
         return Launch(token_tiles, 1, warps, 0)
-    found = [_resident(fmt, token_tiles, half or warps > 4) for fmt in formats if fmt]
-    return Launch(token_tiles, 1, warps, min(warps for warps, _ in found), max(stages for _, stages in found))
+    found = [_resident(fmt, token_tiles, half or warps > 4 or units < 8 * warps) for fmt in formats if fmt]
+    return Launch(token_tiles, 1, warps, min(held for held, _ in found), max(stages for _, stages in found))
 
 
 def _resident(fmt: int, token_tiles: int, registers: bool) -> tuple[int, int]:
     """Warps of a multiprocessor, and units that a warp has in shared memory, at up to 16 tokens.
 
     Args:
-        registers: read ahead by registers, as float16 inputs want, which are as large, and short inner loops.
+        registers: read ahead by registers, as float16 inputs want, which are as large, and warps of few units.
     """
     if registers:
         return {2: 24, 3: 28}.get(fmt, 16), 0
     if token_tiles == 2:
         return 16, 3 if fmt > TRELLIS_NUMBERS else 0
-    return {2: (24, 0), 3: (28, 0), 4: (28, 3), 18: (28, 3), 19: (16, 3), 20: (16, 3)}.get(fmt, (16, 0))
+    return _RESIDENT.get(fmt, (16, 0))
 
 
 def linear(
@@ -210,18 +217,18 @@ def linear(
         )  # fmt: skip
         blocks += -(-tile_counts[i] // use.tiles)
     flags = f"{x.group_size}, {str(x.half).lower()}, {use.token_tiles}, {use.tiles}, {use.warps}, {use.resident}, {use.stages}"
-    shared = use.warps * (4 * 8 * use.token_tiles * 33 + use.stages * max(stage_bytes(w) for w in weights))
+    shared = use.warps * (4 * 8 * use.token_tiles * 33 + use.stages * max(stage_bytes(w.fmt) for w in weights))
     instance = f"linear<{', '.join(map(str, formats))}, {flags}>"
     run = nvrtc.kernel("linear.cu", instance, x.values.device.index, shared + table_bytes(weights, x.half))
     run((blocks, -(-tokens // (8 * use.token_tiles)), 1), 32 * use.warps, parameters, early=True)
     return outs
 
 
-def stage_bytes(weight: Weight) -> int:
+def stage_bytes(fmt: GroupedFormat) -> int:
     """Shared memory for a unit: its codes, norms, and the path bits before it where a ring is wider (``Staged`` of product.cuh)."""
-    group = weight.fmt.group_size
-    wide_rings = cells(weight.fmt).number > TRELLIS_NUMBERS and group > tiles.INPUTS
-    return 512 * weight.fmt.bits + 64 * max(1, tiles.INPUTS // group) + 128 * wide_rings
+    group = fmt.group_size
+    wide_rings = cells(fmt).number > TRELLIS_NUMBERS and group > tiles.INPUTS
+    return 512 * fmt.bits + 64 * max(1, tiles.INPUTS // group) + 128 * wide_rings
 
 
 def _check(x: Input, weights: Sequence[Weight]) -> None:

@@ -17,6 +17,7 @@ from kappaquant.formats.codec import norms_refusal
 from kappaquant.kernels.base import Arranged, Kernel, Use, check_activations
 from kappaquant.kernels.cuda import decoded, gemm, inputs, sorted_experts, tensor_cores, tiles
 from kappaquant.kernels.cuda import experts as few_experts
+from kappaquant.kernels.cuda.arguments import KINDS
 
 FEW_TOKENS = 16  # up to which weights are decoded anew for every 8; beyond, Hopper's wider products are faster
 # up to which wider products take int8, where rows are many, and few; beyond, scaling the sums costs more than is gained
@@ -66,7 +67,7 @@ class Tiled(Kernel):
         assert isinstance(fmt, GroupedFormat)
         assert isinstance(kind, tuple)
         half: bool = kind[1]
-        x = (x if x.dtype in inputs.KINDS else x.float()).contiguous()
+        x = (x if x.dtype in KINDS else x.float()).contiguous()
         if x.shape[0] > FEW_TOKENS and gemm.refusal(x.device) is None:
             ordered, _ = inputs.rotate_tokens(x, fmt, half)
             return [ordered.values, ordered.scales]
@@ -79,7 +80,7 @@ class Tiled(Kernel):
         held = weight_of(weight)
         if kind is None:
             return decoded.linear(x, held, bias)
-        dtype = x.dtype if x.dtype in inputs.KINDS else torch.float32
+        dtype = x.dtype if x.dtype in KINDS else torch.float32
         biases = None if bias is None else [bias.to(dtype)]
         if prepared[0].dim() == 5:
             tokens = inputs.Tokens(prepared[0], prepared[1], held.fmt.group_size, x.shape[0])
@@ -92,7 +93,7 @@ class Tiled(Kernel):
     def grouped_linear(self, x: Tensor, index: Tensor, weight: Arranged) -> Tensor:
         """With float16 inputs, whatever the width."""
         held, expert_count = weight_of(weight), weight.shape[0]
-        x, index = (x if x.dtype in inputs.KINDS else x.float()).contiguous(), index.contiguous()
+        x, index = (x if x.dtype in KINDS else x.float()).contiguous(), index.contiguous()
         if index.numel() > _FEW_SLOTS and sorted_experts.refusal(x, held) is None:
             y = sorted_experts.linear(x, index, held, torch.float32)
         else:
@@ -113,11 +114,11 @@ class Tiled(Kernel):
     def experts(
         self, x: Tensor, index: Tensor, weights: Tensor, gate_up: Arranged, down: Arranged, activations: str
     ) -> Tensor:
-        dtype = x.dtype if x.dtype in inputs.KINDS else torch.float32
+        dtype = x.dtype if x.dtype in KINDS else torch.float32
         first, second = weight_of(gate_up), weight_of(down)
         half = any(needs_half(activations, held.fmt.bits) for held in (first, second))
         x, weights, index = x.to(dtype).contiguous(), weights.contiguous(), index.contiguous()
-        weights = weights if weights.dtype in inputs.KINDS else weights.float()
+        weights = weights if weights.dtype in KINDS else weights.float()
         if index.numel() > _FEW_SLOTS and sorted_experts.refusal(x, first) is None:
             return sorted_experts.forward(x, index, weights, first, second)
         outs, step = [], max(1, _FEW_SLOTS // index.shape[1])

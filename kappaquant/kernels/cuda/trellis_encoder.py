@@ -13,6 +13,7 @@ from kappaquant.formats import codec, viterbi
 from kappaquant.formats.base import Effort
 from kappaquant.formats.trellis import TRELLIS, TrellisFormat
 from kappaquant.kernels.cuda import groups, nvrtc
+from kappaquant.kernels.cuda.arguments import KINDS
 
 NAME = "cuda trellis encoder"
 _RINGS, _TRIALS = 8, 4  # as in trellis_encode.cu: rings of a block, room for scales
@@ -57,7 +58,7 @@ def _run(weight: Tensor, fmt: TrellisFormat, effort: Effort, packed: Tensor, nor
     tried = viterbi.SCALES if effort == "best" else ()
     room = ctypes.c_float * _TRIALS
     if count:
-        instance = f"trellis_encode<{fmt.group_size}, {fmt.bits}, {groups.DTYPES[weight.dtype]}>"
+        instance = f"trellis_encode<{fmt.group_size}, {fmt.bits}, {KINDS[weight.dtype]}>"
         nvrtc.kernel("trellis_encode.cu", instance, device.index)(
             (-(-count // _RINGS), 1, 1), 32,
             _TrellisEncode(

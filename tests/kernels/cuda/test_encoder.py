@@ -16,7 +16,8 @@ from kappaquant.formats.codebook import BITS, FORMATS, CodebookFormat, published
 from kappaquant.formats.search import SCALES, Assignment, nearest
 from kappaquant.formats.signs import GROUP_SIZES
 from kappaquant.kernels import dispatch as ops
-from kappaquant.kernels.cuda import encoder, groups, nvrtc
+from kappaquant.kernels.cuda import encoder, nvrtc
+from kappaquant.kernels.cuda.arguments import KINDS
 
 ALL = sorted(FORMATS.values(), key=lambda f: (f.bits, f.group_size))
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def thresholds(fmt: CodebookFormat) -> torch.Tensor:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile(arch: str) -> None:
     for group in GROUP_SIZES:
-        for kind in groups.DTYPES.values():
+        for kind in KINDS.values():
             code, name = nvrtc.compiled("encode.cu", f"encode<{group}, {kind}>", arch)
             assert code.startswith(b"\x7fELF")
             assert b"encode" in name
@@ -105,7 +106,7 @@ def at_thresholds(fmt: CodebookFormat) -> torch.Tensor:
 def cases(fmt: CodebookFormat) -> Iterator[tuple[str, torch.Tensor]]:
     """Weights of any dtype, and of float32 only those that no other dtype holds."""
     group = fmt.group_size
-    for dtype in groups.DTYPES:
+    for dtype in KINDS:
         yield f"Gaussian {dtype}", random(37, 5 * group - 3).to(dtype)
         yield f"heavy tails {dtype}", heavy(40, 3 * group, spread=1.0).to(dtype)
         yield f"zeros {dtype}", with_zeros(6, 2 * group, group).to(dtype)

@@ -10,7 +10,7 @@ from nvrtc_here import ARCHITECTURES, needs_compiler
 from kappaquant.errors import UnsupportedError
 from kappaquant.formats import codec
 from kappaquant.formats.codebook import CodebookFormat, GroupedFormat
-from kappaquant.kernels.cuda import inputs, nvrtc, tensor_cores
+from kappaquant.kernels.cuda import inputs, nvrtc, tables, tensor_cores
 from kappaquant.kernels.cuda.cells import cells
 
 
@@ -63,7 +63,7 @@ def test_inputs_that_do_not_go_together_are_refused() -> None:
 
 
 def test_every_launch_fits_the_card() -> None:
-    """Shared memory of 227 KB a block (compute capability 9.0) holds the sums, the widest table and the stages."""
+    """Shared memory of 99 KB a block, the least of compute capability 8.0 and later, holds the sums and the widest table or the stages."""
     numbers = {cells(named(name)).number: named(name) for name in NAMES}
     for tokens in (1, 8, 9, 16, 17, 64, 65, 128, 4096):
         for tile_count in (1, 64, 896, 10000):
@@ -73,8 +73,9 @@ def test_every_launch_fits_the_card() -> None:
                         use = tensor_cores.choose(tokens, tile_count, units, [number, 3, 0, 0], half)
                         assert use.warps % use.tiles == 0
                         assert use.warps <= 16
-                        stages = use.stages * (512 * fmt.bits + 256 + 128)
-                        assert use.warps * (4 * 8 * use.token_tiles * 33 + stages) + (128 << 8) <= 227 << 10
+                        stages = use.stages * (512 * max(fmt.bits, 3) + 256 + 128)
+                        table = tables.shared_bytes(cells(fmt), half)
+                        assert use.warps * (4 * 8 * use.token_tiles * 33 + stages) + table <= 99 << 10
                         padded = 8 if tokens <= 8 else -(-tokens // 128) * 128
                         assert -(-tokens // (8 * use.token_tiles)) * 8 * use.token_tiles <= padded
 
@@ -111,18 +112,27 @@ def test_error_on_a_layer_of_usual_size(name: str, half: bool) -> None:
 
 @gpu
 @pytest.mark.parametrize("half", [False, True], ids=["int8", "float16"])
+@pytest.mark.parametrize("group", [32, 128, 256])
 @pytest.mark.parametrize(
-    "outputs", [(("k3", 70), ("k5", 32), ("k2", 1), ("k4", 129)), (("t3", 70), ("k4", 32), ("t2", 1), ("t4", 129))]
+    "outputs",
+    [
+        (("k2", 40), ("t3", 70)),
+        (("k3", 70), ("k5", 32), ("k2", 1), ("k4", 129)),
+        (("t3", 70), ("k4", 32), ("t2", 1), ("t4", 129)),
+    ],
 )
-def test_outputs_of_different_formats_share_an_input(outputs: tuple[tuple[str, int], ...], half: bool) -> None:
-    made = [prepared(named(name), n, 640, seed=n) for name, n in outputs]
+def test_outputs_of_different_formats_share_an_input(
+    outputs: tuple[tuple[str, int], ...], group: int, half: bool
+) -> None:
+    made = [prepared(named(name, group), n, 640, seed=n) for name, n in outputs]
     biases = [random(w.rows).cuda().bfloat16() if i % 2 else None for i, (w, _) in enumerate(made)]
     x = random(5, 640).cuda().bfloat16()
-    rotated, _ = inputs.rotate(x, CodebookFormat(3, 128), half)
-    outs = tensor_cores.linear(rotated, [w for w, _ in made], torch.bfloat16, biases)
-    for y, bias, (_, decoded) in zip(outs, biases, made, strict=True):
-        assert y.dtype == torch.bfloat16
-        assert error(y if bias is None else y - bias, x, decoded) < 0.015
+    rotated, _ = inputs.rotate(x, named("k3", group), half)
+    for launch in (None,) if half else (None, tensor_cores.Launch(1, 1, 4, 16, 3)):
+        outs = tensor_cores.linear(rotated, [w for w, _ in made], torch.bfloat16, biases, launch)
+        for y, bias, (_, decoded) in zip(outs, biases, made, strict=True):
+            assert y.dtype == torch.bfloat16
+            assert error(y if bias is None else y - bias, x, decoded) < 0.015
 
 
 @gpu
@@ -153,6 +163,36 @@ def test_what_goes_before_the_rotation(dtype: torch.dtype) -> None:
     integers, _ = inputs.rotate(x, fmt, False)
     assert torch.equal(integers.halves[:, :5], integers.values.view(5, -1, 128).sum(-1).t() / 2)
     assert int(integers.values.abs().max()) == 127
+
+
+def test_units_are_staged_where_warps_have_many() -> None:
+    def stages(name: str, tile_count: int, units: int, tokens: int = 1, half: bool = False) -> int:
+        return tensor_cores.choose(tokens, tile_count, units, [cells(named(name)).number, 0, 0, 0], half).stages
+
+    assert [stages(name, 896, 32) for name in ("k2", "k3", "k4", "k5", "t2", "t3", "t4")] == [0, 0, 3, 0, 3, 3, 3]
+    assert [stages("t3", *size) for size in ((128, 32), (896, 31), (64, 4))] == [
+        0,
+        0,
+        0,
+    ]  # warps share a tile, or have few units
+    assert [stages(name, 896, 32, tokens=16) for name in ("k4", "t4")] == [0, 3]
+    assert stages("t3", 896, 32, half=True) == 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+def test_stages_are_as_large_as_kernels_have_them(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = [
+        f"static_assert(Staged<{cells(fmt).number}, {group}, 3>::BYTES == {tensor_cores.stage_bytes(fmt)});"
+        for fmt in (named(name, group) for name in INT8_NAMES)
+    ]
+    source = nvrtc._source
+    monkeypatch.setattr(nvrtc, "_source", lambda file: "\n".join([source(file), *checks]))
+    instance = f"linear<19, 0, 0, 0, {group}, false, 1, 1, 4, 16, 3>"
+    nvrtc.compiled("linear.cu", instance, "sm_90")
+    checks.append(f"static_assert(Staged<19, {group}, 3>::BYTES == 0);")
+    with pytest.raises(UnsupportedError, match="static assertion failed"):
+        nvrtc.compiled("linear.cu", instance, "sm_90")
 
 
 @gpu

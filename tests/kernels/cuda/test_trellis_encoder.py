@@ -18,7 +18,8 @@ from kappaquant.formats.base import EFFORTS, Effort
 from kappaquant.formats.signs import GROUP_SIZES
 from kappaquant.formats.trellis import TRELLIS_BITS, TrellisFormat
 from kappaquant.kernels import dispatch
-from kappaquant.kernels.cuda import groups, nvrtc, trellis_encoder
+from kappaquant.kernels.cuda import nvrtc, trellis_encoder
+from kappaquant.kernels.cuda.arguments import KINDS
 
 gpu = pytest.mark.gpu
 
@@ -36,7 +37,7 @@ def test_numbers_are_the_kernels() -> None:
     constants = dict(re.findall(r"(\w+) = (\d+)[,;]", nvrtc._read("trellis_encode.cu")))
     assert int(constants["RINGS"]) == trellis_encoder._RINGS
     assert int(constants["TRIALS"]) == trellis_encoder._TRIALS >= len(viterbi.SCALES)
-    assert set(DTYPES) == groups.DTYPES.keys()
+    assert set(DTYPES) == KINDS.keys()
 
 
 def test_without_a_gpu_others_encode() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from kappaquant.errors import UnsupportedError
 from kappaquant.kernels.cuda import device as gpu
 from kappaquant.kernels.cuda import nvrtc
-from kappaquant.kernels.cuda.inputs import KINDS, address
+from kappaquant.kernels.cuda.arguments import KINDS, address
 
 NAME = "deltanet"
 HEAD_DIMS = (32, 64, 128, 256)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
 from kappaquant.kernels.cuda import nvrtc
-from kappaquant.kernels.cuda.inputs import KINDS
+from kappaquant.kernels.cuda.arguments import KINDS
 from kappaquant.kernels.cuda.step import dense
 
 NAME = "route"
