@@ -25,7 +25,8 @@ HEAD = (
 BESIDE = ("llama.cpp*", "calibrated ? g64, embedding 8", "calibrated apex2*", "calibrated kurtosis*")
 MEASURED = "measured, bytes of "
 MEASURED_BOTH = "measured in both kinds, bytes of "
-PAIRS = ("MB", "beside", "its KLD", "codebooks by measurement", "ratio", "and trellis codes", "ratio")
+FAMILIES = {MEASURED: "bits by measurement", MEASURED_BOTH: "and kinds"}
+PAIRS = ("MB", "beside", "its KLD")
 BOTH = ("variant", "calibrated", "bits/weight of the matrices", "MB of the model", "KLD as it is", "KLD, dithered")
 #: README's rows of ours, where they have been measured
 OURS = (
@@ -66,16 +67,16 @@ def pairs(result: dict[str, Any], patterns: Sequence[str] = ("*",)) -> str:
             others = [other for other in (beside, weighted) if other]
             found += [(o, row) for o in others if any(fnmatchcase(o["name"], pattern) for pattern in patterns)]
     found.sort(key=lambda pair: pair[0]["model_bytes"])
-    lines = [PAIRS, ["---"] * len(PAIRS)]
+    families = [f for f in (MEASURED, MEASURED_BOTH) if any(name.startswith(f) for name in made)]
+    head = [*PAIRS, *(cell for family in families for cell in (FAMILIES[family], "ratio"))]
+    lines = [head, ["---"] * len(head)]
     for other, row in found:
-        theirs, ours = other["kld_nats"]["mean"], row["kld_nats"]["mean"]
-        both = made.get(row["name"].replace(MEASURED, MEASURED_BOTH))
-        lines.append(
-            [
-                f"{other['model_bytes'] / 1e6:.1f}", other["name"], f"{theirs:.4f}", f"**{ours:.4f}**",
-                f"{ours / theirs:.2f}", *((f"**{both['kld_nats']['mean']:.4f}**", f"{both['kld_nats']['mean'] / theirs:.2f}") if both else ("–", "–")),
-            ]
-        )  # fmt: skip
+        theirs = other["kld_nats"]["mean"]
+        line = [f"{other['model_bytes'] / 1e6:.1f}", other["name"], f"{theirs:.4f}"]
+        for family in families:
+            ours = made.get(row["name"].replace(MEASURED, family), {}).get("kld_nats", {}).get("mean")
+            line += [f"**{ours:.4f}**", f"{ours / theirs:.2f}"] if ours else ["–", "–"]
+        lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

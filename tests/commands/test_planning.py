@@ -107,7 +107,7 @@ def test_formats_are_those_of_the_evidence_and_what_lacks_is_said(model: Path, e
 
 
 def test_a_container_without_trellis_codes_is_planned_for_without_them(
-    model: Path, evidence: Path, tmp_path: Path
+    model: Path, evidence: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = tmp_path / "both.json"
     known = evidence_of(
@@ -124,6 +124,12 @@ def test_a_container_without_trellis_codes_is_planned_for_without_them(
     assert "formats: codebooks (k) and trellis codes (t), all" in done.stdout
     said = refused(*by, "-o", tmp_path / "none", "--format", "tq3_native", "--formats", "t")
     assert "is no format of tq3_native; plan with --formats k, or write the kappaquant container" in said
+    monkeypatch.setattr(Sensitivity, "kinds", lambda policy, known: ("t",))  # of evidence by --formats t
+    said = refused(*by, "-o", tmp_path / "none", "--format", "tq3_native")
+    assert (
+        "tq3_native holds codebooks (k), the evidence has trellis codes (t) alone: calibrate --formats k, or write another --format"
+        in said
+    )
 
 
 def test_trellis_codes_that_torch_has_to_search_for_are_warned_of(
