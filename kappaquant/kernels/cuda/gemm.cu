@@ -126,7 +126,6 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
 // F1..F4: format of each output that reads this input (trellis.cuh), 0 for none. ITEMS: tokens of experts; few of them take half a block's time.
 template <int F1, int F2, int F3, int F4, int GROUP, bool ITEMS, int N, int WARPGROUPS, int SPLIT, int STAGES, int RESIDENT>
 __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(SPLIT, 1, 1) gemm(const __grid_constant__ Gemm p) {
-    constexpr int FORMATS[4] = {F1, F2, F3, F4};
     constexpr bool PAIRED = paired(N, SPLIT);
     static_assert(!ITEMS || !PAIRED, "pairs do not fetch inputs of experts");
     constexpr int BODY = STAGES * N / 8 * UNIT, SUMS = N * (64 * (N == 256 ? 1 : 2) * WARPGROUPS + 4) * 4;
@@ -148,12 +147,7 @@ __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(S
     const int first_token = block.tokens * N;
     const int4 item = ITEMS ? __ldg(p.items + block.tokens) : int4{0, first_token, min(N, p.tokens - first_token), 0};
     if (ITEMS && item.z == 0) return;
-    int mine = 0;
-#pragma unroll
-    for (int i = 1; i < 4; i++)
-        if (FORMATS[i] && block.rows >= p.segments[i].first_block) mine = i;
-    const Segment& s = p.segments[mine];
-    auto run = [&](auto format) {
+    for_output<F1, F2, F3, F4>(p.segments, block.rows, [&](auto format, const Segment& s) {
         constexpr int F = decltype(format)::value;
         copy_table<F, true, 128 * WARPGROUPS>(s.weight.table, lut);
         if constexpr (PAIRED) cluster_wait();  // the other one's barriers are ready too
@@ -165,10 +159,6 @@ __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(S
         };
         if (HALF < N && item.z <= HALF) multiply(Constant<HALF>{});
         else multiply(Constant<N>{});
-    };
-    if (mine == 0) run(Constant<F1>{});
-    if constexpr (F2 != 0) if (mine == 1) run(Constant<F2>{});
-    if constexpr (F3 != 0) if (mine == 2) run(Constant<F3>{});
-    if constexpr (F4 != 0) if (mine == 3) run(Constant<F4>{});
+    });
     if constexpr (PAIRED) cluster_sync();  // what this one does to the other one's barriers is done before either ends
 }

@@ -3,13 +3,6 @@
 #include "product.cuh"
 #include "wgmma.cuh"
 
-struct Segment {
-    Codes weight;         // of expert 0, where there are experts
-    void* out;            // [M, rows]
-    const void* bias;     // [rows] in the dtype of out, or null
-    int rows, first_block;
-};
-
 struct Gemm {
     Segment segments[4];
     const char* x;        // as Tokens of inputs.py says

@@ -21,22 +21,14 @@ from kappaquant.kernels.cuda import int8_gemm, nvrtc, tiles
 from kappaquant.kernels.cuda.arguments import KINDS, address
 from kappaquant.kernels.cuda.inputs import Tokens
 from kappaquant.kernels.cuda.launches import BARRIER_BYTES, TARGET_BYTES, Spread, split_of, whole_blocks
-from kappaquant.kernels.cuda.tensor_cores import INT8_BITS, Codes, Weight, numbers, table_bytes
+from kappaquant.kernels.cuda.tensor_cores import INT8_BITS, MOST_OUTPUTS, Codes, Segment, Weight, numbers, table_bytes
 
 NAME = "gemm"
-_MOST_OUTPUTS = 4
-
-
-class _Segment(ctypes.Structure):
-    _fields_ = (
-        ("weight", Codes), ("out", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("rows", ctypes.c_int),
-        ("first_block", ctypes.c_int),
-    )  # fmt: skip
 
 
 class _Gemm(ctypes.Structure):
     _fields_ = (
-        ("segments", _Segment * _MOST_OUTPUTS), ("x", ctypes.c_void_p), ("scales", ctypes.c_void_p),
+        ("segments", Segment * MOST_OUTPUTS), ("x", ctypes.c_void_p), ("scales", ctypes.c_void_p),
         ("items", ctypes.c_void_p), ("rows_of", ctypes.c_void_p), ("tokens", ctypes.c_int), ("blocks", ctypes.c_int),
         ("k", ctypes.c_int), ("out_kind", ctypes.c_int), ("whole", ctypes.c_int), ("row_blocks", ctypes.c_int),
         ("token_blocks", ctypes.c_int),
@@ -44,7 +36,7 @@ class _Gemm(ctypes.Structure):
 
 
 for _file in ("gemm.cu", "int8_gemm.cu"):
-    nvrtc.declare(_file, _Segment, _Gemm, Codes)
+    nvrtc.declare(_file, Segment, _Gemm, Codes)
 
 
 @dataclass(frozen=True)
@@ -154,13 +146,13 @@ def linear(
     blocks = 0
     for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
         bias = address(biases[i] if biases else None)
-        parameters.segments[i] = _Segment(weight.parameters(x.half), out.data_ptr(), bias, weight.rows, blocks)
+        parameters.segments[i] = Segment(weight.parameters(x.half), out.data_ptr(), bias, weight.rows, blocks)
         blocks += -(-weight.rows // use.rows)
     parameters.row_blocks = -(-blocks // 2) * 2 if use.paired else blocks
     parameters.token_blocks = items.work.shape[0] if items else -(-x.count // use.tokens)
     every = parameters.row_blocks * parameters.token_blocks
     parameters.whole = whole_blocks(every, use.split, gpu.multiprocessors(device) * use.resident)
-    formats, table = tuple(numbers(weights, _MOST_OUTPUTS)), table_bytes(weights, x.half)
+    formats, table = tuple(numbers(weights, MOST_OUTPUTS)), table_bytes(weights, x.half)
     run = _kernel(use, formats, x.group_size, items is not None, table, device.index)
     grid = parameters.whole + (every - parameters.whole) * use.split
     run((grid, 1, 1), 128 * use.warpgroups, parameters, early=True)
@@ -171,8 +163,8 @@ def _check(x: Tokens, weights: Sequence[Weight], items: Items | None) -> None:
     reason = refusal(x.values.device)
     if reason:
         raise UnsupportedError(f"{NAME}: {reason}")
-    if not 1 <= len(weights) <= _MOST_OUTPUTS:
-        raise UnsupportedError(f"{NAME}: {len(weights)} weights share an input; one launch takes 1 to {_MOST_OUTPUTS}")
+    if not 1 <= len(weights) <= MOST_OUTPUTS:
+        raise UnsupportedError(f"{NAME}: {len(weights)} weights share an input; one launch takes 1 to {MOST_OUTPUTS}")
     k = x.values.shape[0] * tiles.INPUTS
     for weight in weights:
         if (x.group_size, k) != (weight.fmt.group_size, tiles.padded(weight.in_features, weight.fmt)):

@@ -120,7 +120,6 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
 // F1..F4: format of each output that reads this input (trellis.cuh), 0 for none.
 template <int F1, int F2, int F3, int F4, int GROUP, int N, int WARPGROUPS, int SPLIT, int STAGES, int RESIDENT>
 __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(SPLIT, 1, 1) int8_gemm(const __grid_constant__ Gemm p) {
-    constexpr int FORMATS[4] = {F1, F2, F3, F4};
     constexpr int BODY = STAGES * (N / 8 * UNIT + (GROUP < 128 ? 128 / GROUP : 1) * 8 * N);
     constexpr int SUMS = N * (Place<N == 128 ? 1 : 2, WARPGROUPS>::ROWS + 4) * 4;
     extern __shared__ __align__(1024) char memory[];  // inputs or sums, barriers, targets
@@ -138,14 +137,7 @@ __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(S
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    int mine = 0;
-#pragma unroll
-    for (int i = 1; i < 4; i++)
-        if (FORMATS[i] && block.rows >= p.segments[i].first_block) mine = i;
-    const Segment& s = p.segments[mine];
-    auto run = [&](auto format) { product<decltype(format)::value, GROUP, N, WARPGROUPS, SPLIT, STAGES>(p, s, block, item, memory, barriers, targets); };
-    if (mine == 0) run(Constant<F1>{});
-    if constexpr (F2 != 0) if (mine == 1) run(Constant<F2>{});
-    if constexpr (F3 != 0) if (mine == 2) run(Constant<F3>{});
-    if constexpr (F4 != 0) if (mine == 3) run(Constant<F4>{});
+    for_output<F1, F2, F3, F4>(p.segments, block.rows, [&](auto format, const Segment& s) {
+        product<decltype(format)::value, GROUP, N, WARPGROUPS, SPLIT, STAGES>(p, s, block, item, memory, barriers, targets);
+    });
 }

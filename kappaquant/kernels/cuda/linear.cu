@@ -6,13 +6,6 @@
 
 #include "product.cuh"
 
-struct Segment {
-    Codes weight;
-    void* out;            // [M, rows]
-    const void* bias;     // [rows] in the dtype of out, or null
-    int rows, first_block;
-};
-
 struct Linear {
     Segment segments[4];
     Inputs in;
@@ -56,23 +49,13 @@ __device__ __forceinline__ void product(const Linear& p, const Segment& s, const
 // bounds registers; 0 leaves them to the compiler. STAGES: of units on their way to shared memory, 0 for registers
 template <int F1, int F2, int F3, int F4, int GROUP, bool HALF, int NT, int TILES, int WARPS, int RESIDENT, int STAGES>
 __global__ void __launch_bounds__(32 * WARPS, RESIDENT / WARPS) linear(const __grid_constant__ Linear p) {
-    constexpr int FORMATS[4] = {F1, F2, F3, F4};
     constexpr int TABLE_WORDS = !HALF ? 0 : larger(larger(table_words(F1), table_words(F2)), larger(table_words(F3), table_words(F4)));
     extern __shared__ float memory[];
     u32* lut = reinterpret_cast<u32*>(memory);
-    int mine = 0;
     let_next_start();
-#pragma unroll
-    for (int i = 1; i < 4; i++)
-        if (FORMATS[i] && (int)blockIdx.x >= p.segments[i].first_block) mine = i;
-    const Segment& s = p.segments[mine];
-    auto run = [&](auto format) {
+    for_output<F1, F2, F3, F4>(p.segments, blockIdx.x, [&](auto format, const Segment& s) {
         constexpr int F = decltype(format)::value;
         copy_table<F, HALF, 32 * WARPS>(s.weight.table, lut);
         product<F, GROUP, HALF, NT, TILES, WARPS, STAGES>(p, s, lut, memory + TABLE_WORDS);
-    };
-    if (mine == 0) run(Constant<F1>{});
-    if constexpr (F2 != 0) if (mine == 1) run(Constant<F2>{});
-    if constexpr (F3 != 0) if (mine == 2) run(Constant<F3>{});
-    if constexpr (F4 != 0) if (mine == 3) run(Constant<F4>{});
+    });
 }

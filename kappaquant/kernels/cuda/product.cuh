@@ -19,6 +19,29 @@ struct Codes {
     Table table;
 };
 
+// One of up to four outputs of a launch, whose blocks are counted one output after another
+struct Segment {
+    Codes weight;         // of expert 0, where there are experts
+    void* out;            // [M, rows]
+    const void* bias;     // [rows] in the dtype of out, or null
+    int rows, first_block;
+};
+
+// run(format, segment) for the output that a block belongs to; F1..F4: formats of outputs, 0 for none
+template <int F1, int F2, int F3, int F4, typename Run>
+__device__ __forceinline__ void for_output(const Segment (&segments)[4], int block, Run run) {
+    constexpr int FORMATS[4] = {F1, F2, F3, F4};
+    int mine = 0;
+#pragma unroll
+    for (int i = 1; i < 4; i++)
+        if (FORMATS[i] && block >= segments[i].first_block) mine = i;
+    const Segment& s = segments[mine];
+    if (mine == 0) run(Constant<F1>{}, s);
+    if constexpr (F2 != 0) if (mine == 1) run(Constant<F2>{}, s);
+    if constexpr (F3 != 0) if (mine == 2) run(Constant<F3>{}, s);
+    if constexpr (F4 != 0) if (mine == 3) run(Constant<F4>{}, s);
+}
+
 struct Inputs {
     const void* x;        // [M, K] int8 or float16
     const float* scales;  // [K / GROUP, padded] of x

@@ -25,7 +25,7 @@ from kappaquant.kernels.cuda.inputs import Input
 
 NAME = "tensor_cores"
 INT8_BITS = (2, 3, 4, 5)  # above, rounding a codebook to int8 would cost more than the width gains
-_MOST_OUTPUTS = 4
+MOST_OUTPUTS = 4
 _ONES = 0x3C003C00  # float16 1 twice
 
 
@@ -44,7 +44,9 @@ class Codes(ctypes.Structure):
     _fields_ = (("codes", ctypes.c_void_p), ("norms", ctypes.c_void_p), ("table", _Table))
 
 
-class _Segment(ctypes.Structure):
+class Segment(ctypes.Structure):
+    """``Segment`` of product.cuh."""
+
     _fields_ = (
         ("weight", Codes), ("out", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("rows", ctypes.c_int),
         ("first_block", ctypes.c_int),
@@ -66,11 +68,11 @@ class Inputs(ctypes.Structure):
 
 class _Linear(ctypes.Structure):
     _fields_ = (
-        ("segments", _Segment * _MOST_OUTPUTS), ("inputs", Inputs), ("tokens", ctypes.c_int), ("out_kind", ctypes.c_int),
+        ("segments", Segment * MOST_OUTPUTS), ("inputs", Inputs), ("tokens", ctypes.c_int), ("out_kind", ctypes.c_int),
     )  # fmt: skip
 
 
-nvrtc.declare("linear.cu", _Table, Codes, Inputs, _Segment, _Linear)
+nvrtc.declare("linear.cu", _Table, Codes, Inputs, Segment, _Linear)
 
 
 @dataclass(frozen=True)
@@ -206,13 +208,13 @@ def linear(
     outs = [torch.empty(tokens, w.rows, dtype=dtype, device=x.values.device) for w in weights]
     if not tokens:
         return outs
-    formats = numbers(weights, _MOST_OUTPUTS)
+    formats = numbers(weights, MOST_OUTPUTS)
     tile_counts = [w.tiled.codes.shape[0] for w in weights]
     use = launch or choose(tokens, sum(tile_counts), k // tiles.INPUTS, formats, x.half)
     parameters = _Linear(inputs=Inputs.of(x), tokens=tokens, out_kind=KINDS[dtype])
     blocks = 0
     for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
-        parameters.segments[i] = _Segment(
+        parameters.segments[i] = Segment(
             weight.parameters(x.half), out.data_ptr(), address(biases[i] if biases else None), weight.rows, blocks,
         )  # fmt: skip
         blocks += -(-tile_counts[i] // use.tiles)
@@ -232,8 +234,8 @@ def stage_bytes(fmt: GroupedFormat) -> int:
 
 
 def _check(x: Input, weights: Sequence[Weight]) -> None:
-    if not 1 <= len(weights) <= _MOST_OUTPUTS:
-        raise UnsupportedError(f"{NAME}: {len(weights)} weights share an input; one launch takes 1 to {_MOST_OUTPUTS}")
+    if not 1 <= len(weights) <= MOST_OUTPUTS:
+        raise UnsupportedError(f"{NAME}: {len(weights)} weights share an input; one launch takes 1 to {MOST_OUTPUTS}")
     mine = (x.group_size, x.values.shape[1])
     for weight in weights:
         if mine != (weight.fmt.group_size, tiles.padded(weight.in_features, weight.fmt)):
