@@ -29,7 +29,6 @@ logger = logging.getLogger("kappaquant")
 
 MOST_SEQUENCES = 16
 _LAYER = "Qwen3_5MoeDecoderLayer"
-_MOST_OUTPUTS = 4
 
 
 def fuse(model: nn.Module) -> list[str]:
@@ -117,9 +116,9 @@ class Projections:
     def __call__(self, rotated: inputs.Input | None, plain: Tensor) -> list[Tensor]:
         """Outputs in the order of the layers, of an input as it is and, for packed layers, rotated."""
         outs: dict[int, Tensor] = {}
-        for at in range(0, len(self._packed), _MOST_OUTPUTS):
+        for at in range(0, len(self._packed), tensor_cores.MOST_OUTPUTS):
             assert rotated is not None
-            some = self._packed[at : at + _MOST_OUTPUTS]
+            some = self._packed[at : at + tensor_cores.MOST_OUTPUTS]
             made = tensor_cores.linear(rotated, [w for _, w, _ in some], plain.dtype, [bias for _, _, bias in some])
             outs |= {i: y for (i, _, _), y in zip(some, made, strict=True)}
         if self._plain:
