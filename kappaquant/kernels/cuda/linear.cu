@@ -50,7 +50,7 @@ __device__ __forceinline__ void product(const Linear& p, const Segment& s, const
 template <int F1, int F2, int F3, int F4, int GROUP, bool HALF, int NT, int TILES, int WARPS, int RESIDENT, int STAGES>
 __global__ void __launch_bounds__(32 * WARPS, RESIDENT / WARPS) linear(const __grid_constant__ Linear p) {
     constexpr int TABLE_WORDS = !HALF ? 0 : larger(larger(table_words(F1), table_words(F2)), larger(table_words(F3), table_words(F4)));
-    extern __shared__ float memory[];
+    extern __shared__ __align__(16) float memory[];  // table, sums, stages
     u32* lut = reinterpret_cast<u32*>(memory);
     let_next_start();
     for_output<F1, F2, F3, F4>(p.segments, blockIdx.x, [&](auto format, const Segment& s) {
