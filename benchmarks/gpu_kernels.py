@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -67,7 +67,7 @@ def product(name: str, n: int, k: int, m: int, half: bool) -> float:
     x = activations(m, k)
     if tiled.decodes_first(m, x.device):
         return replay([partial(decoded.linear, x, w) for w in weights])
-    kernel, kind = Tiled(), (GROUP, half)
+    kernel, kind = Tiled(), input_kind(fmt, m, n, half)
     prepared = kernel.prepare(x, fmt, kind)
     calls = [
         partial(kernel.linear, x, prepared, kind, Arranged(fmt, shape, (w.tiled.codes, w.tiled.norms)), None)
@@ -76,12 +76,20 @@ def product(name: str, n: int, k: int, m: int, half: bool) -> float:
     return replay(calls)
 
 
-def rotation(k: int, m: int, half: bool) -> float:
+def input_kind(fmt: GroupedFormat, m: int, n: int, half: bool) -> Hashable:
+    """What becomes of m tokens for a weight of n rows."""
+    kind = Tiled().input_kind(fmt, m, n, "bf16" if half else "int8", torch.device(DEVICE))
+    assert isinstance(kind, tiled.InputKind)
+    assert kind.half == half
+    return kind
+
+
+def rotation(n: int, k: int, m: int, half: bool) -> float:
     """Microseconds of an input's rotation, the same for every format; none where a weight is decoded first."""
-    x = activations(m, k)
+    x, fmt = activations(m, k), named("k3")
     if tiled.decodes_first(m, x.device):
         return 0.0
-    return replay([partial(Tiled().prepare, x, named("k3"), (GROUP, half))] * 20)
+    return replay([partial(Tiled().prepare, x, fmt, input_kind(fmt, m, n, half))] * 20)
 
 
 def experts(tokens: int) -> tuple[list[float], float]:
@@ -134,7 +142,7 @@ def rows(ceiling: float, others: Mapping[str, tuple[Peer, float]]) -> Iterator[d
                     continue
                 yield row(name, shape, m, bits, us)
             for half in (False, True) if not tiled.needs_half("int8", 3, m, shape[0]) else (True,):
-                turn = rotation(shape[1], m, half)
+                turn = rotation(*shape, m, half)
                 for name in ALL if (m, shape) == (1, LARGE) else USUAL:
                     fmt = named(name)
                     if half or fmt.bits in tensor_cores.INT8_BITS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 
 import kappaquant
+from benchmarks.random_model import in_trellis
 from kappaquant.formats.codebook import BITS
+from kappaquant.formats.trellis import TRELLIS_BITS
 from reference.evaluate import MAX_NEW_TOKENS, MODEL
 from reference.text import Problem, extract_answer
 
@@ -27,14 +30,17 @@ def options(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def quantized(folder: Path, plan: str, group_size: int = 128) -> Path:
-    """The reference model by apex2, by "uniform N", or by "random": any width for any matrix that apex2 quantizes."""
+    """The reference model by apex2, by "uniform N", by "trellis": apex2 with trellis codes where there are such of as many bits, or by
+    "random": any format for any matrix that apex2 quantizes."""
     opened = kappaquant.open_source(MODEL)
     make = partial(kappaquant.make_plan, opened.tensors, opened.config, group_size=group_size)
     bits = int(plan.removeprefix("uniform ")) if plan.startswith("uniform ") else None
     made = make("uniform", bits=bits) if bits else make("recipe", recipe="apex2")
+    if plan == "trellis":
+        made = replace(made, choices={name: in_trellis(choice) for name, choice in made.choices.items()})
     if plan == "random":
         draw = torch.Generator().manual_seed(0)
-        widths = [*BITS, 16]
+        widths: list[int | str] = [*BITS, *(f"t{bits}" for bits in TRELLIS_BITS), 16]
         overrides = [
             (name, widths[int(torch.randint(len(widths), (1,), generator=draw))])
             for name, choice in made.choices.items()

@@ -31,15 +31,6 @@ struct Down {
     int shared_first, tokens, top_k, rows, splits, kind, weight_kind, expert_count;
 };
 
-// codes of one expert among those that lie one after another
-template <int FORMAT, int GROUP>
-__device__ __forceinline__ Codes expert_of(const Codes& first, long long expert, int tiles, int k) {
-    Codes w = first;
-    w.codes += (size_t)expert * tiles * (k / 128) * bits_of(FORMAT) * 32;
-    w.norms += (size_t)expert * tiles * (k / GROUP) * 8;
-    return w;
-}
-
 // a single token's sums, one row per lane of `into`
 __device__ __forceinline__ void keep(const float (&out)[2][1][4], float* into) {
     const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3;

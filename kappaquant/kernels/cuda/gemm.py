@@ -20,7 +20,7 @@ from kappaquant.kernels.cuda import device as gpu
 from kappaquant.kernels.cuda import int8_gemm, nvrtc, tiles
 from kappaquant.kernels.cuda.arguments import KINDS, address
 from kappaquant.kernels.cuda.inputs import Tokens
-from kappaquant.kernels.cuda.launches import BARRIER_BYTES, TARGET_BYTES, Spread, split_of, whole_blocks
+from kappaquant.kernels.cuda.launches import BARRIER_BYTES, TARGET_BYTES, Items, Spread, split_of, whole_blocks
 from kappaquant.kernels.cuda.tensor_cores import INT8_BITS, MOST_OUTPUTS, Codes, Segment, Weight, numbers, table_bytes
 
 NAME = "gemm"
@@ -65,21 +65,6 @@ class Launch(Spread):
         staged = self.stages * self.tokens * 2 * tiles.INPUTS
         sums = 4 * self.tokens * (self.rows + 4)
         return BARRIER_BYTES + TARGET_BYTES * self.tokens + max(staged, sums)
-
-
-@dataclass(frozen=True)
-class Items:
-    """Work of experts: each thread block multiplies the tokens of one item.
-
-    Attributes:
-        work: int32 [items, 4]: expert, first position (a multiple of 8), positions (0: none), 0.
-        rows_of: int32 [positions]: the output row of each.
-        rows: of the output.
-    """
-
-    work: Tensor
-    rows_of: Tensor
-    rows: int
 
 
 @cache
@@ -179,15 +164,11 @@ def _check(x: Tokens, weights: Sequence[Weight], items: Items | None) -> None:
         experts = weight.tiled.codes.dim() == 6
         if experts != (items is not None):
             raise UnsupportedError(f"{NAME}: weights of experts need items, and others take none")
-    if items is not None and not x.half:
-        raise UnsupportedError(f"{NAME}: experts take float16 inputs, got {x.values.dtype}")
 
 
 @cache
 def _kernel(
     use: Launch | int8_gemm.Launch, formats: tuple[int, ...], group_size: int, items: bool, table: int, device: int
 ) -> nvrtc.Kernel:
-    instance = (
-        use.instance(formats, group_size, items) if isinstance(use, Launch) else use.instance(formats, group_size)
-    )
-    return nvrtc.kernel(use.file, instance, device, use.shared_bytes(group_size) + table)
+    shared = use.shared_bytes(group_size) + table
+    return nvrtc.kernel(use.file, use.instance(formats, group_size, items), device, shared)

@@ -91,6 +91,8 @@ def rotate(
     epsilon: float = 1e-6,
     gate_of: Tensor | None = None,
     normed: Tensor | None = None,
+    positions: Tensor | None = None,
+    places: int | None = None,
 ) -> tuple[Input, Tensor | None]:
     """The input of such layers from x [tokens, width], in one kernel; also x + residual, where one is given.
 
@@ -99,6 +101,8 @@ def rotate(
         gain: [width] of an RMS norm after that; ``one_plus_gain`` for norms that multiply by 1 + gain.
         gate_of: [tokens, width]: the input is silu(x) * gate_of instead.
         normed: [tokens, width], filled with what the norm gives, for layers that are not quantized.
+        positions: int32 [tokens, copies]: where in ``places`` rows each copy of a token goes, -1 for nowhere; by default its own place. Rows that
+            no copy goes to are not defined.
 
     Raises:
         UnsupportedError: a tensor's shape, strides, dtype or device do not go with x, or a residual without a norm.
@@ -106,8 +110,9 @@ def rotate(
     _check_input(x, residual, gain, gate_of, normed)
     tokens, width = x.shape
     k, group = tiles.padded(width, fmt), fmt.group_size
-    tokens_padded = padded_tokens(tokens)
-    values = torch.empty(tokens, k, dtype=torch.float16 if half else torch.int8, device=x.device)
+    rows = tokens if places is None else places
+    tokens_padded = padded_tokens(rows)
+    values = torch.empty(rows, k, dtype=torch.float16 if half else torch.int8, device=x.device)
     scales = torch.empty(k // group, tokens_padded, device=x.device)
     halves = scales if half else torch.empty_like(scales)
     other = gate_of if gate_of is not None else residual
@@ -122,7 +127,8 @@ def rotate(
         _Rotate(
             x.data_ptr(), address(other), address(total), address(gain), address(normed),
             _signs(group, x.device).data_ptr(), values.data_ptr(), scales.data_ptr(), halves.data_ptr(), x.stride(0),
-            width, k, tokens_padded, _aligned(group, x, other, total, gain, normed), epsilon,
+            width, k, tokens_padded, _aligned(group, x, other, total, gain, normed), epsilon, address(positions),
+            1 if positions is None else positions.shape[1],
         ),
         early=True,
     )  # fmt: skip

@@ -7,6 +7,9 @@
 
 constexpr int UNIT = 1024;  // bytes of 128 inputs of 8 tokens
 
+// of rows of a tile that a warp multiplies by so many tokens
+__device__ constexpr int pairs(int tokens) { return tokens == 128 ? 1 : 2; }
+
 // Operand A of a unit, and its norms
 template <int FORMAT, int GROUP, int PAIRS>
 __device__ __forceinline__ void decode(const Unit<FORMAT, GROUP, PAIRS>& unit, const Table& table, u32 (&a)[PAIRS][16],
@@ -27,10 +30,10 @@ __device__ __forceinline__ void decode(const Unit<FORMAT, GROUP, PAIRS>& unit, c
     }
 }
 
-template <int FORMAT, int GROUP, int N, int WARPGROUPS, int SPLIT, int STAGES>
+template <int FORMAT, int GROUP, int N, int WARPGROUPS, int SPLIT, int STAGES, bool ITEMS>
 __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const Block& block, const int4& item, char* memory, u32 barriers,
-                                        Targets<N, false>& targets) {
-    constexpr int PAIRS = N == 128 ? 1 : 2;       // pairs of rows of a tile that a warp multiplies
+                                        Targets<N, ITEMS>& targets) {
+    constexpr int PAIRS = pairs(N);
     constexpr int GROUPS = GROUP < 128 ? 128 / GROUP : 1, STEPS = 4 / GROUPS;  // in a unit; products of a group
     constexpr int SLACK = STAGES > 3 ? 1 : 0;     // rounds that other warps may lag before this one waits to refill
     constexpr int VALUES = N / 8 * UNIT, SCALES = 8 * N;  // bytes of a stage, of a group
@@ -117,18 +120,15 @@ __device__ __forceinline__ void product(const Gemm& p, const Segment& s, const B
     collect_sums<N, PAIRS, WARPGROUPS, SPLIT>(p, s, block, item, place, sums, targets, reinterpret_cast<float*>(memory));
 }
 
-// F1..F4: format of each output that reads this input (trellis.cuh), 0 for none.
-template <int F1, int F2, int F3, int F4, int GROUP, int N, int WARPGROUPS, int SPLIT, int STAGES, int RESIDENT>
+// F1..F4: format of each output that reads this input (trellis.cuh), 0 for none. ITEMS: tokens of experts; few of them take half a block's time.
+template <int F1, int F2, int F3, int F4, int GROUP, bool ITEMS, int N, int WARPGROUPS, int SPLIT, int STAGES, int RESIDENT>
 __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(SPLIT, 1, 1) int8_gemm(const __grid_constant__ Gemm p) {
     constexpr int BODY = STAGES * (N / 8 * UNIT + (GROUP < 128 ? 128 / GROUP : 1) * 8 * N);
-    constexpr int SUMS = N * (Place<N == 128 ? 1 : 2, WARPGROUPS>::ROWS + 4) * 4;
+    constexpr int SUMS = N * (Place<pairs(N), WARPGROUPS>::ROWS + 4) * 4;
     extern __shared__ __align__(1024) char memory[];  // inputs or sums, barriers, targets
     const Block block = Block::mine<SPLIT, false>(p);
-    const int first_token = block.tokens * N;
-    const int4 item = {0, first_token, min(N, p.tokens - first_token), 0};
     char* behind = memory + (BODY > SUMS ? BODY : SUMS);
     const u32 barriers = shared_address(behind);
-    Targets<N, false>& targets = *reinterpret_cast<Targets<N, false>*>(behind + 128);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(barriers + 8 * i, 1);
@@ -136,8 +136,20 @@ __global__ void __launch_bounds__(128 * WARPGROUPS, RESIDENT) __cluster_dims__(S
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    if constexpr (ITEMS) wait_for_earlier();  // for the items
+    const int first_token = block.tokens * N;
+    const int4 item = ITEMS ? __ldg(p.items + block.tokens) : int4{0, first_token, min(N, p.tokens - first_token), 0};
+    if (ITEMS && item.z == 0) return;
     __syncthreads();
     for_output<F1, F2, F3, F4>(p.segments, block.rows, [&](auto format, const Segment& s) {
-        product<decltype(format)::value, GROUP, N, WARPGROUPS, SPLIT, STAGES>(p, s, block, item, memory, barriers, targets);
+        const auto multiply = [&](auto tokens) {
+            constexpr int T = decltype(tokens)::value;
+            product<decltype(format)::value, GROUP, T, WARPGROUPS, SPLIT, STAGES, ITEMS>(p, s, block, item, memory, barriers,
+                                                                                    *reinterpret_cast<Targets<T, ITEMS>*>(behind + 128));
+        };
+        if constexpr (ITEMS && N == 64) {
+            if (item.z <= N / 2) return multiply(Constant<N / 2>{});
+        }
+        multiply(Constant<N>{});
     });
 }

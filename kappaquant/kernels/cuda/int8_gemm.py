@@ -16,7 +16,7 @@ from kappaquant.kernels.cuda.launches import BARRIER_BYTES, TARGET_BYTES, Spread
 
 @dataclass(frozen=True)
 class Launch(Spread):
-    """A launch of int8 inputs: 64 or 128 ``tokens``; a warpgroup has 64 rows, or 128 with 64 tokens."""
+    """A launch of int8 inputs: 32, 64 or 128 ``tokens``; a warpgroup has 128 rows, or 64 with 128 tokens."""
 
     file = "int8_gemm.cu"
     half = False
@@ -26,10 +26,10 @@ class Launch(Spread):
         """Of a thread block."""
         return (64 if self.tokens == 128 else 128) * self.warpgroups
 
-    def instance(self, formats: Sequence[int], group_size: int) -> str:
+    def instance(self, formats: Sequence[int], group_size: int, items: bool = False) -> str:
         """Of the kernel template, for outputs of these formats (``tensor_cores.numbers``)."""
         flags = f"{self.tokens}, {self.warpgroups}, {self.split}, {self.stages}, {self.resident}"
-        return f"int8_gemm<{', '.join(map(str, formats))}, {group_size}, {flags}>"
+        return f"int8_gemm<{', '.join(map(str, formats))}, {group_size}, {str(items).lower()}, {flags}>"
 
     def shared_bytes(self, group_size: int) -> int:
         """Shared memory of a thread block."""
@@ -44,6 +44,6 @@ def choose(tokens: int, row_count: int, units: int, multiprocessors: int) -> Lau
 
     Two small blocks on a multiprocessor are as fast as a large one, and more of them share the input axis where rows are few.
     """
-    use = Launch(64 if tokens <= 64 else 128, 1, 1, 4, 2)
+    use = Launch(next((n for n in (32, 64) if tokens <= n), 128), 1, 1, 4, 2)
     blocks = -(-row_count // use.rows) * -(-tokens // use.tokens)
     return replace(use, split=split_of(blocks, units, multiprocessors, use.resident))

@@ -1,8 +1,10 @@
-"""How products of many tokens are spread over a Hopper GPU, whatever the inputs are."""
+"""How products of many tokens, and those of experts, are spread over a GPU, whatever the inputs are."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from torch import Tensor
 
 BARRIER_BYTES = 128  # of shared memory
 TARGET_BYTES = 8  # for each token: what its sums are multiplied by, and where they go
@@ -30,6 +32,21 @@ class Spread:
     def paired(self) -> bool:
         """Whether two thread blocks of a cluster, neighbours in rows, fetch inputs for each other."""
         return False
+
+
+@dataclass(frozen=True)
+class Items:
+    """Work of experts: each thread block multiplies the tokens of one item.
+
+    Attributes:
+        work: int32 [items, 4]: expert, first position (a multiple of 8), positions (0: none), 0.
+        rows_of: int32 [positions]: the output row of each.
+        rows: of the output.
+    """
+
+    work: Tensor
+    rows_of: Tensor
+    rows: int
 
 
 def split_of(blocks: int, units: int, multiprocessors: int, resident: int) -> int:

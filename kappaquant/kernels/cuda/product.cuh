@@ -19,6 +19,15 @@ struct Codes {
     Table table;
 };
 
+// codes of one expert among those that lie one after another
+template <int FORMAT, int GROUP>
+__device__ __forceinline__ Codes expert_of(const Codes& first, long long expert, int tiles, int k) {
+    Codes w = first;
+    w.codes += (size_t)expert * tiles * (k / 128) * bits_of(FORMAT) * 32;
+    w.norms += (size_t)expert * tiles * (k / GROUP) * 8;
+    return w;
+}
+
 // One of up to four outputs of a launch, whose blocks are counted one output after another
 struct Segment {
     Codes weight;         // of expert 0, where there are experts

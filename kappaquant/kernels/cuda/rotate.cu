@@ -20,7 +20,7 @@ struct Rotate {
     long long stride;      // elements from one token to the next in x and other
     int width, k, tokens_padded, aligned;  // aligned: a lane's inputs lie in one run of memory that it may read at once
     float epsilon;
-    const int* positions;  // TOKENS: [tokens, copies] where each token goes, -1 for nowhere, or null: its own place
+    const int* positions;  // [tokens, copies] where each token goes, -1 for nowhere, or null: its own place
     int copies, blocks;
 };
 
@@ -215,18 +215,22 @@ __global__ void __launch_bounds__(1024) rotate(const __grid_constant__ Rotate p)
             }
             continue;
         }
-        size_t at = (size_t)group * p.tokens_padded + token, first = (size_t)token * p.k + group * GROUP + lane * EACH;
-        if constexpr (HALF) {
-            float unit = most > 0.f ? 1.f / most : 0.f;
+        for (int copy = 0; copy < p.copies; copy++) {
+            const int position = p.positions ? p.positions[token * p.copies + copy] : token;
+            if (position < 0) continue;
+            size_t at = (size_t)group * p.tokens_padded + position, first = (size_t)position * p.k + group * GROUP + lane * EACH;
+            if constexpr (HALF) {
+                float unit = most > 0.f ? 1.f / most : 0.f;
 #pragma unroll
-            for (int j = 0; j < EACH; j++) reinterpret_cast<unsigned short*>(p.out)[first + j] = narrow<1>(v[j] * unit);
-            if (lane == 0) p.scales[at] = most;
-        } else {
+                for (int j = 0; j < EACH; j++) reinterpret_cast<unsigned short*>(p.out)[first + j] = narrow<1>(v[j] * unit);
+                if (lane == 0) p.scales[at] = most;
+            } else {
 #pragma unroll
-            for (int j = 0; j < EACH; j++) reinterpret_cast<signed char*>(p.out)[first + j] = (signed char)q[j];
-            if (lane == 0) {
-                p.scales[at] = most / 127.f;
-                p.halves[at] = 0.5f * total;
+                for (int j = 0; j < EACH; j++) reinterpret_cast<signed char*>(p.out)[first + j] = (signed char)q[j];
+                if (lane == 0) {
+                    p.scales[at] = most / 127.f;
+                    p.halves[at] = 0.5f * total;
+                }
             }
         }
     }

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.kernels.cuda import gemm, nvrtc
+from kappaquant.kernels.cuda import gemm, int8_gemm, nvrtc, tensor_cores
 from kappaquant.kernels.cuda.arguments import KINDS
-from kappaquant.kernels.cuda.inputs import rotate_tokens
+from kappaquant.kernels.cuda.inputs import rotate, rotate_tokens
+from kappaquant.kernels.cuda.launches import Items
 from kappaquant.kernels.cuda.tensor_cores import Weight
 
 NAME = "sorted_experts"
@@ -42,6 +43,9 @@ class _Combine(ctypes.Structure):
 nvrtc.declare("sort_experts.cu", _Sort, _Combine)
 
 
+Launch = gemm.Launch | int8_gemm.Launch | tensor_cores.Launch
+
+
 @dataclass(frozen=True)
 class Sorted:
     """Slots in the order of their experts.
@@ -54,7 +58,7 @@ class Sorted:
 
     positions: Tensor
     blocks: int
-    items: gemm.Items
+    items: Items
 
 
 def sort(experts: Tensor, expert_count: int, each: int) -> Sorted:
@@ -73,7 +77,7 @@ def sort(experts: Tensor, expert_count: int, each: int) -> Sorted:
             work.shape[0], each,
         ),
     )  # fmt: skip
-    return Sorted(positions, blocks, gemm.Items(work, rows_of, slots))
+    return Sorted(positions, blocks, Items(work, rows_of, slots))
 
 
 def combine(y: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
@@ -96,13 +100,31 @@ def combine(y: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
     return out
 
 
-def choose(slots: int, expert_count: int) -> gemm.Launch:
+def expected_experts(slots: int, expert_count: int) -> float:
+    """How many experts so many slots meet at even routing."""
+    return expert_count * (1 - (1 - 1 / expert_count) ** slots)
+
+
+def choose(slots: int, weight: Weight, half: bool) -> Launch:
     """An item for most experts at even routing, so that most weights are decoded once; as measured on an H200.
 
-    Blocks of 8 tokens, which would do up to 4 an expert, take 5 % longer than blocks of 16.
+    Few tokens of an expert are multiplied as those of a linear layer are. float16 inputs in blocks of 8 tokens, which would do up to 4 an expert,
+    take 5 % longer than in blocks of 16.
+
+    Args:
+        weight: of experts.
+        half: whether inputs are float16; how many tokens an item has depends on nothing else of a weight than its experts.
     """
+    expert_count, tile_count, units = weight.tiled.codes.shape[:3]
     mean = slots / expert_count
-    tokens = next((n for n in (16, 32, 64) if mean + math.sqrt(mean) <= n), 128)
+    usual = mean + math.sqrt(mean)
+    if usual <= (8 if half else 16):
+        number = tensor_cores.numbers([weight], 1)[0]
+        items = expected_experts(slots, expert_count)
+        return tensor_cores.choose_for_experts(8 if usual <= 8 else 16, items, tile_count, units, number, half)
+    if not half and usual <= 64:
+        return int8_gemm.Launch(32, 1, 1, 4, 3) if usual <= 32 else int8_gemm.Launch(64, 1, 1, 4, 2)
+    tokens = next((n for n in (16, 32, 64) if usual <= n), 128)
     return gemm.Launch(tokens, 1, 1, 4 if tokens <= 32 else 3, {16: 4, 32: 3}.get(tokens, 2))
 
 
@@ -114,7 +136,7 @@ def refusal(x: Tensor, gate_up: Weight) -> str | None:
 
 
 def linear(x: Tensor, index: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
-    """x [tokens, in] times the matrices of each token's experts, [tokens * k, rows], for a weight [E, rows, in].
+    """x [tokens, in] times the matrices of each token's experts, [tokens * k, rows], for a weight [E, rows, in]; float16 inputs.
 
     Args:
         index: int64 [tokens, k]; rows of those outside [0, E) are not defined.
@@ -125,17 +147,14 @@ def linear(x: Tensor, index: Tensor, weight: Weight, dtype: torch.dtype) -> Tens
     reason = refusal(x, weight)
     if reason:
         raise UnsupportedError(f"{NAME}: {reason}")
-    expert_count = weight.tiled.codes.shape[0]
-    use = choose(index.numel(), expert_count)
-    plan = sort(index, expert_count, use.tokens)
-    rotated, _ = rotate_tokens(x, weight.fmt, True, positions=plan.positions, blocks=plan.blocks)
-    (y,) = gemm.linear(rotated, [weight], dtype, launch=use, items=plan.items)
-    return y
+    use = choose(index.numel(), weight, True)
+    plan = sort(index, weight.tiled.codes.shape[0], use.tokens)
+    return _product(x, None, plan.positions, weight, dtype, True, use, plan)
 
 
 def forward(
-    x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up: Weight, down: Weight,
-    launches: tuple[gemm.Launch, gemm.Launch] | None = None,
+    x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, gate_up: Weight, down: Weight, half: bool,
+    launches: tuple[Launch, Launch] | None = None,
 ) -> Tensor:  # fmt: skip
     """down(silu(gate) * up) of each token's experts, weighted and added: x [tokens, hidden] -> [tokens, hidden].
 
@@ -144,6 +163,7 @@ def forward(
         top_k_weights: [tokens, top_k], in float32, float16 or bfloat16.
         gate_up: [E, 2 * intermediate, hidden], gate first.
         down: [E, hidden, intermediate].
+        half: whether inputs must be float16; else they are int8 where that is faster.
         launches: of both products, for as many tokens each; by default as ``choose`` says.
 
     Raises:
@@ -154,14 +174,24 @@ def forward(
         raise UnsupportedError(f"{NAME}: {reason}")
     if not x.shape[0]:
         return torch.empty_like(x)
-    expert_count = gate_up.tiled.codes.shape[0]
-    first, second = launches or (choose(top_k_index.numel(), expert_count),) * 2
-    plan = sort(top_k_index.contiguous(), expert_count, first.tokens)
-    rotated, _ = rotate_tokens(x, gate_up.fmt, True, positions=plan.positions, blocks=plan.blocks)
-    (inner,) = gemm.linear(rotated, [gate_up], x.dtype, launch=first, items=plan.items)
+    first, second = launches or (choose(top_k_index.numel(), weight, half) for weight in (gate_up, down))
+    plan = sort(top_k_index.contiguous(), gate_up.tiled.codes.shape[0], first.tokens)
+    inner = _product(x, None, plan.positions, gate_up, x.dtype, half, first, plan)
     gate, up = inner.chunk(2, dim=-1)
-    rotated, _ = rotate_tokens(
-        gate, down.fmt, True, gate_of=up, positions=plan.positions.view(-1, 1), blocks=plan.blocks
-    )
-    (y,) = gemm.linear(rotated, [down], x.dtype, launch=second, items=plan.items)
+    y = _product(gate, up, plan.positions.view(-1, 1), down, x.dtype, half, second, plan)
     return combine(y, top_k_weights.contiguous(), plan.positions)
+
+
+def _product(
+    x: Tensor, gate_of: Tensor | None, positions: Tensor, weight: Weight, dtype: torch.dtype, half: bool, use: Launch, plan: Sorted
+) -> Tensor:  # fmt: skip
+    """[slots, rows]: x, or silu(x) * gate_of, of each slot times its expert's matrix.
+
+    Args:
+        positions: int32 [rows of x, copies] where each copy of a row goes.
+    """
+    if isinstance(use, tensor_cores.Launch):
+        rotated, _ = rotate(x, weight.fmt, half, gate_of=gate_of, positions=positions, places=8 * plan.blocks)
+        return tensor_cores.linear(rotated, [weight], dtype, launch=use, items=plan.items)[0]
+    tokens, _ = rotate_tokens(x, weight.fmt, use.half, gate_of=gate_of, positions=positions, blocks=plan.blocks)
+    return gemm.linear(tokens, [weight], dtype, launch=use, items=plan.items)[0]

@@ -22,6 +22,7 @@ from kappaquant.kernels.cuda import nvrtc, tables, tiles
 from kappaquant.kernels.cuda.arguments import KINDS, address
 from kappaquant.kernels.cuda.cells import TRELLIS_NUMBERS, cells, unfit
 from kappaquant.kernels.cuda.inputs import Input
+from kappaquant.kernels.cuda.launches import Items
 
 NAME = "tensor_cores"
 INT8_BITS = (2, 3, 4, 5)  # above, rounding a codebook to int8 would cost more than the width gains
@@ -69,6 +70,7 @@ class Inputs(ctypes.Structure):
 class _Linear(ctypes.Structure):
     _fields_ = (
         ("segments", Segment * MOST_OUTPUTS), ("inputs", Inputs), ("tokens", ctypes.c_int), ("out_kind", ctypes.c_int),
+        ("items", ctypes.c_void_p), ("rows_of", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -151,6 +153,16 @@ class Launch:
     resident: int
     stages: int = 0
 
+    @property
+    def tokens(self) -> int:
+        """Of a thread block."""
+        return 8 * self.token_tiles
+
+    def instance(self, formats: Sequence[int], group_size: int, half: bool, items: bool = False) -> str:
+        """Of the kernel template, for outputs of these formats (``numbers``)."""
+        flags = f"{self.token_tiles}, {self.tiles}, {self.warps}, {self.resident}, {self.stages}, {str(items).lower()}"
+        return f"linear<{', '.join(map(str, formats))}, {group_size}, {str(half).lower()}, {flags}>"
+
 
 # (warps of a multiprocessor, units that a warp has in shared memory) of int8 inputs of up to 8 tokens, by the numbers of ``cells``
 _RESIDENT = {
@@ -165,16 +177,33 @@ def choose(tokens: int, tile_count: int, units: int, formats: Sequence[int], hal
         formats: of the weights, as ``numbers`` has them.
         half: whether inputs are float16.
     """
-    token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 64 else 16
+    most_by_two = 16 if half else 32 if tile_count > 512 else 64  # tokens that are best multiplied by 16 at a time
+    token_tiles = 1 if tokens <= 8 else 2 if tokens <= most_by_two else 4 if tokens <= 64 else 16
     if token_tiles == 4:
         return Launch(token_tiles, 2, 4, 0)
     warps, most = 4, 4 if token_tiles == 16 else 16  # their sums must fit in shared memory
-    while warps < most and tile_count * warps < 1700 and 4 * warps <= units:
+    blocks = tile_count * -(-tokens // (8 * token_tiles))
+    while warps < most and blocks * warps < 1700 and 4 * warps <= units:
         warps *= 2
     if token_tiles == 16 or (half and token_tiles == 2):
         return Launch(token_tiles, 1, warps, 0)
     found = [_resident(fmt, token_tiles, half or warps > 4 or units < 8 * warps) for fmt in formats if fmt]
     return Launch(token_tiles, 1, warps, min(held for held, _ in found), max(stages for _, stages in found))
+
+
+def choose_for_experts(tokens: int, items: float, tile_count: int, units: int, fmt: int, half: bool) -> Launch:
+    """The launch for up to 16 tokens of each expert, as measured on an H200: a warp for each tile, or several where there are few warps.
+
+    Args:
+        items: that have tokens.
+        tile_count: of a matrix.
+        fmt: as ``numbers`` has it.
+    """
+    shared = 2 if half else 1
+    while shared < 4 and items * tile_count * shared < 3500 and units >= 6 * shared:
+        shared *= 2
+    stages = 3 if fmt > TRELLIS_NUMBERS and not half and shared == 1 and units >= 8 else 0
+    return Launch(-(-tokens // 8), 4 // shared, 4, 16, stages)
 
 
 def _resident(fmt: int, token_tiles: int, registers: bool) -> tuple[int, int]:
@@ -183,46 +212,50 @@ def _resident(fmt: int, token_tiles: int, registers: bool) -> tuple[int, int]:
     Args:
         registers: read ahead by registers, as float16 inputs want, which are as large, and warps of few units.
     """
+    if token_tiles == 2:
+        return 16, 3 if fmt > TRELLIS_NUMBERS and not registers else 0
     if registers:
         return {2: 24, 3: 28}.get(fmt, 16), 0
-    if token_tiles == 2:
-        return 16, 3 if fmt > TRELLIS_NUMBERS else 0
     return _RESIDENT.get(fmt, (16, 0))
 
 
 def linear(
     x: Input, weights: Sequence[Weight], dtype: torch.dtype, biases: Sequence[Tensor | None] | None = None,
-    launch: Launch | None = None,
+    launch: Launch | None = None, items: Items | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """x times each weight, [tokens, rows] each, in one launch; the weights share group size and width, not bits.
 
     Args:
         biases: [rows] in ``dtype``, or None, for each weight.
         launch: by default as ``choose`` says.
+        items: for weights of experts [E, rows, in_features]: which rows of x meet which expert, at most as many as ``launch`` takes.
 
     Raises:
         UnsupportedError: more than four weights, or widths that the input's type does not serve.
     """
-    _check(x, weights)
+    _check(x, weights, items)
     tokens, k = x.values.shape
-    outs = [torch.empty(tokens, w.rows, dtype=dtype, device=x.values.device) for w in weights]
+    outs = [torch.empty(items.rows if items else tokens, w.rows, dtype=dtype, device=x.values.device) for w in weights]
     if not tokens:
         return outs
     formats = numbers(weights, MOST_OUTPUTS)
-    tile_counts = [w.tiled.codes.shape[0] for w in weights]
+    tile_counts = [-(-w.rows // tiles.ROWS) for w in weights]
     use = launch or choose(tokens, sum(tile_counts), k // tiles.INPUTS, formats, x.half)
-    parameters = _Linear(inputs=Inputs.of(x), tokens=tokens, out_kind=KINDS[dtype])
+    parameters = _Linear(
+        inputs=Inputs.of(x), tokens=tokens, out_kind=KINDS[dtype], items=address(items.work if items else None),
+        rows_of=address(items.rows_of if items else None),
+    )  # fmt: skip
     blocks = 0
     for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
         parameters.segments[i] = Segment(
             weight.parameters(x.half), out.data_ptr(), address(biases[i] if biases else None), weight.rows, blocks,
         )  # fmt: skip
         blocks += -(-tile_counts[i] // use.tiles)
-    flags = f"{x.group_size}, {str(x.half).lower()}, {use.token_tiles}, {use.tiles}, {use.warps}, {use.resident}, {use.stages}"
     shared = use.warps * (4 * 8 * use.token_tiles * 33 + use.stages * max(stage_bytes(w.fmt) for w in weights))
-    instance = f"linear<{', '.join(map(str, formats))}, {flags}>"
+    instance = use.instance(formats, x.group_size, x.half, items is not None)
     run = nvrtc.kernel("linear.cu", instance, x.values.device.index, shared + table_bytes(weights, x.half))
-    run((blocks, -(-tokens // (8 * use.token_tiles)), 1), 32 * use.warps, parameters, early=True)
+    parts = items.work.shape[0] if items else -(-tokens // (8 * use.token_tiles))
+    run((blocks, parts, 1), 32 * use.warps, parameters, early=True)
     return outs
 
 
@@ -233,7 +266,7 @@ def stage_bytes(fmt: GroupedFormat) -> int:
     return 512 * fmt.bits + 64 * max(1, tiles.INPUTS // group) + 128 * wide_rings
 
 
-def _check(x: Input, weights: Sequence[Weight]) -> None:
+def _check(x: Input, weights: Sequence[Weight], items: Items | None) -> None:
     if not 1 <= len(weights) <= MOST_OUTPUTS:
         raise UnsupportedError(f"{NAME}: {len(weights)} weights share an input; one launch takes 1 to {MOST_OUTPUTS}")
     mine = (x.group_size, x.values.shape[1])
@@ -247,6 +280,8 @@ def _check(x: Input, weights: Sequence[Weight]) -> None:
             raise UnsupportedError(
                 f"{NAME}: int8 inputs serve {', '.join(map(str, INT8_BITS))} bits, not {weight.fmt.bits}; float16 inputs serve all"
             )
+        if (weight.tiled.codes.dim() == 6) != (items is not None):
+            raise UnsupportedError(f"{NAME}: weights of experts need items, and others take none")
 
 
 def refusal(device: torch.device, fmt: Format) -> str | None:

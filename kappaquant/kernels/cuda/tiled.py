@@ -7,6 +7,7 @@ quantized once for all weights that read it.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,15 +20,31 @@ from kappaquant.kernels.cuda import decoded, gemm, inputs, sorted_experts, tenso
 from kappaquant.kernels.cuda import experts as few_experts
 from kappaquant.kernels.cuda.arguments import KINDS
 
-FEW_TOKENS = 16  # up to which weights are decoded anew for every 8; beyond, Hopper's wider products are faster
+FEW_TOKENS = 16  # up to which weights are decoded anew for every 16; beyond, Hopper's wider products are faster
+# of int8 inputs beyond: (tokens, rows) up to which that goes on, for few rows leave much of a card to wider products unused
+_FEW_OF_ROWS = ((32, 8192), (64, 4096))
 # up to which wider products take int8, where rows are many, and few; beyond, scaling the sums costs more than is gained
 INT8_TOKENS = (64, 128)
 INT8_ROWS = 16384  # that count as few
 # from which reading a decoded weight back costs less than decoding it for every 256; elsewhere 128
 DECODED_TOKENS = 2048
-# (token, expert) pairs up to which an expert is read again for each of its tokens: 24 tokens of 8 out of 256 experts take as long
-# either way, 32 take 12 % less sorted (an H200)
-_FEW_SLOTS = 192
+# of experts that are read again for one more of their tokens, from which sorting costs less: about 7 microseconds (an H200)
+_SORTED_BYTES = 16e6
+_SLOTS = 192  # (token, expert) pairs that one launch takes unsorted
+
+
+class InputKind(NamedTuple):
+    """What is made of an input.
+
+    Attributes:
+        group_size: that it is rotated in.
+        half: whether it becomes float16, not int8.
+        few: whether it lies as ``tensor_cores`` reads it, not ``gemm``.
+    """
+
+    group_size: int
+    half: bool
+    few: bool
 
 
 class Tiled(Kernel):
@@ -61,17 +78,17 @@ class Tiled(Kernel):
         if decodes_first(tokens, device):
             return None
         assert isinstance(fmt, GroupedFormat)
-        return fmt.group_size, needs_half(activations, fmt.bits, tokens, rows)
+        half = needs_half(activations, fmt.bits, tokens, rows)
+        return InputKind(fmt.group_size, half, _counts_as_few(tokens, rows, half, device))
 
     def prepare(self, x: Tensor, fmt: Format, kind: Hashable) -> list[Tensor]:
         assert isinstance(fmt, GroupedFormat)
-        assert isinstance(kind, tuple)
-        half: bool = kind[1]
+        assert isinstance(kind, InputKind)
         x = (x if x.dtype in KINDS else x.float()).contiguous()
-        if x.shape[0] > FEW_TOKENS and gemm.refusal(x.device) is None:
-            ordered, _ = inputs.rotate_tokens(x, fmt, half)
+        if not kind.few:
+            ordered, _ = inputs.rotate_tokens(x, fmt, kind.half)
             return [ordered.values, ordered.scales]
-        made, _ = inputs.rotate(x, fmt, half)
+        made, _ = inputs.rotate(x, fmt, kind.half)
         return [made.values, made.scales, made.halves]
 
     def linear(
@@ -94,11 +111,11 @@ class Tiled(Kernel):
         """With float16 inputs, whatever the width."""
         held, expert_count = weight_of(weight), weight.shape[0]
         x, index = (x if x.dtype in KINDS else x.float()).contiguous(), index.contiguous()
-        if index.numel() > _FEW_SLOTS and sorted_experts.refusal(x, held) is None:
+        if _sorting_pays(index.numel(), held) and sorted_experts.refusal(x, held) is None:
             y = sorted_experts.linear(x, index, held, torch.float32)
         else:
             y = x.new_empty(index.numel(), weight.shape[1], dtype=torch.float32)
-            step = max(1, _FEW_SLOTS // index.shape[1])
+            step = max(1, _SLOTS // index.shape[1])
             for at in range(0, len(x), step):
                 rotated, _ = inputs.rotate(x[at : at + step], held.fmt, True)
                 some = index[at : at + step]
@@ -119,9 +136,9 @@ class Tiled(Kernel):
         half = any(needs_half(activations, held.fmt.bits) for held in (first, second))
         x, weights, index = x.to(dtype).contiguous(), weights.contiguous(), index.contiguous()
         weights = weights if weights.dtype in KINDS else weights.float()
-        if index.numel() > _FEW_SLOTS and sorted_experts.refusal(x, first) is None:
-            return sorted_experts.forward(x, index, weights, first, second)
-        outs, step = [], max(1, _FEW_SLOTS // index.shape[1])
+        if _sorting_pays(index.numel(), first, second) and sorted_experts.refusal(x, first) is None:
+            return sorted_experts.forward(x, index, weights, first, second, half)
+        outs, step = [], max(1, _SLOTS // index.shape[1])
         for at in range(0, len(x), step):
             rotated, _ = inputs.rotate(x[at : at + step], first.fmt, half)
             some = slice(at, at + step)
@@ -132,6 +149,19 @@ class Tiled(Kernel):
 def needs_half(activations: str, bits: int, tokens: int = 1, rows: int = 1) -> bool:
     """Whether ``tokens`` of float16 inputs, not int8, multiply a weight of this width with so many rows."""
     return activations != "int8" or bits not in tensor_cores.INT8_BITS or tokens > INT8_TOKENS[rows <= INT8_ROWS]
+
+
+def _counts_as_few(tokens: int, rows: int, half: bool, device: torch.device) -> bool:
+    if tokens <= FEW_TOKENS or gemm.refusal(device) is not None:
+        return True
+    return not half and any(tokens <= most and rows <= of_rows for most, of_rows in _FEW_OF_ROWS)
+
+
+def _sorting_pays(slots: int, *experts: tensor_cores.Weight) -> bool:
+    """Whether so many (token, expert) pairs, evenly routed, meet an expert often enough."""
+    count = experts[0].tiled.codes.shape[0]
+    again = slots - sorted_experts.expected_experts(slots, count)
+    return again * sum(w.tiled.codes.nbytes + w.tiled.norms.nbytes for w in experts) / count >= _SORTED_BYTES
 
 
 def decodes_first(tokens: int, device: torch.device) -> bool:

@@ -141,13 +141,18 @@ template <int N> __device__ __forceinline__ void wgmma(float* d, const u32* a, u
 
 // d = a b, or d += a b where ADD: 64 x N sums of 32 products; a is the fragment of mma.m16n8k32 of each warp, int8
 template <int N, bool ADD> __device__ __forceinline__ void wgmma(int* d, const u32* a, u64 b) {
-    if constexpr (N == 64)
+    if constexpr (N == 32)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {"
+            "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+            "}, {%16,%17,%18,%19}, %20, %21;"
+            : SIXTEEN_INTEGERS(d, 0) : A_AND_B(a, b), "n"((int)ADD));
+    else if constexpr (N == 64)
         asm volatile("wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
             "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
             "}, {%32,%33,%34,%35}, %36, %37;"
             : SIXTEEN_INTEGERS(d, 0), SIXTEEN_INTEGERS(d, 16) : A_AND_B(a, b), "n"((int)ADD));
     else {
-        static_assert(N == 128, "tokens of an int8 product: 64 or 128");
+        static_assert(N == 128, "tokens of an int8 product: 32, 64 or 128");
         asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
             "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
             "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"

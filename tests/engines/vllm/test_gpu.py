@@ -37,7 +37,7 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(MODEL)
 
 
-@pytest.mark.parametrize("plan", ["apex2", "uniform 3", "uniform 4", "random"])
+@pytest.mark.parametrize("plan", ["apex2", "uniform 3", "uniform 4", "trellis", "random"])
 def test_stories(plan: str, tokenizer: Any, tmp_path: Path) -> None:
     folder, asked = quantized(tmp_path, plan), problems(0, STORIES)
     prompts = [tokenizer(problem.prompt)["input_ids"] for problem in asked]

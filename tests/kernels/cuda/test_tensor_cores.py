@@ -17,12 +17,17 @@ from kappaquant.kernels.cuda.cells import cells
 @needs_compiler
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile(arch: str) -> None:
-    instances = [f"linear<{cells(named(n)).number}, 0, 0, 0, 128, false, 1, 1, 4, 0, 0>" for n in INT8_NAMES]
-    instances += [f"linear<{cells(named(n)).number}, 0, 0, 0, 64, true, 2, 1, 8, 16, 0>" for n in NAMES]
-    instances += ["linear<3, 4, 5, 2, 256, false, 8, 2, 4, 0, 0>", "linear<6, 8, 7, 0, 32, true, 1, 1, 4, 16, 0>"]
+    instances = [f"linear<{cells(named(n)).number}, 0, 0, 0, 128, false, 1, 1, 4, 0, 0, false>" for n in INT8_NAMES]
+    instances += [f"linear<{cells(named(n)).number}, 0, 0, 0, 64, true, 2, 1, 8, 16, 0, false>" for n in NAMES]
     instances += [
-        "linear<19, 20, 3, 18, 256, false, 2, 1, 4, 16, 3>",
-        "linear<6, 19, 18, 20, 32, true, 1, 1, 4, 16, 0>",
+        "linear<3, 4, 5, 2, 256, false, 8, 2, 4, 0, 0, false>",
+        "linear<6, 8, 7, 0, 32, true, 1, 1, 4, 16, 0, false>",
+    ]
+    instances += [
+        "linear<19, 20, 3, 18, 256, false, 2, 1, 4, 16, 3, false>",
+        "linear<6, 19, 18, 20, 32, true, 1, 1, 4, 16, 0, false>",
+        "linear<20, 0, 0, 0, 64, false, 2, 4, 4, 16, 3, true>",
+        "linear<6, 0, 0, 0, 128, true, 1, 2, 4, 16, 0, true>",
     ]
     for instance in instances:
         code, name = nvrtc.compiled("linear.cu", instance, arch)
@@ -35,7 +40,7 @@ def test_kernels_compile(arch: str) -> None:
 @needs_compiler
 def test_a_kernel_that_does_not_compile_says_why() -> None:
     with pytest.raises(UnsupportedError, match=r"(?s)linear.cu: linear<6, .*int8 tables are for 2 to 5 bits"):
-        nvrtc.compiled("linear.cu", "linear<6, 0, 0, 0, 128, false, 1, 1, 4, 0, 0>", "sm_90")
+        nvrtc.compiled("linear.cu", "linear<6, 0, 0, 0, 128, false, 1, 1, 4, 0, 0, false>", "sm_90")
 
 
 def test_refusals_say_why() -> None:
@@ -78,6 +83,21 @@ def test_every_launch_fits_the_card() -> None:
                         assert use.warps * (4 * 8 * use.token_tiles * 33 + stages) + table <= 99 << 10
                         padded = 8 if tokens <= 8 else -(-tokens // 128) * 128
                         assert -(-tokens // (8 * use.token_tiles)) * 8 * use.token_tiles <= padded
+
+
+def test_warps_share_the_tiles_of_few_experts() -> None:
+    number = cells(named("t3")).number
+    launches = [tensor_cores.choose_for_experts(8, items, 32, 16, number, False) for items in (4, 60, 200)]
+    assert [(use.tiles, use.stages) for use in launches] == [(1, 0), (2, 0), (4, 3)]
+    assert tensor_cores.choose_for_experts(8, 4, 32, 4, number, False).tiles == 4, "a warp has four units or more"
+    assert tensor_cores.choose_for_experts(16, 200, 32, 16, number, True) == tensor_cores.Launch(2, 2, 4, 16)
+
+
+def test_a_matrix_of_few_rows_takes_many_tokens_by_sixteens() -> None:
+    chosen = [tensor_cores.choose(tokens, 128, 32, [3, 0, 0, 0], False) for tokens in (8, 16, 32, 64, 65)]
+    assert [use.token_tiles for use in chosen] == [1, 2, 2, 2, 16]
+    assert [use.warps for use in chosen[1:4]] == [16, 8, 4], "as many warps as fill a card"
+    assert tensor_cores.choose(64, 896, 32, [3, 0, 0, 0], False).token_tiles == 4
 
 
 @gpu
@@ -188,7 +208,7 @@ def test_stages_are_as_large_as_kernels_have_them(group: int, monkeypatch: pytes
     ]
     source = nvrtc._source
     monkeypatch.setattr(nvrtc, "_source", lambda file: "\n".join([source(file), *checks]))
-    instance = f"linear<19, 0, 0, 0, {group}, false, 1, 1, 4, 16, 3>"
+    instance = tensor_cores.Launch(1, 1, 4, 16, 3).instance([19, 0, 0, 0], group, False)
     nvrtc.compiled("linear.cu", instance, "sm_90")
     checks.append(f"static_assert(Staged<19, {group}, 3>::BYTES == 0);")
     with pytest.raises(UnsupportedError, match="static assertion failed"):

@@ -12,7 +12,7 @@ from kappaquant.formats import codec
 from kappaquant.formats.codebook import NORMS_SUFFIX, CodebookFormat, GroupedFormat
 from kappaquant.kernels import dispatch
 from kappaquant.kernels.base import ACTIVATIONS, check_activations
-from kappaquant.kernels.cuda import tiled
+from kappaquant.kernels.cuda import tensor_cores, tiled, tiles
 from kappaquant.kernels.cuda.tiled import Tiled
 from kappaquant.runtime.packed import SharedInput
 
@@ -31,6 +31,45 @@ def test_which_inputs_a_width_wants() -> None:
     assert tiled.needs_half("bf16", 3)
     with pytest.raises(UnsupportedError, match="activations 'int4': must be one of int8, bf16"):
         check_activations("int4")
+
+
+def test_few_rows_are_multiplied_as_few_tokens_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+
+    def few(tokens: int, rows: int, activations: str = "int8", bits: int = 3) -> bool:
+        kind = Tiled().input_kind(CodebookFormat(bits, 128), tokens, rows, activations, device)
+        assert isinstance(kind, tiled.InputKind)
+        return kind.few
+
+    monkeypatch.setattr(tiled.gemm, "refusal", lambda _: None)
+    assert [few(tokens, 28672) for tokens in (1, 16, 17)] == [True, True, False]
+    assert [few(tokens, 8192) for tokens in (17, 32, 33)] == [True, True, False]
+    assert [few(tokens, 4096) for tokens in (33, 64, 65)] == [True, True, False]
+    assert not few(17, 64, "bf16")
+    assert not few(17, 64, bits=6)
+    monkeypatch.setattr(tiled.gemm, "refusal", lambda _: "no Hopper")
+    assert few(100, 28672)
+
+
+def of_experts(name: str, experts: int, rows: int, width: int) -> tensor_cores.Weight:
+    """A weight without data."""
+    fmt, count = named(name), rows * width
+    codes = torch.empty(experts, count * fmt.bits // 32, dtype=torch.int32, device="meta")
+    return tensor_cores.Weight(
+        tiles.Tiled(codes, torch.empty(experts, count // 128, dtype=torch.float16, device="meta")), fmt, rows, width
+    )
+
+
+@pytest.mark.parametrize(
+    ("experts", "hidden", "inner", "top_k", "last", "first"),
+    [(256, 2048, 512, 8, 8, 12), (128, 2048, 768, 8, 5, 7), (32, 2880, 2880, 4, 2, 4), (8, 4096, 1024, 2, 3, 5)],
+)
+def test_slots_are_sorted_where_that_was_measured_to_pay(
+    experts: int, hidden: int, inner: int, top_k: int, last: int, first: int
+) -> None:
+    pair = of_experts("k3", experts, 2 * inner, hidden), of_experts("k4", experts, hidden, inner)
+    assert not tiled._sorting_pays(last * top_k, *pair)
+    assert tiled._sorting_pays(first * top_k, *pair)
 
 
 def test_a_weight_on_a_cpu_is_refused_with_the_reason() -> None:
