@@ -8,7 +8,8 @@
 #include "trellis.cuh"
 
 struct Table {
-    u32 bytes[8];       // int8: entries, four a word; of 16 see below. float16: low bytes of eight entries, then their high bytes; twice for 16
+    u32 bytes[8];       // int8: entries, four a word. float16: low bytes of eight entries, then their high bytes. Of 16 entries: the
+                        // second eight so, then what turns them into the first by exclusive or, of which no byte has its highest bit set
     const u32* half;    // float16 entries for 6 to 8 bits, one a word
     float scale;        // entry * scale = centroid
     u32 ones;           // float16 1 twice, which a compiler must not know
@@ -37,6 +38,22 @@ __device__ __forceinline__ void row_words(const u32* words, int row, u32* mine) 
     constexpr int FIRST = first_plane(FORMAT);
 #pragma unroll
     for (int w = 0; w < bits_of(FORMAT); w++) mine[w] = w < FIRST ? words[row * FIRST + w] : words[ROWS * FIRST + row + w - FIRST];
+}
+
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
+    u32 out;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
+    return out;
+}
+
+// The low half, or the high, in which four selectors lie. The highest bit of each is clear, so that a half is a finite float16 and
+// a product with 1 moves it: on the pipe of multiplications, where a shift would go where permutes go.
+__device__ __forceinline__ u32 half_of(u32 selectors, bool upper, u32 ones) {
+    if (!upper) return selectors;
+    u32 out;
+    asm("{ .reg .b16 low, high; .reg .b32 both; mov.b32 {low, high}, %1; mov.b32 both, {high, high}; fma.rn.f16x2 %0, both, %2, %3; }"
+        : "=r"(out) : "r"(selectors), "r"(ones), "r"(0x80008000u));
+    return out;
 }
 
 // What looks up eight codes 8 * s and up, one a nibble
@@ -94,27 +111,12 @@ template <int FORMAT, int GROUP> __device__ __forceinline__ void eights(const u3
     }
 }
 
-__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
-    u32 out;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
-    return out;
-}
-
-// The low half, or the high, in which four selectors lie. The highest bit of each is clear, so that a half is a finite float16 and
-// a product with 1 moves it: on the pipe of multiplications, where a shift would go where permutes go.
-__device__ __forceinline__ u32 half_of(u32 selectors, bool upper, u32 ones) {
-    if (!upper) return selectors;
-    u32 out;
-    asm("{ .reg .b16 low, high; .reg .b32 both; mov.b32 {low, high}, %1; mov.b32 both, {high, high}; fma.rn.f16x2 %0, both, %2, %3; }"
-        : "=r"(out) : "r"(selectors), "r"(ones), "r"(0x80008000u));
-    return out;
-}
-
-// Bytes for the lower, or the upper, four of eight codes. Of 16 entries, where `tables` has four words more: bytes of either table.
-template <int FORMAT> __device__ __forceinline__ u32 look_up(const u32* tables, const Eight& codes, bool upper, u32 ones) {
-    const u32 select = half_of(codes.select, upper, ones), first = permute(tables[0], tables[1], select);
-    if constexpr (!has_two_tables(FORMAT)) return first;
-    else return permute(first, permute(tables[4], tables[5], select), half_of(codes.all >> 1 & 0x44444444u | 0x32103210u, upper, ones));
+// A byte of each of four codes. Of 16 entries `more` turns the second eight into the first: by nothing where the highest bit of a selector
+// in `all` is set, for then its highest bit fills the byte.
+template <int FORMAT> __device__ __forceinline__ u32 look_up(const u32* entries, const u32* more, u32 select, u32 all) {
+    u32 found = permute(entries[0], entries[1], select);
+    if constexpr (has_two_tables(FORMAT)) found ^= permute(more[0], more[1], all);
+    return found;
 }
 
 // 0xff in each byte whose code has its sign bit set
@@ -129,12 +131,8 @@ __device__ __forceinline__ void decode_int8(const u32* words, u32 before, const 
 #pragma unroll
     for (int q = 0; q < 8; q++) {
         const Eight& eight = codes[q / 2];
-        u32 value = permute(table.bytes[0], table.bytes[1], half_of(eight.select, q % 2, table.ones));
-        if constexpr (has_two_tables(FORMAT)) {
-            // Entries 8 and up, plus 128 so that no sum carries, and how much more those below them are: not negative, so that a
-            // selector with its highest bit set gives zero.
-            value = value + permute(table.bytes[2], table.bytes[3], q % 2 ? eight.all >> 16 : eight.all) ^ 0x80808080u;
-        }
+        const u32 select = half_of(eight.select, q % 2, table.ones), all = q % 2 ? eight.all >> 16 : eight.all;
+        const u32 value = look_up<FORMAT>(table.bytes, table.bytes + 2, select, all);
         out[q] = has_signs(FORMAT) ? value ^ signs(eight, q % 2) : value;
     }
 }
@@ -146,9 +144,11 @@ __device__ __forceinline__ void decode_half(const u32* words, u32 before, const 
         eights<FORMAT, GROUP>(words, before, codes);
 #pragma unroll
         for (int q = 0; q < 8; q++) {
-            const u32 low = look_up<FORMAT>(table.bytes, codes[q / 2], q % 2, table.ones);
-            u32 high = look_up<FORMAT>(table.bytes + 2, codes[q / 2], q % 2, table.ones);
-            if (has_signs(FORMAT)) high ^= signs(codes[q / 2], q % 2) & 0x80808080u;
+            const Eight& eight = codes[q / 2];
+            const u32 select = half_of(eight.select, q % 2, table.ones), all = q % 2 ? eight.all >> 16 : eight.all;
+            const u32 low = look_up<FORMAT>(table.bytes, table.bytes + 4, select, all);
+            u32 high = look_up<FORMAT>(table.bytes + 2, table.bytes + 6, select, all);
+            if (has_signs(FORMAT)) high ^= signs(eight, q % 2) & 0x80808080u;
             out[2 * q] = permute(low, high, 0x5140u);
             out[2 * q + 1] = permute(low, high, 0x7362u);
         }

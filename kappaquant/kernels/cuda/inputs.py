@@ -23,7 +23,7 @@ class _Rotate(ctypes.Structure):
     _fields_ = (
         ("x", ctypes.c_void_p), ("other", ctypes.c_void_p), ("sum", ctypes.c_void_p), ("gain", ctypes.c_void_p),
         ("normed", ctypes.c_void_p), ("signs", ctypes.c_void_p), ("out", ctypes.c_void_p), ("scales", ctypes.c_void_p),
-        ("halves", ctypes.c_void_p), ("stride", ctypes.c_longlong), ("width", ctypes.c_int), ("k", ctypes.c_int), ("tokens_padded", ctypes.c_int),
+        ("offsets", ctypes.c_void_p), ("stride", ctypes.c_longlong), ("width", ctypes.c_int), ("k", ctypes.c_int), ("tokens_padded", ctypes.c_int),
         ("aligned", ctypes.c_int), ("epsilon", ctypes.c_float), ("positions", ctypes.c_void_p),
         ("copies", ctypes.c_int), ("blocks", ctypes.c_int),
     )  # fmt: skip
@@ -34,11 +34,16 @@ nvrtc.declare("rotate.cu", _Rotate)
 
 @dataclass(frozen=True)
 class Input:
-    """A rotated input of ``tokens`` rows, int8 or float16 [tokens, k], with float32 scales [k / group_size, padded tokens]."""
+    """A rotated input of ``tokens`` rows, int8 or float16 [tokens, k].
+
+    Attributes:
+        scales: float32 [k / group_size, padded tokens].
+        offsets: the same shape, of int8: what product.cuh adds to sums of a group times its scale, for weights whose entries have signs.
+    """
 
     values: Tensor
     scales: Tensor
-    halves: Tensor
+    offsets: Tensor
     group_size: int
 
     @property
@@ -114,25 +119,27 @@ def rotate(
     tokens_padded = padded_tokens(rows)
     values = torch.empty(rows, k, dtype=torch.float16 if half else torch.int8, device=x.device)
     scales = torch.empty(k // group, tokens_padded, device=x.device)
-    halves = scales if half else torch.empty_like(scales)
+    offsets = scales if half else torch.empty_like(scales)
     other = gate_of if gate_of is not None else residual
     total = torch.empty_like(x) if residual is not None else None
     norm = 0 if gain is None else 2 if one_plus_gain else 1
-    flags = f"{str(half).lower()}, {norm}, {str(gate_of is not None).lower()}"
+    flags = (
+        f"{str(half).lower()}, {norm}, {str(gate_of is not None).lower()}, false, {str(positions is not None).lower()}"
+    )
     if not tokens:
-        return Input(values, scales, halves, group), total
+        return Input(values, scales, offsets, group), total
     run = nvrtc.kernel("rotate.cu", f"rotate<{group}, {KINDS[x.dtype]}, {flags}>", x.device.index)
     run(
         (tokens, 1, 1), 32 * min(k // group, 32 if tokens <= _FEW else 8),
         _Rotate(
             x.data_ptr(), address(other), address(total), address(gain), address(normed),
-            _signs(group, x.device).data_ptr(), values.data_ptr(), scales.data_ptr(), halves.data_ptr(), x.stride(0),
+            _signs(group, x.device).data_ptr(), values.data_ptr(), scales.data_ptr(), offsets.data_ptr(), x.stride(0),
             width, k, tokens_padded, _aligned(group, x, other, total, gain, normed), epsilon, address(positions),
             1 if positions is None else positions.shape[1],
         ),
         early=True,
     )  # fmt: skip
-    return Input(values, scales, halves, group), total
+    return Input(values, scales, offsets, group), total
 
 
 def rotate_tokens(

@@ -3,6 +3,8 @@
 #pragma once
 typedef unsigned int u32;
 
+constexpr float ZERO = 12582912.f;  // 1 more in its bits makes it 1 larger, up to 2**22 either way
+
 template <int KIND> struct Number { typedef unsigned short type; };
 template <> struct Number<0> { typedef float type; };
 

@@ -54,7 +54,7 @@ __device__ __forceinline__ void for_output(const Segment (&segments)[4], int blo
 struct Inputs {
     const void* x;        // [M, K] int8 or float16
     const float* scales;  // [K / GROUP, padded] of x
-    const float* halves;  // the same shape: half the sum of the int8 of a token's group
+    const float* offsets; // the same shape, of int8: what sums need where entries have signs
     int padded, k;
 };
 
@@ -81,11 +81,12 @@ __device__ __forceinline__ void mma(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u3
 template <bool HALF> struct Sum { typedef int type; };
 template <> struct Sum<true> { typedef float type; };
 
-// Where sums of int8 products begin: with the bits of a float32 that one more makes 1 larger, up to 2**22 either way, so that a
-// subtraction makes numbers of them. 128 products of int8 are less.
+// Sums of up to 128 products of int8 begin with the bits of ZERO: so they are numbers without being made such, and the offset of their
+// group (rotate.cu) takes ZERO away, times the scale. It does so within an integer, where rounding of inputs costs a hundred.
 constexpr int ZERO_BITS = 0x4b400000;
-__device__ __forceinline__ float number(int sum) { return __int_as_float(sum) - 12582912.f; }
-__device__ __forceinline__ float number(float sum) { return sum; }
+__device__ __forceinline__ float scaled(int sum, float scale, float offset) { return fmaf(__int_as_float(sum), scale, offset); }
+__device__ __forceinline__ float scaled(int sum, float scale) { return (__int_as_float(sum) - ZERO) * scale; }
+__device__ __forceinline__ float scaled(float sum, float scale) { return sum * scale; }
 
 // this lane's share of x for one token: WORDS words in runs of RUN bytes, STRIDE bytes apart
 template <int WORDS, int RUN, int STRIDE>
@@ -132,6 +133,17 @@ __device__ __forceinline__ void load_words(const uint4* codes, int first, u32* w
 // base[i] for elements of so many bytes, as one multiplication
 template <typename T> __device__ __forceinline__ const T* element(const T* base, u32 i, u32 bytes) {
     return reinterpret_cast<const T*>(reinterpret_cast<const char*>(base) + (unsigned long long)i * bytes);
+}
+
+// The same where registers suffice: a pointer that compilers can not take apart, nor carry from one round to the next, which takes more sums
+template <typename T> __device__ __forceinline__ T* whole(T* p) {
+    asm("" : "+l"(p));
+    return p;
+}
+__device__ __forceinline__ const char* whole_element(const char* base, u32 i, u32 bytes) {
+    const char* at;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(at) : "r"(i), "r"(bytes), "l"(base));
+    return at;
 }
 
 // What a lane holds of a unit
@@ -197,14 +209,17 @@ template <int FORMAT, int GROUP, int STAGES> struct Staged {
     static constexpr bool WIDE_RINGS = is_trellis(FORMAT) && GROUP > 128;
     static constexpr int BYTES = EDGE + (WIDE_RINGS ? 128 : 0);  // of a stage
     const char *codes, *norms;  // of this lane
-    u32 stage, last, end;       // addresses of stages: of the next unit, of the one before, and of all the last
+    u32 stage, last, end;       // where its codes are in stages: in the next unit's, in that of the one before, and in the last of all
+    int norms_at, before_at;    // from there to norms and to the path words of the lane before
     int step, units;
 
     __device__ __forceinline__ Staged(const Codes& w, int tile, int first, int step, int k, char* memory) : step(step), units(k / 128) {
-        const int lane = threadIdx.x & 31;
+        const int lane = threadIdx.x & 31, edge = EDGE - 12 * lane, around = WIDE_RINGS ? edge : 512 * (BITS - 1) + 48;
         codes = reinterpret_cast<const char*>(w.codes + (size_t)tile * units * BITS * 32 + lane);
-        norms = reinterpret_cast<const char*>(w.norms + (size_t)tile * (k / GROUP) * 8 + 2 * (lane % (4 * Rows::GROUPS)));
-        stage = (u32)__cvta_generic_to_shared(memory);
+        norms = whole(reinterpret_cast<const char*>(w.norms + (size_t)tile * (k / GROUP) * 8 + 2 * (lane % (4 * Rows::GROUPS))));
+        stage = (u32)__cvta_generic_to_shared(memory) + 16 * lane;
+        norms_at = NORMS + 8 * (lane >> 2) - 16 * lane;
+        before_at = lane % 4 ? 512 * (BITS - 1) - 16 : around;
         last = end = stage + (STAGES - 1) * BYTES;
 #pragma unroll
         for (int i = 0; i + 1 < STAGES; i++) fetch(first + i * step, stage + i * BYTES);
@@ -214,32 +229,28 @@ template <int FORMAT, int GROUP, int STAGES> struct Staged {
     // one group of copies, which leave memory alone past the end
     __device__ __forceinline__ void fetch(int unit, u32 to) const {
         const int lane = threadIdx.x & 31;
-        const u32 wanted = unit < units ? 16 : 0, at = to + 16 * lane;
-        const char* from = element(codes, unit, 512 * BITS);
+        const u32 wanted = unit < units ? 16 : 0;
+        const char* from = whole_element(codes, unit, 512 * BITS);
 #pragma unroll
-        for (int i = 0; i < BITS; i++) copy_async(at + 512 * i, from + 512 * i, wanted);
-        if (lane < 4 * Rows::GROUPS) copy_async(at + NORMS, element(norms, GROUP > 128 ? unit / 2 : unit, 64 * Rows::GROUPS), wanted);
+        for (int i = 0; i < BITS; i++) copy_async(to + 512 * i, from + 512 * i, wanted);
+        if (lane < 4 * Rows::GROUPS) copy_async(to + NORMS, element(norms, GROUP > 128 ? unit / 2 : unit, 64 * Rows::GROUPS), wanted);
         if constexpr (WIDE_RINGS)
-            if (lane % 4 == 3) copy_async(to + EDGE + 4 * (lane - 3), from + (unit % 2 ? -512 * BITS : 512 * BITS) + 512 * (BITS - 1), wanted);
+            if (lane % 4 == 3)
+                copy_async(to + EDGE - 12 * lane - 12, from + (unit % 2 ? -512 * BITS : 512 * BITS) + 512 * (BITS - 1), wanted);
         copies_commit();
     }
 
     __device__ __forceinline__ Rows take(int unit) {
-        const int lane = threadIdx.x & 31;
         copies_wait<STAGES - 2>();
         __syncwarp();  // all lanes' copies are there, and the stage before has been read
         fetch(unit + (STAGES - 1) * step, last);
         Rows out;
 #pragma unroll
-        for (int i = 0; i < BITS; i++) *reinterpret_cast<uint4*>(out.words + 4 * i) = load_shared(stage + 512 * i + 16 * lane);
-        if constexpr (is_trellis(FORMAT)) {
-            const u32 path = stage + 512 * (BITS - 1) + 16 * lane;
-            const u32 before = lane % 4 ? path - 16 : WIDE_RINGS ? stage + EDGE + 4 * lane : path + 48;
-            *reinterpret_cast<uint4*>(out.before.words) = load_shared(before);
-        }
+        for (int i = 0; i < BITS; i++) *reinterpret_cast<uint4*>(out.words + 4 * i) = load_shared(stage + 512 * i);
+        if constexpr (is_trellis(FORMAT)) *reinterpret_cast<uint4*>(out.before.words) = load_shared(stage + before_at);
 #pragma unroll
         for (int g = 0; g < Rows::GROUPS; g++) {
-            const uint2 both = load_shared_two(stage + NORMS + 64 * g + 8 * (lane >> 2));
+            const uint2 both = load_shared_two(stage + norms_at + 64 * g);
             out.norm[0][g] = both.x, out.norm[1][g] = both.y;
         }
         last = stage;
@@ -263,15 +274,18 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
     constexpr int SIZE = HALF ? 2 : 1;                    // bytes of an input
     constexpr int WORDS = HALF ? 16 : 8;                  // words of a row's 32 codes, or of a token's inputs
     constexpr int STEPS = WORDS / 2 / GROUPS;             // products of one group
+    // sums of int8 get offsets; those of one block of tokens only where entries have signs, for units need the registers
+    constexpr bool OFFSETS = !HALF && (has_signs(FORMAT) || NT > 1);
     const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3, units = in.k / 128;
     const char* x[NT];
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         const int token = ONE ? token0 : min(token0 + 8 * n + r, tokens - 1);
         x[n] = reinterpret_cast<const char*>(in.x) + ((size_t)token * in.k + t * (SUB / 4)) * SIZE;
+        if (STAGES != 0) x[n] = whole(x[n]);
     }
     const u32 padded = 4 * in.padded;
-    const float *scales = in.scales + token0 + (ONE ? 0 : 2 * t), *halves = in.halves + (scales - in.scales);
+    const float *scales = in.scales + token0 + (ONE ? 0 : 2 * t), *offsets = in.offsets + (scales - in.scales);
     typename Ahead<FORMAT, GROUP, STAGES>::type ahead(w, tile, first, step, in.k, stages);
     for (int unit = first; unit < units; unit += step) {
         const Unit<FORMAT, GROUP, 2> now = ahead.take(unit);
@@ -293,16 +307,12 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
 #pragma unroll
                 for (int g = 0; g < GROUPS; g++) {
                     const int group = GROUP > 128 ? unit / 2 : unit * GROUPS + g;
-                    float2 scale, half = {0.f, 0.f};
-                    // a group of 256 is met twice and corrected once
-                    const bool corrected = !HALF && has_signs(FORMAT) && (GROUP <= 128 || unit % 2 == 0);
-                    if constexpr (ONE) {
-                        scale.x = scale.y = __ldg(element(scales, group, padded));
-                        if (corrected) half.x = half.y = __ldg(element(halves, group, padded));
-                    } else {
-                        scale = __ldg(reinterpret_cast<const float2*>(element(scales, group, padded) + 8 * n));
-                        if (corrected) half = __ldg(reinterpret_cast<const float2*>(element(halves, group, padded) + 8 * n));
-                    }
+                    float2 scale, offset = {0.f, 0.f};
+                    if constexpr (ONE) scale.x = scale.y = __ldg(element(scales, group, padded));
+                    else scale = __ldg(reinterpret_cast<const float2*>(element(scales, group, padded) + 8 * n));
+                    if constexpr (OFFSETS && !has_signs(FORMAT)) offset = {-ZERO * scale.x, -ZERO * scale.y};
+                    else if constexpr (OFFSETS && ONE) offset.x = offset.y = __ldg(element(offsets, group, padded));
+                    else if constexpr (OFFSETS) offset = __ldg(reinterpret_cast<const float2*>(element(offsets, group, padded) + 8 * n));
 #pragma unroll
                     for (int i = 0; i < ROWS; i += 2) {
                         const int pair = (row + i) / 2;
@@ -313,10 +323,14 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
                             mma(sum, a[i][2 * step], a[i + 1][2 * step], a[i][2 * step + 1], a[i + 1][2 * step + 1], b[2 * step], b[2 * step + 1]);
                         const u32 both = now.norm[pair][g];
                         float n0 = widen<1>((unsigned short)both), n1 = widen<1>((unsigned short)(both >> 16));
-                        out[pair][n][0] += (number(sum[0]) + half.x) * (n0 * scale.x);
-                        out[pair][n][1] += (number(sum[1]) + half.y) * (n0 * scale.y);
-                        out[pair][n][2] += (number(sum[2]) + half.x) * (n1 * scale.x);
-                        out[pair][n][3] += (number(sum[3]) + half.y) * (n1 * scale.y);
+                        const auto of_group = [](Acc sum, float scale, float offset) {
+                            if constexpr (OFFSETS) return scaled(sum, scale, offset);
+                            else return scaled(sum, scale);
+                        };
+                        out[pair][n][0] += of_group(sum[0], scale.x, offset.x) * n0;
+                        out[pair][n][1] += of_group(sum[1], scale.y, offset.y) * n0;
+                        out[pair][n][2] += of_group(sum[2], scale.x, offset.x) * n1;
+                        out[pair][n][3] += of_group(sum[3], scale.y, offset.y) * n1;
                     }
                 }
             }

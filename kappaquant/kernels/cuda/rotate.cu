@@ -16,11 +16,11 @@ struct Rotate {
     const float* signs;    // [2, GROUP]: s1, then s2 / sqrt(GROUP)
     void* out;             // [tokens, k] int8 or float16
     float* scales;         // [k / GROUP, tokens_padded]
-    float* halves;         // the same shape: half the sum of a group's int8
+    float* offsets;        // the same shape: what is added to sums of a group that begin with ZERO, times its scale (product.cuh)
     long long stride;      // elements from one token to the next in x and other
     int width, k, tokens_padded, aligned;  // aligned: a lane's inputs lie in one run of memory that it may read at once
     float epsilon;
-    const int* positions;  // [tokens, copies] where each token goes, -1 for nowhere, or null: its own place
+    const int* positions;  // [tokens, copies] where each token goes, -1 for nowhere; of TOKENS null: its own place
     int copies, blocks;
 };
 
@@ -39,8 +39,8 @@ template <typename T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N :
 
 // NORM: 0 none, 1 gain * x, 2 (1 + gain) * x. GATED: silu(x) * other, else x + other. TOKENS: the output is in blocks of 8
 // tokens, float16 [k / 128, blocks, 16, 8, 8] with one scale a token, or int8 [k / 128, blocks, 8, 8, 16] with one a group;
-// else [tokens, k] with one a group.
-template <int GROUP, int IN, bool HALF, int NORM, bool GATED, bool TOKENS = false>
+// else [rows, k] with one a group, where COPIES of a token lie in the rows that positions say.
+template <int GROUP, int IN, bool HALF, int NORM, bool GATED, bool TOKENS = false, bool COPIES = false>
 __global__ void __launch_bounds__(1024) rotate(const __grid_constant__ Rotate p) {
     typedef typename Number<IN>::type T;
     constexpr int EACH = GROUP / 32;
@@ -215,10 +215,8 @@ __global__ void __launch_bounds__(1024) rotate(const __grid_constant__ Rotate p)
             }
             continue;
         }
-        for (int copy = 0; copy < p.copies; copy++) {
-            const int position = p.positions ? p.positions[token * p.copies + copy] : token;
-            if (position < 0) continue;
-            size_t at = (size_t)group * p.tokens_padded + position, first = (size_t)position * p.k + group * GROUP + lane * EACH;
+        auto put_row = [&](int row) {
+            size_t at = (size_t)group * p.tokens_padded + row, first = (size_t)row * p.k + group * GROUP + lane * EACH;
             if constexpr (HALF) {
                 float unit = most > 0.f ? 1.f / most : 0.f;
 #pragma unroll
@@ -228,10 +226,18 @@ __global__ void __launch_bounds__(1024) rotate(const __grid_constant__ Rotate p)
 #pragma unroll
                 for (int j = 0; j < EACH; j++) reinterpret_cast<signed char*>(p.out)[first + j] = (signed char)q[j];
                 if (lane == 0) {
-                    p.scales[at] = most / 127.f;
-                    p.halves[at] = 0.5f * total;
+                    const float scale = most / 127.f;
+                    p.scales[at] = scale;
+                    // half the inputs' sum makes up for halves of a code's value (decode.cuh); of 256 half in each half
+                    p.offsets[at] = (GROUP > 128 ? 0.25f : 0.5f) * total * scale - ZERO * scale;
                 }
             }
+        };
+        if constexpr (COPIES) {
+            for (int copy = 0; copy < p.copies; copy++)
+                if (const int row = p.positions[token * p.copies + copy]; row >= 0) put_row(row);
+        } else {
+            put_row(token);
         }
     }
 }

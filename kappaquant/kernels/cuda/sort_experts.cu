@@ -4,7 +4,16 @@
 
 #include "experts.cuh"
 #include "numbers.cuh"
+#if __CUDA_ARCH__ >= 900
 #include "wgmma.cuh"
+#define CLUSTER_OF(blocks) __cluster_dims__(blocks, 1, 1)
+// of a count in this block's shared memory that of another
+__device__ __forceinline__ int count_in(const int* count, int block) { return load_remote(shared_address(count), block); }
+#else  // one block does all
+#define CLUSTER_OF(blocks)
+__device__ __forceinline__ int count_in(const int* count, int) { return *count; }
+__device__ __forceinline__ void cluster_sync() { __syncthreads(); }
+#endif
 
 struct Sort {
     const long long* experts;  // [slots]
@@ -34,7 +43,7 @@ template <int BLOCKS, typename F> __device__ __forceinline__ void for_slots(cons
 
 // A cluster of BLOCKS blocks. Shared memory: for each expert this block's count, all blocks' count, and the next position.
 template <int BLOCKS>
-__global__ void __launch_bounds__(1024) __cluster_dims__(BLOCKS, 1, 1) sort_experts(const __grid_constant__ Sort p) {
+__global__ void __launch_bounds__(1024) CLUSTER_OF(BLOCKS) sort_experts(const __grid_constant__ Sort p) {
     extern __shared__ int counts[];
     int *totals = counts + p.expert_count, *next = totals + p.expert_count;
     for (int e = threadIdx.x; e < p.expert_count; e += blockDim.x) counts[e] = 0;
@@ -44,7 +53,7 @@ __global__ void __launch_bounds__(1024) __cluster_dims__(BLOCKS, 1, 1) sort_expe
     for (int e = threadIdx.x; e < p.expert_count; e += blockDim.x) {
         int total = 0, before = 0;
         for (int block = 0; block < BLOCKS; block++) {
-            int count = load_remote(shared_address(counts + e), block);
+            int count = count_in(counts + e, block);
             if (block < (int)blockIdx.x) before += count;
             total += count;
         }

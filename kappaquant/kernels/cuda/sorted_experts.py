@@ -1,4 +1,4 @@
-"""Routed experts for many tokens on NVIDIA Hopper GPUs: slots sorted by expert on the device, two products, a weighted sum.
+"""Routed experts for many tokens on NVIDIA GPUs: slots sorted by expert on the device, two products, a weighted sum.
 
 Slots are (token, choice) pairs, token first. Nothing waits for the host: shapes depend on the number of tokens alone, and
 work that an unlucky routing would need is launched but empty.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
+from kappaquant.kernels.cuda import device as gpu
 from kappaquant.kernels.cuda import gemm, int8_gemm, nvrtc, tensor_cores
 from kappaquant.kernels.cuda.arguments import KINDS
 from kappaquant.kernels.cuda.inputs import rotate, rotate_tokens
@@ -68,7 +69,7 @@ def sort(experts: Tensor, expert_count: int, each: int) -> Sorted:
     positions = torch.empty(experts.shape, dtype=torch.int32, device=experts.device)
     rows_of = torch.empty(8 * blocks, dtype=torch.int32, device=experts.device)
     work = torch.empty(occupied + slots // each, 4, dtype=torch.int32, device=experts.device)
-    blocks_of_sort = 1 if slots <= _SLOTS_OF_ONE_BLOCK else 8
+    blocks_of_sort = 1 if slots <= _SLOTS_OF_ONE_BLOCK or gemm.refusal(experts.device) else 8
     run = nvrtc.kernel("sort_experts.cu", f"sort_experts<{blocks_of_sort}>", experts.device.index, 12 * expert_count)
     run(
         (blocks_of_sort, 1, 1), 1024,
@@ -105,7 +106,7 @@ def expected_experts(slots: int, expert_count: int) -> float:
     return expert_count * (1 - (1 - 1 / expert_count) ** slots)
 
 
-def choose(slots: int, weight: Weight, half: bool) -> Launch:
+def choose(slots: int, weight: Weight, half: bool, wide: bool) -> Launch:
     """An item for most experts at even routing, so that most weights are decoded once; as measured on an H200.
 
     Few tokens of an expert are multiplied as those of a linear layer are. float16 inputs in blocks of 8 tokens, which would do up to 4 an expert,
@@ -114,11 +115,12 @@ def choose(slots: int, weight: Weight, half: bool) -> Launch:
     Args:
         weight: of experts.
         half: whether inputs are float16; how many tokens an item has depends on nothing else of a weight than its experts.
+        wide: whether the card makes products of more than 16 tokens (``gemm``).
     """
     expert_count, tile_count, units = weight.tiled.codes.shape[:3]
     mean = slots / expert_count
     usual = mean + math.sqrt(mean)
-    if usual <= (8 if half else 16):
+    if not wide or usual <= (8 if half else 16):
         number = tensor_cores.numbers([weight], 1)[0]
         items = expected_experts(slots, expert_count)
         return tensor_cores.choose_for_experts(8 if usual <= 8 else 16, items, tile_count, units, number, half)
@@ -132,7 +134,7 @@ def refusal(x: Tensor, gate_up: Weight) -> str | None:
     """Why these experts can not be run here, or None."""
     if gate_up.tiled.codes.shape[0] > _MOST_EXPERTS:
         return f"{gate_up.tiled.codes.shape[0]} experts; at most {_MOST_EXPERTS}"
-    return gemm.refusal(x.device)
+    return gpu.refusal(x.device)
 
 
 def linear(x: Tensor, index: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -147,7 +149,7 @@ def linear(x: Tensor, index: Tensor, weight: Weight, dtype: torch.dtype) -> Tens
     reason = refusal(x, weight)
     if reason:
         raise UnsupportedError(f"{NAME}: {reason}")
-    use = choose(index.numel(), weight, True)
+    use = choose(index.numel(), weight, True, gemm.refusal(x.device) is None)
     plan = sort(index, weight.tiled.codes.shape[0], use.tokens)
     return _product(x, None, plan.positions, weight, dtype, True, use, plan)
 
@@ -174,7 +176,8 @@ def forward(
         raise UnsupportedError(f"{NAME}: {reason}")
     if not x.shape[0]:
         return torch.empty_like(x)
-    first, second = launches or (choose(top_k_index.numel(), weight, half) for weight in (gate_up, down))
+    wide = gemm.refusal(x.device) is None
+    first, second = launches or (choose(top_k_index.numel(), weight, half, wide) for weight in (gate_up, down))
     plan = sort(top_k_index.contiguous(), gate_up.tiled.codes.shape[0], first.tokens)
     inner = _product(x, None, plan.positions, gate_up, x.dtype, half, first, plan)
     gate, up = inner.chunk(2, dim=-1)

@@ -21,26 +21,40 @@ def int8_table(cells: Cells) -> tuple[list[int], float]:
     scales = wanted.abs().max() / torch.linspace(100, 127 + offset, 512, dtype=torch.float64)[:, None]
     entries = (wanted / scales - offset).round().clamp(-128, 127)
     best = int(((entries + offset) * scales - wanted).square().sum(1).argmin())
-    found: list[int] = entries[best].to(torch.int64).tolist()
-    if len(found) == 16:
-        # The second eight and what the first are more, as decode_int8 wants them. Both are of one sign, magnitudes of a codebook's negative
-        # half or neighbouring levels of a trellis's subsets, so that no difference exceeds 127.
-        found = [second + 128 for second in found[8:]] + [a - b for a, b in zip(found[:8], found[8:], strict=True)]
-    return _little_endian(found), float(scales[best])
+    return _little_endian(_by_eights(entries[best].to(torch.int64).tolist())), float(scales[best])
 
 
 def half_table(cells: Cells) -> tuple[list[int], float]:
-    """(table words, scale): float16 entries, low and high bytes of each eight apart; wide tables have an entry a word."""
-    scale = max(cells.fmt.codebook)
-    entries = torch.tensor(cells.entries, dtype=torch.float64) / scale
-    raw = [value & 0xFFFF for value in entries.to(torch.float16).view(torch.int16).tolist()]
-    if len(raw) > WIDE:
-        return raw, scale
+    """(table words, scale): float16 entries, low and high bytes of each eight apart; wide tables have an entry a word.
+
+    Of 16 entries the scale is searched for which float16 is nearest among those whose pairs ``_by_eights`` takes.
+    """
+    wanted = torch.tensor(cells.entries, dtype=torch.float64)
+    largest = float(wanted.abs().max())
+    scales = largest * torch.linspace(1, 2, 4096, dtype=torch.float64)[: None if len(wanted) == WIDE else 1, None]
+    entries = (wanted / scales).to(torch.float16)
+    errors = (entries.double() * scales - wanted).square().sum(1)
+    raw = entries.view(torch.int16).to(torch.int64) & 0xFFFF
+    if len(wanted) == WIDE:
+        errors = errors.masked_fill(((raw[:, :8] ^ raw[:, 8:]) & 0x8080).any(1), torch.inf)
+    best = int(errors.argmin())
+    found: list[int] = raw[best].tolist()
+    if len(found) > WIDE:
+        return found, float(scales[best])
     words: list[int] = []
-    for start in range(0, len(raw), 8):
-        eight = (raw[start : start + 8] + [0] * 8)[:8]
+    found = _by_eights(found)
+    for start in range(0, len(found), 8):
+        eight = (found[start : start + 8] + [0] * 8)[:8]
         words += _little_endian([v & 0xFF for v in eight]) + _little_endian([v >> 8 for v in eight])
-    return words, scale
+    return words, float(scales[best])
+
+
+def _by_eights(entries: list[int]) -> list[int]:
+    """Of 16 entries the second eight, and what turns them into the first by exclusive or, as decode.cuh wants them: the highest bit of no byte,
+    for pairs are of one sign, magnitudes of a codebook's negative half or neighbouring levels of a trellis's subsets."""
+    if len(entries) != WIDE:
+        return entries
+    return entries[8:] + [a ^ b for a, b in zip(entries[:8], entries[8:], strict=True)]
 
 
 def shared_bytes(cells: Cells, half: bool) -> int:

@@ -58,13 +58,13 @@ class Inputs(ctypes.Structure):
     """``Inputs`` of product.cuh."""
 
     _fields_ = (
-        ("x", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("halves", ctypes.c_void_p), ("padded", ctypes.c_int),
+        ("x", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("offsets", ctypes.c_void_p), ("padded", ctypes.c_int),
         ("k", ctypes.c_int),
     )  # fmt: skip
 
     @classmethod
     def of(cls, x: Input) -> Inputs:
-        return cls(x.values.data_ptr(), x.scales.data_ptr(), x.halves.data_ptr(), x.scales.shape[1], x.values.shape[1])
+        return cls(x.values.data_ptr(), x.scales.data_ptr(), x.offsets.data_ptr(), x.scales.shape[1], x.values.shape[1])
 
 
 class _Linear(ctypes.Structure):

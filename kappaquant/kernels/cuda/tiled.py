@@ -89,7 +89,7 @@ class Tiled(Kernel):
             ordered, _ = inputs.rotate_tokens(x, fmt, kind.half)
             return [ordered.values, ordered.scales]
         made, _ = inputs.rotate(x, fmt, kind.half)
-        return [made.values, made.scales, made.halves]
+        return [made.values, made.scales, made.offsets]
 
     def linear(
         self, x: Tensor, prepared: Sequence[Tensor], kind: Hashable | None, weight: Arranged, bias: Tensor | None
@@ -103,8 +103,10 @@ class Tiled(Kernel):
             tokens = inputs.Tokens(prepared[0], prepared[1], held.fmt.group_size, x.shape[0])
             (y,) = gemm.linear(tokens, [held], dtype, biases)
         else:
-            values, scales, halves = prepared
-            (y,) = tensor_cores.linear(inputs.Input(values, scales, halves, held.fmt.group_size), [held], dtype, biases)
+            values, scales, offsets = prepared
+            (y,) = tensor_cores.linear(
+                inputs.Input(values, scales, offsets, held.fmt.group_size), [held], dtype, biases
+            )
         return y.to(x.dtype)
 
     def grouped_linear(self, x: Tensor, index: Tensor, weight: Arranged) -> Tensor:

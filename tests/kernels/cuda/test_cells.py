@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import re
-import shutil
-import subprocess
-from importlib import resources
 from pathlib import Path
 
+import cuda_on_host
 import numpy as np
 import pytest
 import torch
@@ -21,40 +18,15 @@ from kappaquant.kernels.cuda import tables, tiles
 from kappaquant.kernels.cuda.cells import cells, unfit
 
 _WORD = ctypes.c_uint32
-_HEADERS = resources.files("kappaquant.kernels.cuda")
 
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    folder = tmp_path_factory.mktemp("decode")
-    for name, instruction, call in (
-        ("numbers.cuh", "", ""),
-        ("launch.cuh", "", ""),
-        ("trellis.cuh", "lop3", "out = host_logic(TABLE & 0xff, a, b, c);"),
-        ("decode.cuh", "prmt", "out = host_permute(a, b, selector);"),
-    ):
-        text = (_HEADERS / name).read_text()
-        if name == "launch.cuh":
-            text = "#pragma once\ntemplate <typename T> T stream(const T* from) { return *from; }\n"
-            text += "template <bool WAITED, typename T> T stream_part(const T* from) { return *from; }\n"
-        if instruction:
-            text, count = re.subn(rf'asm\("{instruction}.*\);', call, text)
-            assert count == 1
-        if name == "decode.cuh":
-            text, count = re.subn(r'asm\("{ [^;]*;[^"]*fma[^"]*"[^;]*;', "out = host_high_half(selectors);", text)
-            assert count == 1
-        (folder / name).write_text(text)
-    source = Path(__file__).parents[2] / "support" / "decode_on_host.cpp"
-    library = folder / "decode.so"
-    subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{folder}", source, "-o", library], check=True
-    )
-    return ctypes.CDLL(str(library))
+    text = (Path(__file__).parents[2] / "support" / "decode_on_host.cpp").read_text()
+    return cuda_on_host.library(tmp_path_factory.mktemp("decode"), text, cuda_on_host.HEADERS[:-1])
 
 
+@cuda_on_host.needs_host_compiler
 @pytest.mark.parametrize("half", [False, True], ids=["int8", "float16"])
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 @pytest.mark.parametrize("name", INT8_NAMES)
