@@ -26,6 +26,7 @@ struct uint2 { uint32_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct alignas(16) int4 { int x, y, z, w; };
 struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct Dimensions { unsigned x, y, z; };
 
 inline Dimensions threadIdx, blockIdx, blockDim, gridDim;
@@ -38,11 +39,30 @@ template <typename To, typename From> To bits_as(From from) {
 }
 inline float __uint_as_float(uint32_t bits) { return bits_as<float>(bits); }
 inline float __int_as_float(int bits) { return bits_as<float>(bits); }
+inline uint32_t __float_as_uint(float v) { return bits_as<uint32_t>(v); }
+inline int __float_as_int(float v) { return bits_as<int>(v); }
+inline float __fsqrt_rn(float v) { return sqrtf(v); }
+inline uint32_t __brev(uint32_t v) {
+    uint32_t out = 0;
+    for (int i = 0; i < 32; i++) out |= (v >> i & 1) << (31 - i);
+    return out;
+}
 inline int __float2int_rn(float v) { return (int)nearbyintf(v); }
 inline float rsqrtf(float v) { return 1.f / sqrtf(v); }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int by) { return by ? high << by | low >> (32 - by) : high; }
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, int by) { return by ? low >> by | high << (32 - by) : low; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fadd_rz(float a, float b) {
+    const double sum = (double)a + b;
+    const float nearest = (float)sum;
+    return fabs(nearest) > fabs(sum) ? nextafterf(nearest, 0.f) : nearest;
+}
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 template <typename T> T __ldg(const T* from) { return *from; }
+template <typename T> void __stcs(T* to, T v) { *to = v; }
 
 inline float host_from_half(uint16_t bits) { return (float)bits_as<_Float16>(bits); }
 inline uint16_t host_half(float v) { return bits_as<uint16_t>((_Float16)v); }
@@ -99,6 +119,24 @@ template <typename T> T __shfl_up_sync(uint32_t mask, T v, int lanes) {
     const int lane = running % 32;
     return __shfl_sync(mask, v, lane < lanes ? lane : lane - lanes);
 }
+
+template <typename T, typename Both> T of_warp(T v, Both both) {
+    memcpy(exchanged[running], &v, sizeof v);
+    __syncwarp();
+    T all;
+    memcpy(&all, exchanged[running / 32 * 32], sizeof all);
+    for (int lane = 1; lane < 32; lane++) {
+        T other;
+        memcpy(&other, exchanged[running / 32 * 32 + lane], sizeof other);
+        all = both(all, other);
+    }
+    __syncwarp();
+    return all;
+}
+inline uint32_t __ballot_sync(uint32_t, bool v) {
+    return of_warp<uint32_t>((uint32_t)v << running % 32, [](uint32_t a, uint32_t b) { return a | b; });
+}
+template <typename T> T __reduce_min_sync(uint32_t, T v) { return of_warp(v, [](T a, T b) { return std::min(a, b); }); }
 
 inline int atomicAdd(int* at, int v) {
     const int before = *at;

@@ -33,6 +33,7 @@ _CALLS = {
     "cvt.rn.bf16.f32": "bits = host_bfloat(v);",
     'asm("" ': "",
 }
+SHARED_BYTES = 256 << 10
 _STATEMENT = re.compile(r'asm(?: volatile)?\((?:"[^"]*"|[^;"])*\);')
 needs_host_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -58,17 +59,20 @@ def library(folder: Path, text: str, includes: tuple[str, ...]) -> ctypes.CDLL:
         (folder / name).write_text(source(name))
     (folder / "host.cpp").write_text(f'#include "cuda_on_host.h"\n{text}')
     made = folder / "host.so"
-    options = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", f"-I{folder}", f"-I{_SUPPORT}"]
+    options = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-fPIC", "-shared", f"-I{folder}", f"-I{_SUPPORT}"]
     subprocess.run(["g++", *options, folder / "host.cpp", "-o", made], check=True)
     return ctypes.CDLL(str(made))
 
 
-HEADERS = ("numbers.cuh", "launch.cuh", "trellis.cuh", "decode.cuh", "product.cuh")
+HEADERS = ("numbers.cuh", "launch.cuh", "trellis.cuh", "decode.cuh")
+_MORE = ("product.cuh", "experts.cuh", "groups.cuh", "trellis_rings.cuh", "trellis_search.cuh")
 
 
 # of a kernel, by its name
 _PARAMETERS = {
-    "linear": "Linear", "rotate": "Rotate", "gate_up": "GateUp", "down": "Down", "sort_experts": "Sort", "combine": "Combine"
+    "linear": "Linear", "rotate": "Rotate", "gate_up": "GateUp", "down": "Down", "sort_experts": "Sort", "combine": "Combine",
+    "encode": "Encode", "decoded": "Decoded", "feedback": "Feedback",
+    "trellis_encode": "TrellisEncode", "trellis_norms": "TrellisNorms", "trellis_feedback": "TrellisFeedback",
 }  # fmt: skip
 
 
@@ -77,13 +81,13 @@ def kernels(folder: Path) -> Callable[..., Callable[..., None]]:
 
     @cache
     def kernel(file: str, instance: str, device: int | None, shared_bytes: int = 0) -> Callable[..., None]:
-        assert shared_bytes <= 256 << 10
+        assert shared_bytes <= SHARED_BYTES
         inside = folder / re.sub(r"\W+", "_", instance)
         inside.mkdir()
         parameters = _PARAMETERS[instance.partition("<")[0]]
         text = f'#include "{file}"\nextern "C" void run(const unsigned* grid, int threads, const {parameters}* p) {{\n'
         text += f"    launch(grid, threads, [&] {{ {instance}(*p); }});\n}}\n"
-        run = library(inside, text, (*HEADERS, "experts.cuh", file)).run
+        run = library(inside, text, (*HEADERS, *_MORE, file)).run
 
         def start(grid: tuple[int, int, int], threads: int, block: ctypes.Structure, early: bool = False) -> None:
             run((ctypes.c_uint * 3)(*grid), threads, ctypes.byref(block))

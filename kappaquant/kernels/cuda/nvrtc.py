@@ -20,6 +20,7 @@ _FOLDER = resources.files("kappaquant.kernels.cuda")
 _HEADERS = (
     "numbers.cuh",
     "groups.cuh",
+    "trellis_rings.cuh",
     "launch.cuh",
     "experts.cuh",
     "trellis.cuh",
@@ -32,7 +33,7 @@ _HEADERS = (
     "step/dense.cuh",
 )
 _EXACT = (b"--fmad=false",)  # codes are the codec's only where each product is rounded by itself
-_OPTIONS = {"encode.cu": _EXACT, "trellis_encode.cu": _EXACT}
+_OPTIONS = dict.fromkeys(("encode.cu", "trellis_encode.cu", "trellis_norms.cu"), _EXACT)
 _STRUCTS: dict[str, tuple[type[ctypes.Structure], ...]] = {}
 _LOCK = threading.Lock()
 

@@ -16,17 +16,32 @@ from kappaquant.kernels.cuda import groups, nvrtc
 from kappaquant.kernels.cuda.arguments import KINDS
 
 NAME = "cuda trellis encoder"
-_RINGS, _TRIALS = 8, 4  # as in trellis_encode.cu: rings of a block, room for scales
+RINGS, _TRIALS = 8, 4  # as in trellis_rings.cuh: rings of a block, room for scales
+
+
+class Trials(ctypes.Structure):
+    """``Trials`` of trellis_rings.cuh."""
+
+    _fields_ = (
+        ("count", ctypes.c_int), ("scales", ctypes.c_float * _TRIALS), ("squares", ctypes.c_float * _TRIALS),
+    )  # fmt: skip
+
+    @classmethod
+    def of(cls, effort: Effort) -> Trials:
+        """The scales that an effort tries."""
+        tried = viterbi.SCALES if effort == "best" else ()
+        room = ctypes.c_float * _TRIALS
+        return cls(len(tried), room(*tried), room(*(scale * scale for scale in tried)))
 
 
 class _TrellisEncode(ctypes.Structure):
     _fields_ = (
         ("groups", groups.Groups), ("levels", ctypes.c_void_p), ("packed", ctypes.c_void_p), ("errors", ctypes.c_void_p),
-        ("trials", ctypes.c_int), ("scales", ctypes.c_float * _TRIALS), ("squares", ctypes.c_float * _TRIALS),
+        ("trials", Trials),
     )  # fmt: skip
 
 
-nvrtc.declare("trellis_encode.cu", _TrellisEncode, groups.Groups)
+nvrtc.declare("trellis_encode.cu", _TrellisEncode, groups.Groups, Trials)
 
 
 def refusal(weight: Tensor, effort: str, fmt: TrellisFormat) -> str | None:
@@ -55,15 +70,13 @@ def _run(weight: Tensor, fmt: TrellisFormat, effort: Effort, packed: Tensor, nor
     weight, device = weight.contiguous(), weight.device
     count = groups.count(weight, fmt.group_size)
     sums = torch.empty(2, count, device=device)
-    tried = viterbi.SCALES if effort == "best" else ()
-    room = ctypes.c_float * _TRIALS
     if count:
         instance = f"trellis_encode<{fmt.group_size}, {fmt.bits}, {KINDS[weight.dtype]}>"
         nvrtc.kernel("trellis_encode.cu", instance, device.index)(
-            (-(-count // _RINGS), 1, 1), 32,
+            (-(-count // RINGS), 1, 1), 32,
             _TrellisEncode(
                 groups.groups(weight, fmt.group_size, sums[0], norms), codec.centroids(fmt, device).data_ptr(), packed.data_ptr(),
-                sums[1].data_ptr(), len(tried), room(*tried), room(*(scale * scale for scale in tried)),
+                sums[1].data_ptr(), Trials.of(effort),
             ),
         )  # fmt: skip
     return sums.sum(1, dtype=torch.float64).tolist()

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from kappaquant.errors import UnsupportedError
-from kappaquant.formats import trials, viterbi
+from kappaquant.formats import codec, trials, viterbi
 from kappaquant.formats.signs import GROUP_SIZES
 from kappaquant.formats.trellis import SUBSETS, TRELLIS, TrellisFormat
 from kappaquant.kernels.cuda import device as gpu
 from kappaquant.kernels.cuda import nvrtc
+from kappaquant.kernels.cuda.trellis_encoder import RINGS, Trials
 
 NAME = "cuda trellis feedback"
-_CHOICES, _TRIALS = 8, len(viterbi.SCALES)  # as in trellis_search.cuh and trellis_norms.cu
-_NORMS_WARPS = 8  # as in trellis_norms.cu
+_CHOICES = 8  # as in trellis_search.cuh
 # of a group size the inputs whose errors move with survivors, and the most warps of a thread block: longer blocks take more registers,
 # of which there are enough where targets leave room for few warps
 _BLOCK_AND_WARPS = {32: (12, 16), 64: (12, 16), 128: (24, 8), 256: (24, 8)}
@@ -41,14 +41,13 @@ class _TrellisFeedback(ctypes.Structure):
 
 class _TrellisNorms(ctypes.Structure):
     _fields_ = (
-        ("block", ctypes.c_void_p), ("norms", ctypes.c_void_p), ("block_matrix", ctypes.c_longlong),
-        ("matrices", ctypes.c_int), ("rows", ctypes.c_int), ("scales", ctypes.c_float * _TRIALS),
-        ("squares", ctypes.c_float * _TRIALS), ("levels", _Levels),
+        ("block", ctypes.c_void_p), ("norms", ctypes.c_void_p), ("levels", ctypes.c_void_p), ("block_matrix", ctypes.c_longlong),
+        ("matrices", ctypes.c_int), ("rows", ctypes.c_int), ("trials", Trials),
     )  # fmt: skip
 
 
 nvrtc.declare("trellis_feedback.cu", _Levels, _TrellisFeedback)
-nvrtc.declare("trellis_norms.cu", _Levels, _TrellisNorms)
+nvrtc.declare("trellis_norms.cu", Trials, _TrellisNorms)
 
 
 def refusal(block: Tensor, fmt: TrellisFormat) -> str | None:
@@ -86,13 +85,12 @@ def plain_norms(block: Tensor, fmt: TrellisFormat) -> Tensor:
     matrices, size, rows = block.shape
     norms = torch.empty(matrices, rows, device=block.device)
     if norms.numel():
-        shared = 4 * 6 * size * _NORMS_WARPS
-        run = nvrtc.kernel("trellis_norms.cu", f"trellis_norms<{fmt.bits}, {size}>", block.device.index, shared)
+        run = nvrtc.kernel("trellis_norms.cu", f"trellis_norms<{size}, {fmt.bits}>", block.device.index)
+        levels = codec.centroids(fmt, block.device)
         run(
-            (-(-norms.numel() // _NORMS_WARPS), 1, 1), 32 * _NORMS_WARPS,
+            (-(-norms.numel() // RINGS), 1, 1), 32,
             _TrellisNorms(
-                block.data_ptr(), norms.data_ptr(), block.stride(0), matrices, rows, viterbi.SCALES,
-                tuple(scale * scale for scale in viterbi.SCALES), _levels(fmt.codebook),
+                block.data_ptr(), norms.data_ptr(), levels.data_ptr(), block.stride(0), matrices, rows, Trials.of("best")
             ),
         )  # fmt: skip
     return norms

@@ -23,7 +23,7 @@ _WORD = ctypes.c_uint32
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     text = (Path(__file__).parents[2] / "support" / "decode_on_host.cpp").read_text()
-    return cuda_on_host.library(tmp_path_factory.mktemp("decode"), text, cuda_on_host.HEADERS[:-1])
+    return cuda_on_host.library(tmp_path_factory.mktemp("decode"), text, cuda_on_host.HEADERS)
 
 
 @cuda_on_host.needs_host_compiler

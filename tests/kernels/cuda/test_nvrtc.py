@@ -31,7 +31,7 @@ INSTANCES = {
     "step/dense.cu": "",
     "step/route.cu": "",
     "trellis_feedback.cu": "trellis_feedback<3, 128, 24, 8>",
-    "trellis_norms.cu": "trellis_norms<3, 128>",
+    "trellis_norms.cu": "trellis_norms<128, 3>",
 }
 
 

@@ -34,8 +34,8 @@ def test_kernels_compile(arch: str) -> None:
 
 
 def test_numbers_are_the_kernels() -> None:
-    constants = dict(re.findall(r"(\w+) = (\d+)[,;]", nvrtc._read("trellis_encode.cu")))
-    assert int(constants["RINGS"]) == trellis_encoder._RINGS
+    constants = dict(re.findall(r"(\w+) = (\d+)[,;]", nvrtc._read("trellis_rings.cuh")))
+    assert int(constants["RINGS"]) == trellis_encoder.RINGS
     assert int(constants["TRIALS"]) == trellis_encoder._TRIALS >= len(viterbi.SCALES)
     assert set(DTYPES) == KINDS.keys()
 

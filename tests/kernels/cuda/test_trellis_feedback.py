@@ -31,7 +31,7 @@ def test_kernels_compile(arch: str) -> None:
         fmt = TrellisFormat(bits, group)
         for kernel, instance in (
             ("trellis_feedback", trellis_feedback.instance(fmt)),
-            ("trellis_norms", f"trellis_norms<{bits}, {group}>"),
+            ("trellis_norms", f"trellis_norms<{group}, {bits}>"),
         ):
             code, name = nvrtc.compiled(f"{kernel}.cu", instance, arch)
             assert code.startswith(b"\x7fELF")
@@ -55,12 +55,9 @@ def test_refusals_say_why() -> None:
 
 
 def test_tables_fit_the_kernels() -> None:
-    sources = [nvrtc._read(name) for name in ("trellis_search.cuh", "trellis_norms.cu")]
-    constants = dict(re.findall(r"(\w+) = (\d+)[,;]", "\n".join(sources)))
+    constants = dict(re.findall(r"(\w+) = (\d+)[,;]", nvrtc._read("trellis_search.cuh")))
     assert int(constants["MEMORY"]) == TRELLIS.memory
-    assert int(constants["TRIALS"]) == len(viterbi.SCALES)
     assert int(constants["MOST_CHOICES"]) == trellis_feedback._CHOICES == 1 << (TRELLIS_BITS[-1] - 1)
-    assert int(constants["WARPS"]) == trellis_feedback._NORMS_WARPS
 
 
 @pytest.mark.parametrize("bits", TRELLIS_BITS)
@@ -98,8 +95,7 @@ def test_norms_are_those_of_torch(fmt: TrellisFormat) -> None:
     block, _ = problem(fmt.group_size, 37, "cuda")
     norms = trials.multiples(trellis_feedback.plain_norms(block, fmt), SCALES, fmt)
     known = trials.tried_norms(block, SCALES, fmt)
-    assert (norms == known).float().mean() > 0.97  # the same but where scales are all but equally good
-    assert float((norms - known).abs().max()) < 0.02 * float(known.max())
+    assert torch.equal(norms, known)
     assert (norms[:, 1, 0] == 0).all()
 
 
