@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -17,6 +18,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
 using std::max;
@@ -197,6 +199,12 @@ inline uint32_t host_high_half(uint32_t selectors) {
     return selectors >> 16 | selectors >> 16 << 16;
 }
 
+// of two float16 with two
+inline uint32_t host_products(uint32_t a, uint32_t b) {
+    const auto one = [](uint16_t a, uint16_t b) { return (uint32_t)host_half(host_from_half(a) * host_from_half(b)); };
+    return one(a, b) | one(a >> 16, b >> 16) << 16;
+}
+
 // value(word, i) of operands that the lanes of a warp hold: d += a b for 16 rows and 8 columns; a lane's words are of rows r and r + 8, then
 // the same for the second half of the products, PER of these in a word
 template <int PER, typename Sum, typename Value>
@@ -238,3 +246,59 @@ inline void copies_commit() {}
 template <int PENDING> void copies_wait() {}
 inline uint4 load_shared(uint32_t address) { return *reinterpret_cast<const uint4*>(host_shared + address); }
 inline uint2 load_shared_two(uint32_t address) { return *reinterpret_cast<const uint2*>(host_shared + address); }
+
+// wgmma.cuh: of blocks that are clusters of one
+
+typedef unsigned long long u64;
+struct Barrier { int needed, there = 0, phase = 0; };
+inline std::map<uint32_t, Barrier> barriers;
+
+inline uint32_t shared_address(const void* p) { return __cvta_generic_to_shared(p); }
+inline void barrier_init(uint32_t barrier, uint32_t arrivals) { barriers[barrier] = {(int)arrivals}; }
+inline void barrier_arrive(uint32_t barrier) {
+    Barrier& at = barriers[barrier];
+    if (++at.there == at.needed) at.there = 0, at.phase++;
+}
+inline void barrier_expect(uint32_t barrier, uint32_t) { barrier_arrive(barrier); }  // no fiber runs before the bytes are there
+inline void barrier_wait(uint32_t barrier, uint32_t parity) {
+    while ((barriers[barrier].phase & 1) == (int)parity) swapcontext(&fibers[running].context, &scheduler);
+}
+inline void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t) { memcpy(host_shared + to, from, bytes); }
+inline void bulk_copy_to_pair(uint32_t, const void*, uint32_t, uint32_t) { abort(); }
+inline void copy_word(void* to, const void* from) { memcpy(to, from, 4); }
+inline void copies_wait() {}
+inline void cluster_sync() { __syncthreads(); }
+inline void cluster_arrive() { abort(); }
+inline void cluster_wait() { abort(); }
+inline void barrier_arrive_in(uint32_t, uint32_t) { abort(); }
+inline uint32_t load_remote(uint32_t address, uint32_t) { return *reinterpret_cast<const uint32_t*>(host_shared + address); }
+inline float4 load_remote_four(uint32_t address, uint32_t) { return *reinterpret_cast<const float4*>(host_shared + address); }
+template <int N, typename T> void keep_before(T*) {}
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+template <int PENDING> void wgmma_wait() {}
+inline u64 swizzled(uint32_t address, uint32_t along_n) { return address >> 4 | (u64)(along_n >> 4) << 32; }
+
+// A warp's 16 rows by N tokens, 32 bytes of each
+template <int N, int PER, typename Sum, typename Value> void host_wgmma(Sum* d, const uint32_t* a, u64 b, Value value) {
+    const int lane = running % 32, warp = running - lane;
+    for (int i = 0; i < 4; i++) exchanged[running][i] = a[i];
+    __syncwarp();
+    for (int i = 0; i < N / 2; i++)
+        for (int half = 0; half < 2; half++)
+            for (int t = 0; t < 4; t++) {
+                uint32_t at = ((uint32_t)b << 4) + i / 4 * ((uint32_t)(b >> 32) << 4) + (2 * (lane % 4) + i % 2) * 128 + 16 * half + 4 * t;
+                at ^= (at >> 7 & 7) << 4;
+                const uint32_t mine = exchanged[warp + lane / 4 * 4 + t][2 * half + i / 2 % 2];
+                const uint32_t other = *reinterpret_cast<const uint32_t*>(host_shared + at);
+                for (int j = 0; j < PER; j++) d[i] += value(mine, j) * value(other, j);
+            }
+    __syncwarp();
+}
+template <int N> void wgmma(float* d, const uint32_t* a, u64 b) {
+    host_wgmma<N, 2>(d, a, b, [](uint32_t word, int i) { return host_from_half(word >> 16 * i); });
+}
+template <int N, bool ADD> void wgmma(int* d, const uint32_t* a, u64 b) {
+    if (!ADD) std::fill(d, d + N / 2, 0);
+    host_wgmma<N, 4>(d, a, b, [](uint32_t word, int i) { return (int)(int8_t)(word >> 8 * i); });
+}

@@ -1,7 +1,7 @@
 """Kernels of kappaquant/kernels/cuda on a CPU: the same sources, compiled by g++ with what only GPUs have restated (cuda_on_host.h).
 
-``kernels`` takes the place of ``nvrtc.kernel``, so that tests run launches as they are, on tensors of a CPU. It knows nothing of clusters,
-of Hopper's products, nor of what runs beside what: tests with a GPU do.
+``kernels`` takes the place of ``nvrtc.kernel``, so that tests run launches as they are, on tensors of a CPU. It knows nothing of clusters of
+blocks, nor of what runs beside what: tests with a GPU do.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ _CALLS = {
     "cvt.rn.f16.f32": "bits = host_half(v);",
     "cvt.rn.bf16.f32": "bits = host_bfloat(v);",
     'asm("" ': "",
+    "fence.mbarrier_init": "",
+    "mul.f16x2": "out = host_products(pair, norm);",
 }
 SHARED_BYTES = 256 << 10
 _STATEMENT = re.compile(r'asm(?: volatile)?\((?:"[^"]*"|[^;"])*\);')
@@ -40,7 +42,7 @@ needs_host_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="ne
 
 def source(name: str) -> str:
     """A kernel's file or header as g++ takes it."""
-    if name == "launch.cuh":
+    if name in ("launch.cuh", "wgmma.cuh"):
         return "#pragma once\n"
 
     def call(found: re.Match[str]) -> str:
@@ -48,7 +50,7 @@ def source(name: str) -> str:
         return known
 
     text = _STATEMENT.sub(call, _SOURCES.joinpath(name).read_text())
-    memory = r"extern __shared__ (?:__align__\(16\) )?(\w+) (\w+)\[\];"
+    memory = r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];"
     text = re.sub(memory, r"\1* \2 = reinterpret_cast<\1*>(host_shared);", text)
     return text.replace("__shared__", "static")
 
@@ -59,19 +61,29 @@ def library(folder: Path, text: str, includes: tuple[str, ...]) -> ctypes.CDLL:
         (folder / name).write_text(source(name))
     (folder / "host.cpp").write_text(f'#include "cuda_on_host.h"\n{text}')
     made = folder / "host.so"
-    options = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-fPIC", "-shared", f"-I{folder}", f"-I{_SUPPORT}"]
+    options = [
+        "-std=c++17",
+        "-O1",
+        "-ffp-contract=off",
+        "-D__CUDA_ARCH__=900",
+        "-w",
+        "-fPIC",
+        "-shared",
+        f"-I{folder}",
+        f"-I{_SUPPORT}",
+    ]
     subprocess.run(["g++", *options, folder / "host.cpp", "-o", made], check=True)
     return ctypes.CDLL(str(made))
 
 
 HEADERS = ("numbers.cuh", "launch.cuh", "trellis.cuh", "decode.cuh")
-_MORE = ("product.cuh", "experts.cuh", "groups.cuh", "trellis_rings.cuh", "trellis_search.cuh")
+_MORE = ("product.cuh", "wgmma.cuh", "gemm.cuh", "experts.cuh", "groups.cuh", "trellis_rings.cuh", "trellis_search.cuh")
 
 
 # of a kernel, by its name
 _PARAMETERS = {
     "linear": "Linear", "rotate": "Rotate", "gate_up": "GateUp", "down": "Down", "sort_experts": "Sort", "combine": "Combine",
-    "encode": "Encode", "decoded": "Decoded", "feedback": "Feedback",
+    "gemm": "Gemm", "int8_gemm": "Gemm", "encode": "Encode", "decoded": "Decoded", "feedback": "Feedback",
     "trellis_encode": "TrellisEncode", "trellis_norms": "TrellisNorms", "trellis_feedback": "TrellisFeedback",
 }  # fmt: skip
 
@@ -80,10 +92,9 @@ def kernels(folder: Path) -> Callable[..., Callable[..., None]]:
     """In place of ``nvrtc.kernel``, for the kernels of ``_PARAMETERS``."""
 
     @cache
-    def kernel(file: str, instance: str, device: int | None, shared_bytes: int = 0) -> Callable[..., None]:
-        assert shared_bytes <= SHARED_BYTES
+    def built(file: str, instance: str) -> Callable[..., None]:
         inside = folder / re.sub(r"\W+", "_", instance)
-        inside.mkdir()
+        inside.mkdir(exist_ok=True)
         parameters = _PARAMETERS[instance.partition("<")[0]]
         text = f'#include "{file}"\nextern "C" void run(const unsigned* grid, int threads, const {parameters}* p) {{\n'
         text += f"    launch(grid, threads, [&] {{ {instance}(*p); }});\n}}\n"
@@ -93,5 +104,9 @@ def kernels(folder: Path) -> Callable[..., Callable[..., None]]:
             run((ctypes.c_uint * 3)(*grid), threads, ctypes.byref(block))
 
         return start
+
+    def kernel(file: str, instance: str, device: int | None, shared_bytes: int = 0) -> Callable[..., None]:
+        assert shared_bytes <= SHARED_BYTES
+        return built(file, instance)
 
     return kernel

@@ -1,4 +1,4 @@
-"""Kernels for few tokens on a CPU, where their sources run as they are (cuda_on_host.py): inputs, linear layers, experts.
+"""Products on a CPU, where kernels' sources run as they are (cuda_on_host.py): inputs, linear layers, experts, of few tokens and of many.
 
 Tests with a GPU say more; these are what machines without one can find out, on the same formats, groups and odd shapes.
 """
@@ -10,12 +10,22 @@ from collections.abc import Iterator
 import cuda_on_host
 import pytest
 import torch
-from gpu_products import INT8_NAMES, codes, error, int8_values, named, random
+from gpu_products import INT8_NAMES, NAMES, codes, error, int8_values, named, random
 
 from kappaquant.formats import codec
 from kappaquant.formats.codebook import GroupedFormat
 from kappaquant.formats.signs import GROUP_SIZES
-from kappaquant.kernels.cuda import experts, inputs, launches, nvrtc, sorted_experts, tensor_cores, tiles
+from kappaquant.kernels.cuda import (
+    experts,
+    gemm,
+    inputs,
+    int8_gemm,
+    launches,
+    nvrtc,
+    sorted_experts,
+    tensor_cores,
+    tiles,
+)
 from kappaquant.kernels.cuda.tensor_cores import Launch, Weight
 
 pytestmark = cuda_on_host.needs_host_compiler
@@ -36,6 +46,8 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nvrtc, "kernel", cuda_on_host.kernels(tmp_path_factory.mktemp("kernels")))
         patch.setattr(inputs, "_check_input", lambda *_: None)
+        patch.setattr(gemm, "refusal", lambda _: None)
+        patch.setattr(gemm.gpu, "multiprocessors", lambda _: 2)
         yield
 
 
@@ -80,6 +92,47 @@ def test_float16_products(name: str, group: int) -> None:
     assert error(y, x, decoded) < 1e-3
 
 
+# of blocks that share no input axis, which clusters do
+WIDE = (
+    gemm.Launch(16, 1, 1, 4, 4), gemm.Launch(64, 1, 1, 3, 2), gemm.Launch(128, 1, 1, 4, 1), gemm.Launch(256, 2, 1, 3, 1), gemm.Launch(8, 1, 1, 4, 4),
+)  # fmt: skip
+INT8_WIDE = (int8_gemm.Launch(32, 1, 1, 4, 3), int8_gemm.Launch(64, 1, 1, 4, 2), int8_gemm.Launch(128, 1, 1, 3, 2))
+
+
+@pytest.mark.parametrize(("name", "group"), every_group(NAMES))
+def test_products_of_many_tokens(name: str, group: int) -> None:
+    fmt = named(name, group)
+    n, k = 134, 640 + group - 5
+    (held, decoded), x, at = weight(fmt, n, k), random(19, k, seed=1).bfloat16(), fmt.bits + GROUP_SIZES.index(group)
+    wide = WIDE[at % len(WIDE)]
+    (y,) = gemm.linear(inputs.rotate_tokens(x, fmt, True)[0], [held], torch.float32, launch=wide)
+    assert error(y, x, decoded) < 1e-3, wide
+    if name in INT8_NAMES:
+        launch = INT8_WIDE[at % len(INT8_WIDE)]
+        (y,) = gemm.linear(inputs.rotate_tokens(x, fmt, False)[0], [held], torch.float32, launch=launch)
+        expected = product(inputs.rotate(x, fmt, False)[0], fmt, n, k)
+        assert float((y - expected).norm() / expected.norm()) < 1e-5, launch
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "launch"),
+    [("t3", 128, INT8_WIDE[0]), ("k4", 256, INT8_WIDE[1]), ("t4", 64, WIDE[0]), ("k6", 32, WIDE[1])],
+    ids=str,
+)
+def test_products_of_experts_with_many_tokens(name: str, group: int, launch: gemm.Launch | int8_gemm.Launch) -> None:
+    """Few of an item's tokens take half its time, by another product."""
+    fmt, k, slots = named(name, group), 384 + group - 3, routes(60)
+    held, decoded = weight(fmt, EXPERTS, 134, k)
+    x = random(60, k).bfloat16()
+    positions, work, places = items(slots, launch.tokens)
+    rotated, _ = inputs.rotate_tokens(x, fmt, launch.half, positions=positions, blocks=places // 8)
+    (y,) = gemm.linear(rotated, [held], torch.float32, launch=launch, items=work)
+    for expert in range(EXPERTS):
+        mine = slots.flatten() == expert
+        most = 1e-3 if launch.half else 0.013
+        assert error(y[mine], x.repeat_interleave(2, 0)[mine], decoded[expert]) < most
+
+
 def test_outputs_of_different_formats_share_an_input() -> None:
     made = [weight(named(name), n, 640, seed=n) for name, n in (("k3", 70), ("t4", 32), ("k5", 1), ("t2", 40))]
     x = random(5, 640).bfloat16()
@@ -110,7 +163,7 @@ def items(index: torch.Tensor, each: int) -> tuple[torch.Tensor, launches.Items,
 @pytest.mark.parametrize(("name", "group"), [("t3", 128), ("k4", 64), ("t4", 256), ("k3", 32)])
 def test_products_of_experts(name: str, group: int, launch: Launch) -> None:
     """Each copy of a token goes where its expert's are; one whose expert is none goes nowhere."""
-    fmt, k = named(name, group), 9 * group - 3
+    fmt, k = named(name, group), 1024 + group - 3
     held, decoded = weight(fmt, EXPERTS, 70, k)
     x, index = (
         random(21, k).bfloat16(),
@@ -149,6 +202,7 @@ def test_sorted_experts(
 ) -> None:
     """As on cards without Hopper's products: sorted by one thread block, multiplied by up to 16 tokens at a time."""
     monkeypatch.setattr(sorted_experts, "refusal", lambda *_: None)
+    monkeypatch.setattr(gemm, "refusal", lambda _: "not Hopper")
     hidden, inner = 300, 70
     gate_up, plain_gate_up = weight(named(first, group), EXPERTS, 2 * inner, hidden)
     down, plain_down = weight(named(second, group), EXPERTS, hidden, inner, seed=1)
