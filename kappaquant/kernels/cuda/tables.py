@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from kappaquant.errors import UnsupportedError
 from kappaquant.kernels.cuda.cells import Cells
 
 WIDE = 16
@@ -15,19 +17,26 @@ def int8_table(cells: Cells) -> tuple[list[int], float]:
     that the complement of an entry is its negative.
 
     The scale is searched: rounding the few values of 2 or 3 bits then costs hardly anything.
+
+    Raises:
+        UnsupportedError: see ``half_table``.
     """
     offset = 0.5 if cells.has_signs else 0.0
     wanted = torch.tensor(cells.entries, dtype=torch.float64)
     scales = wanted.abs().max() / torch.linspace(100, 127 + offset, 512, dtype=torch.float64)[:, None]
     entries = (wanted / scales - offset).round().clamp(-128, 127)
-    best = int(((entries + offset) * scales - wanted).square().sum(1).argmin())
+    errors = ((entries + offset) * scales - wanted).square().sum(1)
+    best = _best(entries.to(torch.int64), errors, 0x80)
     return _little_endian(_by_eights(entries[best].to(torch.int64).tolist())), float(scales[best])
 
 
 def half_table(cells: Cells) -> tuple[list[int], float]:
     """(table words, scale): float16 entries, low and high bytes of each eight apart; wide tables have an entry a word.
 
-    Of 16 entries the scale is searched for which float16 is nearest among those whose pairs ``_by_eights`` takes.
+    Of 16 entries the scale is searched for which float16 is nearest.
+
+    Raises:
+        UnsupportedError: at no scale can one of 16 entries be turned into another as decode.cuh does it.
     """
     wanted = torch.tensor(cells.entries, dtype=torch.float64)
     largest = float(wanted.abs().max())
@@ -35,9 +44,7 @@ def half_table(cells: Cells) -> tuple[list[int], float]:
     entries = (wanted / scales).to(torch.float16)
     errors = (entries.double() * scales - wanted).square().sum(1)
     raw = entries.view(torch.int16).to(torch.int64) & 0xFFFF
-    if len(wanted) == WIDE:
-        errors = errors.masked_fill(((raw[:, :8] ^ raw[:, 8:]) & 0x8080).any(1), torch.inf)
-    best = int(errors.argmin())
+    best = _best(raw, errors, 0x8080)
     found: list[int] = raw[best].tolist()
     if len(found) > WIDE:
         return found, float(scales[best])
@@ -49,12 +56,35 @@ def half_table(cells: Cells) -> tuple[list[int], float]:
     return words, float(scales[best])
 
 
+def _best(entries: Tensor, errors: Tensor, highest: int) -> int:
+    """Of entries [scales, count] the row of least error; of 16 only those whose pairs differ in no byte's highest bit are meant: those of sign are
+    the same, since pairs are magnitudes of a codebook's negative half, or neighbouring levels of a trellis's subsets."""
+    if entries.shape[1] == WIDE:
+        errors = errors.masked_fill(((entries[:, :8] ^ entries[:, 8:]) & highest).any(1), torch.inf)
+    best = int(errors.argmin())
+    if not errors[best].isfinite():
+        raise UnsupportedError(
+            "of its entries some differ from those eight further in a highest bit, whatever the scale"
+        )
+    return best
+
+
 def _by_eights(entries: list[int]) -> list[int]:
-    """Of 16 entries the second eight, and what turns them into the first by exclusive or, as decode.cuh wants them: the highest bit of no byte,
-    for pairs are of one sign, magnitudes of a codebook's negative half or neighbouring levels of a trellis's subsets."""
+    """Of 16 entries the second eight, and what turns them into the first by exclusive or, as decode.cuh wants them."""
     if len(entries) != WIDE:
         return entries
     return entries[8:] + [a ^ b for a, b in zip(entries[:8], entries[8:], strict=True)]
+
+
+def unfit(cells: Cells) -> str | None:
+    """Why there are no tables of these cells, or None."""
+    try:
+        half_table(cells)
+        if len(cells.entries) <= WIDE:
+            int8_table(cells)
+    except UnsupportedError as problem:
+        return str(problem)
+    return None
 
 
 def shared_bytes(cells: Cells, half: bool) -> int:

@@ -291,4 +291,9 @@ def refusal(device: torch.device, fmt: Format) -> str | None:
     assert isinstance(fmt, GroupedFormat)
     if any(a != -b for a, b in zip(fmt.codebook, reversed(fmt.codebook), strict=True)):
         return "the codebook is not symmetric about 0"
-    return gpu.refusal(device)
+    return _without_tables(fmt) or gpu.refusal(device)
+
+
+@cache
+def _without_tables(fmt: GroupedFormat) -> str | None:
+    return tables.unfit(cells(fmt))

@@ -38,3 +38,10 @@ def test_float16_tables_hold_the_codebook(name: str) -> None:
     made = [struct.unpack("<e", struct.pack("<H", pair))[0] * scale for pair in pairs][: len(kind.entries)]
     made = sorted([*made, *(-m for m in made)] if kind.has_signs else made)
     assert made == pytest.approx(kind.fmt.codebook, rel=1e-3)
+
+
+def test_entries_that_cannot_be_turned_into_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = cells(named("t4"))
+    assert tables.unfit(kind) is None
+    monkeypatch.setattr(kind, "entries", (-kind.entries[0], *kind.entries[1:]))  # of another sign than its pair
+    assert "some differ from those eight further in a highest bit" in str(tables.unfit(kind))
