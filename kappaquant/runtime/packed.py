@@ -29,7 +29,7 @@ class SharedInput:
 
     def __init__(self, activations: str = ACTIVATIONS[0]) -> None:
         self.activations = activations
-        self._last: tuple[weakref.ref[Tensor], int, tuple[Any, ...], list[Tensor]] | None = None
+        self._last: tuple[weakref.ref[Tensor], int, dict[tuple[Any, ...], list[Tensor]]] | None = None
 
     def __reduce__(self) -> tuple[type[SharedInput], tuple[str]]:
         return SharedInput, (self.activations,)  # a copy starts empty: what is remembered belongs to live tensors
@@ -44,11 +44,11 @@ class SharedInput:
         if kind is None:
             return []
         key, last = (weight.kernel.name, kind), self._last
-        if last is not None and last[0]() is x and last[1:3] == (x._version, key):
-            return last[3]
-        made = dispatch.prepare(x, weight.spec, rows, self.activations)
-        self._last = (weakref.ref(x, self._forget), x._version, key, made)
-        return made
+        if last is None or last[0]() is not x or last[1] != x._version:
+            self._last = last = weakref.ref(x, self._forget), x._version, {}
+        if key not in last[2]:
+            last[2][key] = dispatch.prepare(x, weight.spec, rows, self.activations)
+        return last[2][key]
 
     def _forget(self, dead: weakref.ref[Tensor]) -> None:
         last = self._last

@@ -73,7 +73,9 @@ inline uint16_t host_bfloat(float v) {
     return v != v ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-// Fibers
+// Fibers, and the memory they share
+
+alignas(16) inline char host_shared[256 << 10];
 
 constexpr int MOST_THREADS = 1024;
 struct Meeting { int there = 0, turn = 0; };
@@ -155,6 +157,7 @@ inline void launch(const unsigned* grid, int threads, const std::function<void()
         for (unsigned y = 0; y < grid[1]; y++)
             for (unsigned x = 0; x < grid[0]; x++) {
                 blockIdx = {x, y, z};
+                memset(host_shared, 0xff, sizeof host_shared);  // what a block has not written is no number
                 fibers = std::vector<Fiber>(threads);
                 for (auto& fiber : fibers) {
                     fiber.stack.reset(new char[1 << 16]);
@@ -231,7 +234,6 @@ inline void host_mma(float* d, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
 
 // launch.cuh
 
-alignas(16) inline char host_shared[256 << 10];
 inline uint32_t __cvta_generic_to_shared(const void* p) { return (uint32_t)((const char*)p - host_shared); }
 inline void wait_for_earlier() {}
 inline void wait_for_earlier(const void*) {}

@@ -99,8 +99,7 @@ class _TrellisCells(Cells):
         levels, raw = fmt.codebook, range(2 ** (fmt.bits - 1))
         self.fmt, self.number = fmt, TRELLIS_NUMBERS + fmt.bits
         self.has_signs = fmt.bits > 2
-        subsets = (1, 0) if fmt.bits == 4 else (0, 1)  # of two tables the first has the larger entries
-        self.entries = tuple(levels[SUBSETS * r + s] for s in subsets for r in raw) if self.has_signs else levels
+        self.entries = tuple(levels[SUBSETS * r + s] for s in (0, 1) for r in raw) if self.has_signs else levels
         path = Field(1, 0, tuple((0, 4 * i + s) for s, i in _EIGHTS))
         self.planes = (Plane(fmt.bits - 1, _raw_fields(fmt.bits)), Plane(1, (path,)))
         self._all = 2 ** (fmt.bits - 1) - 1 if self.has_signs else 0

@@ -92,10 +92,10 @@ template <int FORMAT> __device__ __forceinline__ Eight trellis_eight(const u32* 
         const u32 differs = third(logic<(A ^ B) & C>(of.lower, of.upper, EVEN), logic<(A ^ B) & C>(of.lower, of.upper, ~EVEN));
         return {merge(0xccccccccu, differs, s % 2 ? words[s / 2] >> 2 : words[s / 2]), 0, of.upper << (3 - s)};
     } else {
-        const u32 same = logic<~(A ^ B)>(of.lower, of.upper, 0) << (3 - s);
+        const u32 differs = logic<A ^ B>(of.lower, of.upper, 0) << (3 - s);
         const u32 raw = s < 3 ? words[s] & 0x77777777u
                               : words[0] >> 3 & 0x11111111u | words[1] >> 2 & 0x22222222u | words[2] >> 1 & 0x44444444u;
-        return {raw, merge(0x88888888u, same, s < 3 ? words[s] : raw), of.upper << (3 - s)};
+        return {raw, merge(0x88888888u, differs, s < 3 ? words[s] : raw), of.upper << (3 - s)};
     }
 }
 

@@ -21,7 +21,7 @@ from kappaquant.kernels.cuda import int8_gemm, nvrtc, tiles
 from kappaquant.kernels.cuda.arguments import KINDS, address
 from kappaquant.kernels.cuda.inputs import Tokens
 from kappaquant.kernels.cuda.launches import BARRIER_BYTES, TARGET_BYTES, Items, Spread, split_of, whole_blocks
-from kappaquant.kernels.cuda.tensor_cores import INT8_BITS, MOST_OUTPUTS, Codes, Segment, Weight, numbers, table_bytes
+from kappaquant.kernels.cuda.tensor_cores import MOST_OUTPUTS, Codes, Segment, Weight, check, numbers, table_bytes
 
 NAME = "gemm"
 
@@ -148,22 +148,7 @@ def _check(x: Tokens, weights: Sequence[Weight], items: Items | None) -> None:
     reason = refusal(x.values.device)
     if reason:
         raise UnsupportedError(f"{NAME}: {reason}")
-    if not 1 <= len(weights) <= MOST_OUTPUTS:
-        raise UnsupportedError(f"{NAME}: {len(weights)} weights share an input; one launch takes 1 to {MOST_OUTPUTS}")
-    k = x.values.shape[0] * tiles.INPUTS
-    for weight in weights:
-        if (x.group_size, k) != (weight.fmt.group_size, tiles.padded(weight.in_features, weight.fmt)):
-            raise UnsupportedError(
-                f"{NAME}: the input is [{k}] in groups of {x.group_size}; a weight [{weight.rows}, {weight.in_features}] "
-                f"is {weight.fmt.id}"
-            )
-        if not x.half and weight.fmt.bits not in INT8_BITS:
-            raise UnsupportedError(
-                f"{NAME}: int8 inputs serve {', '.join(map(str, INT8_BITS))} bits, not {weight.fmt.bits}; float16 inputs serve all"
-            )
-        experts = weight.tiled.codes.dim() == 6
-        if experts != (items is not None):
-            raise UnsupportedError(f"{NAME}: weights of experts need items, and others take none")
+    check(NAME, x.values.shape[0] * tiles.INPUTS, x.group_size, x.half, weights, items)
 
 
 @cache

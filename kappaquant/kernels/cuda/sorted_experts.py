@@ -101,12 +101,12 @@ def combine(y: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
     return out
 
 
-def expected_experts(slots: int, expert_count: int) -> float:
-    """How many experts so many slots meet at even routing."""
-    return expert_count * (1 - (1 - 1 / expert_count) ** slots)
+def expected_experts(tokens: int, top_k: int, expert_count: int) -> float:
+    """How many experts tokens meet at even routing, each as many others as it chooses."""
+    return expert_count * (1 - (1 - min(1.0, top_k / expert_count)) ** tokens)
 
 
-def choose(slots: int, weight: Weight, half: bool, wide: bool) -> Launch:
+def choose(tokens: int, top_k: int, weight: Weight, half: bool, wide: bool) -> Launch:
     """An item for most experts at even routing, so that most weights are decoded once; as measured on an H200.
 
     Few tokens of an expert are multiplied as those of a linear layer are. float16 inputs in blocks of 8 tokens, which would do up to 4 an expert,
@@ -118,16 +118,16 @@ def choose(slots: int, weight: Weight, half: bool, wide: bool) -> Launch:
         wide: whether the card makes products of more than 16 tokens (``gemm``).
     """
     expert_count, tile_count, units = weight.tiled.codes.shape[:3]
-    mean = slots / expert_count
+    mean = tokens * top_k / expert_count
     usual = mean + math.sqrt(mean)
     if not wide or usual <= (8 if half else 16):
         number = tensor_cores.numbers([weight], 1)[0]
-        items = expected_experts(slots, expert_count)
+        items = expected_experts(tokens, top_k, expert_count)
         return tensor_cores.choose_for_experts(8 if usual <= 8 else 16, items, tile_count, units, number, half)
     if not half and usual <= 64:
         return int8_gemm.Launch(32, 1, 1, 4, 3) if usual <= 32 else int8_gemm.Launch(64, 1, 1, 4, 2)
-    tokens = next((n for n in (16, 32, 64) if usual <= n), 128)
-    return gemm.Launch(tokens, 1, 1, 4 if tokens <= 32 else 3, {16: 4, 32: 3}.get(tokens, 2))
+    block = next((n for n in (16, 32, 64) if usual <= n), 128)
+    return gemm.Launch(block, 1, 1, 4 if block <= 32 else 3, {16: 4, 32: 3}.get(block, 2))
 
 
 def refusal(x: Tensor, gate_up: Weight) -> str | None:
@@ -149,7 +149,8 @@ def linear(x: Tensor, index: Tensor, weight: Weight, dtype: torch.dtype) -> Tens
     reason = refusal(x, weight)
     if reason:
         raise UnsupportedError(f"{NAME}: {reason}")
-    use = choose(index.numel(), weight, True, gemm.refusal(x.device) is None)
+    tokens, top_k = index.shape
+    use = choose(tokens, top_k, weight, True, gemm.refusal(x.device) is None)
     plan = sort(index, weight.tiled.codes.shape[0], use.tokens)
     return _product(x, None, plan.positions, weight, dtype, True, use, plan)
 
@@ -176,8 +177,8 @@ def forward(
         raise UnsupportedError(f"{NAME}: {reason}")
     if not x.shape[0]:
         return torch.empty_like(x)
-    wide = gemm.refusal(x.device) is None
-    first, second = launches or (choose(top_k_index.numel(), weight, half, wide) for weight in (gate_up, down))
+    (tokens, top_k), wide = top_k_index.shape, gemm.refusal(x.device) is None
+    first, second = launches or (choose(tokens, top_k, weight, half, wide) for weight in (gate_up, down))
     plan = sort(top_k_index.contiguous(), gate_up.tiled.codes.shape[0], first.tokens)
     inner = _product(x, None, plan.positions, gate_up, x.dtype, half, first, plan)
     gate, up = inner.chunk(2, dim=-1)

@@ -233,14 +233,18 @@ def linear(
     Raises:
         UnsupportedError: more than four weights, or widths that the input's type does not serve.
     """
-    _check(x, weights, items)
     tokens, k = x.values.shape
+    check(NAME, k, x.group_size, x.half, weights, items)
     outs = [torch.empty(items.rows if items else tokens, w.rows, dtype=dtype, device=x.values.device) for w in weights]
     if not tokens:
         return outs
     formats = numbers(weights, MOST_OUTPUTS)
     tile_counts = [-(-w.rows // tiles.ROWS) for w in weights]
     use = launch or choose(tokens, sum(tile_counts), k // tiles.INPUTS, formats, x.half)
+    if items is not None and use.token_tiles > 2:
+        raise UnsupportedError(
+            f"{NAME}: {use} reads beyond the places of an expert, which are multiples of 8: at most 2 token_tiles"
+        )
     parameters = _Linear(
         inputs=Inputs.of(x), tokens=tokens, out_kind=KINDS[dtype], items=address(items.work if items else None),
         rows_of=address(items.rows_of if items else None),
@@ -266,22 +270,22 @@ def stage_bytes(fmt: GroupedFormat) -> int:
     return 512 * fmt.bits + 64 * max(1, tiles.INPUTS // group) + 128 * wide_rings
 
 
-def _check(x: Input, weights: Sequence[Weight], items: Items | None) -> None:
+def check(name: str, k: int, group_size: int, half: bool, weights: Sequence[Weight], items: Items | None) -> None:
+    """Raise UnsupportedError for weights that do not go with an input of k values, or with items."""
     if not 1 <= len(weights) <= MOST_OUTPUTS:
-        raise UnsupportedError(f"{NAME}: {len(weights)} weights share an input; one launch takes 1 to {MOST_OUTPUTS}")
-    mine = (x.group_size, x.values.shape[1])
+        raise UnsupportedError(f"{name}: {len(weights)} weights share an input; one launch takes 1 to {MOST_OUTPUTS}")
     for weight in weights:
-        if mine != (weight.fmt.group_size, tiles.padded(weight.in_features, weight.fmt)):
+        if (group_size, k) != (weight.fmt.group_size, tiles.padded(weight.in_features, weight.fmt)):
             raise UnsupportedError(
-                f"{NAME}: the input is [{x.values.shape[1]}] in groups of {x.group_size}; a weight "
-                f"[{weight.rows}, {weight.in_features}] is {weight.fmt.id}"
+                f"{name}: the input is [{k}] in groups of {group_size}; a weight [{weight.rows}, {weight.in_features}] "
+                f"is {weight.fmt.id}"
             )
-        if not x.half and weight.fmt.bits not in INT8_BITS:
+        if not half and weight.fmt.bits not in INT8_BITS:
             raise UnsupportedError(
-                f"{NAME}: int8 inputs serve {', '.join(map(str, INT8_BITS))} bits, not {weight.fmt.bits}; float16 inputs serve all"
+                f"{name}: int8 inputs serve {', '.join(map(str, INT8_BITS))} bits, not {weight.fmt.bits}; float16 inputs serve all"
             )
         if (weight.tiled.codes.dim() == 6) != (items is not None):
-            raise UnsupportedError(f"{NAME}: weights of experts need items, and others take none")
+            raise UnsupportedError(f"{name}: weights of experts need items, and others take none")
 
 
 def refusal(device: torch.device, fmt: Format) -> str | None:

@@ -31,6 +31,8 @@ DECODED_TOKENS = 2048
 # of experts that are read again for one more of their tokens, from which sorting costs less: about 7 microseconds (an H200)
 _SORTED_BYTES = 16e6
 _SLOTS = 192  # (token, expert) pairs that one launch takes unsorted
+# that are sorted at once where there are no products of many tokens: as many items as a grid holds, and what experts make of them in memory
+_SORTED_SLOTS = 1 << 15
 
 
 class InputKind(NamedTuple):
@@ -113,8 +115,8 @@ class Tiled(Kernel):
         """With float16 inputs, whatever the width."""
         held, expert_count = weight_of(weight), weight.shape[0]
         x, index = (x if x.dtype in KINDS else x.float()).contiguous(), index.contiguous()
-        if _sorting_pays(index.numel(), held) and sorted_experts.refusal(x, held) is None:
-            y = sorted_experts.linear(x, index, held, torch.float32)
+        if _sorting_pays(*index.shape, held) and sorted_experts.refusal(x, held) is None:
+            y = torch.cat([sorted_experts.linear(x[at], index[at], held, torch.float32) for at in _pieces(x, index)])
         else:
             y = x.new_empty(index.numel(), weight.shape[1], dtype=torch.float32)
             step = max(1, _SLOTS // index.shape[1])
@@ -138,8 +140,11 @@ class Tiled(Kernel):
         half = any(needs_half(activations, held.fmt.bits) for held in (first, second))
         x, weights, index = x.to(dtype).contiguous(), weights.contiguous(), index.contiguous()
         weights = weights if weights.dtype in KINDS else weights.float()
-        if _sorting_pays(index.numel(), first, second) and sorted_experts.refusal(x, first) is None:
-            return sorted_experts.forward(x, index, weights, first, second, half)
+        if _sorting_pays(*index.shape, first, second) and sorted_experts.refusal(x, first) is None:
+            made = [
+                sorted_experts.forward(x[at], index[at], weights[at], first, second, half) for at in _pieces(x, index)
+            ]
+            return made[0] if len(made) == 1 else torch.cat(made)
         outs, step = [], max(1, _SLOTS // index.shape[1])
         for at in range(0, len(x), step):
             rotated, _ = inputs.rotate(x[at : at + step], first.fmt, half)
@@ -159,11 +164,17 @@ def _counts_as_few(tokens: int, rows: int, half: bool, device: torch.device) -> 
     return not half and any(tokens <= most and rows <= of_rows for most, of_rows in _FEW_OF_ROWS)
 
 
-def _sorting_pays(slots: int, *experts: tensor_cores.Weight) -> bool:
-    """Whether so many (token, expert) pairs, evenly routed, meet an expert often enough."""
+def _sorting_pays(tokens: int, top_k: int, *experts: tensor_cores.Weight) -> bool:
+    """Whether tokens, evenly routed, meet an expert often enough."""
     count = experts[0].tiled.codes.shape[0]
-    again = slots - sorted_experts.expected_experts(slots, count)
+    again = tokens * top_k - sorted_experts.expected_experts(tokens, top_k, count)
     return again * sum(w.tiled.codes.nbytes + w.tiled.norms.nbytes for w in experts) / count >= _SORTED_BYTES
+
+
+def _pieces(x: Tensor, index: Tensor) -> list[slice]:
+    """Of the tokens whose slots are sorted together."""
+    step = len(x) if gemm.refusal(x.device) is None else max(1, _SORTED_SLOTS // index.shape[1])
+    return [slice(at, at + step) for at in range(0, len(x), step)]
 
 
 def decodes_first(tokens: int, device: torch.device) -> bool:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from gpu_products import INT8_NAMES, NAMES, codes, error, int8_values, named, random
 
+from kappaquant.errors import UnsupportedError
 from kappaquant.formats import codec
 from kappaquant.formats.codebook import GroupedFormat
 from kappaquant.formats.signs import GROUP_SIZES
@@ -174,6 +175,8 @@ def test_products_of_experts(name: str, group: int, launch: Launch) -> None:
     positions, work, places = items(index, launch.tokens)
     rotated, _ = inputs.rotate(x, fmt, False, positions=positions, places=places)
     (y,) = tensor_cores.linear(rotated, [held], torch.float32, launch=launch, items=work)
+    with pytest.raises(UnsupportedError, match="at most 2 token_tiles"):
+        tensor_cores.linear(rotated, [held], torch.float32, launch=Launch(4, 2, 4, 0), items=work)
     there = index.flatten() >= 0
     for expert in range(EXPERTS):
         mine = index.flatten() == expert
@@ -184,6 +187,8 @@ def test_products_of_experts(name: str, group: int, launch: Launch) -> None:
 @pytest.mark.parametrize("half", [False, True], ids=["int8", "float16"])
 def test_copies_are_what_a_token_becomes(half: bool) -> None:
     fmt, x = named("k3", 64), random(5, 150).bfloat16()
+    with pytest.raises(UnsupportedError, match="positions and places go together"):
+        inputs.rotate(x, fmt, half, places=24)
     plain, _ = inputs.rotate(x, fmt, half)
     positions = torch.tensor([[3, 17], [-1, 0], [8, 9], [16, -1], [1, 2]], dtype=torch.int32)
     copied, _ = inputs.rotate(x, fmt, half, positions=positions, places=24)

@@ -62,14 +62,28 @@ def of_experts(name: str, experts: int, rows: int, width: int) -> tensor_cores.W
 
 @pytest.mark.parametrize(
     ("experts", "hidden", "inner", "top_k", "last", "first"),
-    [(256, 2048, 512, 8, 8, 12), (128, 2048, 768, 8, 5, 7), (32, 2880, 2880, 4, 2, 4), (8, 4096, 1024, 2, 3, 5)],
+    [
+        (256, 2048, 512, 8, 8, 12),
+        (128, 2048, 768, 8, 5, 7),
+        (32, 2880, 2880, 4, 2, 4),
+        (8, 4096, 1024, 2, 3, 6),
+        (8, 6144, 16384, 2, 1, 2),
+        (16, 6144, 10752, 4, 1, 2),
+    ],
 )
 def test_slots_are_sorted_where_that_was_measured_to_pay(
     experts: int, hidden: int, inner: int, top_k: int, last: int, first: int
 ) -> None:
     pair = of_experts("k3", experts, 2 * inner, hidden), of_experts("k4", experts, hidden, inner)
-    assert not tiled._sorting_pays(last * top_k, *pair)
-    assert tiled._sorting_pays(first * top_k, *pair)
+    assert not tiled._sorting_pays(last, top_k, *pair)
+    assert tiled._sorting_pays(first, top_k, *pair)
+
+
+def test_cards_without_wide_products_sort_so_many_slots_at_a_time() -> None:
+    x, index = torch.empty(10_000, 1), torch.empty(10_000, 8)
+    pieces = tiled._pieces(x, index)
+    assert [piece.stop - piece.start for piece in pieces] == [4096] * 3
+    assert len(x[pieces[-1]]) == 10_000 - 2 * 4096
 
 
 def test_a_weight_on_a_cpu_is_refused_with_the_reason() -> None:
