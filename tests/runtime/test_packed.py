@@ -59,6 +59,17 @@ def test_layers_that_read_one_tensor_rotate_it_once(rotations: list[int]) -> Non
         assert torch.equal(a, b)
 
 
+def test_layers_of_two_kinds_in_turns_rotate_it_once_each(rotations: list[int]) -> None:
+    shared = SharedInput("float32")
+    groups = (32, 64, 32, 64)
+    layers = [QuantLinear(held(torch.randn(8, 64), CodebookFormat(3, group))[0], None, shared) for group in groups]
+    x = torch.randn(5, 64)
+    made = [layer(x) for layer in layers]
+    assert rotations == [32, 64]
+    for y, layer in zip(made, layers, strict=True):
+        assert torch.equal(y, QuantLinear(layer.weight, None, SharedInput("float32"))(x))
+
+
 def test_a_shared_input_is_never_stale(rotations: list[int]) -> None:
     shared = SharedInput("float32")
     weight, other = (held(torch.randn(8, 32), CodebookFormat(3, group))[0] for group in (32, 64))

@@ -116,7 +116,7 @@ class Tiled(Kernel):
         held, expert_count = weight_of(weight), weight.shape[0]
         x, index = (x if x.dtype in KINDS else x.float()).contiguous(), index.contiguous()
         if _sorting_pays(*index.shape, held) and sorted_experts.refusal(x, held) is None:
-            y = torch.cat([sorted_experts.linear(x[at], index[at], held, torch.float32) for at in _pieces(x, index)])
+            y = _joined([sorted_experts.linear(x[at], index[at], held, torch.float32) for at in _pieces(x, index)])
         else:
             y = x.new_empty(index.numel(), weight.shape[1], dtype=torch.float32)
             step = max(1, _SLOTS // index.shape[1])
@@ -144,7 +144,7 @@ class Tiled(Kernel):
             made = [
                 sorted_experts.forward(x[at], index[at], weights[at], first, second, half) for at in _pieces(x, index)
             ]
-            return made[0] if len(made) == 1 else torch.cat(made)
+            return _joined(made)
         outs, step = [], max(1, _SLOTS // index.shape[1])
         for at in range(0, len(x), step):
             rotated, _ = inputs.rotate(x[at : at + step], first.fmt, half)
@@ -175,6 +175,11 @@ def _pieces(x: Tensor, index: Tensor) -> list[slice]:
     """Of the tokens whose slots are sorted together."""
     step = len(x) if gemm.refusal(x.device) is None else max(1, _SORTED_SLOTS // index.shape[1])
     return [slice(at, at + step) for at in range(0, len(x), step)]
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """One below the other; one alone as it is, which ``torch.cat`` would copy."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def decodes_first(tokens: int, device: torch.device) -> bool:
