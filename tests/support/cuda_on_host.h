@@ -202,6 +202,9 @@ inline uint32_t host_high_half(uint32_t selectors) {
     return selectors >> 16 | selectors >> 16 << 16;
 }
 
+// the halves of `a` times the lower two bytes of b, and c
+inline uint32_t __dp2a_lo(uint32_t a, uint32_t b, uint32_t c) { return (a & 0xffff) * (b & 255) + (a >> 16) * (b >> 8 & 255) + c; }
+
 // of two float16 with two
 inline uint32_t host_products(uint32_t a, uint32_t b) {
     const auto one = [](uint16_t a, uint16_t b) { return (uint32_t)host_half(host_from_half(a) * host_from_half(b)); };

@@ -46,10 +46,11 @@ __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
     return out;
 }
 
-// The low half, or the high, in which four selectors lie. The highest bit of each is clear, so that a half is a finite float16 and
-// a product with 1 moves it: on the pipe of multiplications, where a shift would go where permutes go.
-__device__ __forceinline__ u32 half_of(u32 selectors, bool upper, u32 ones) {
+// The low half, or the high, in which four selectors lie. A shift would go where permutes go, so halves are moved as products: by float16 1, or,
+// where bits are any and may be no number, with the bytes 0 and 1.
+template <bool ANY> __device__ __forceinline__ u32 half_of(u32 selectors, bool upper, u32 ones) {
     if (!upper) return selectors;
+    if constexpr (ANY) return __dp2a_lo(selectors, 0x0100u, 0u);
     u32 out;
     asm("{ .reg .b16 low, high; .reg .b32 both; mov.b32 {low, high}, %1; mov.b32 both, {high, high}; fma.rn.f16x2 %0, both, %2, %3; }"
         : "=r"(out) : "r"(selectors), "r"(ones), "r"(0x80008000u));
@@ -126,12 +127,13 @@ __device__ __forceinline__ u32 signs(const Eight& codes, bool upper) {
 
 template <int FORMAT, int GROUP>
 __device__ __forceinline__ void decode_int8(const u32* words, u32 before, const Table& table, u32* out) {
+    constexpr bool TWO = has_two_tables(FORMAT);
     Eight codes[4];
     eights<FORMAT, GROUP>(words, before, codes);
 #pragma unroll
     for (int q = 0; q < 8; q++) {
         const Eight& eight = codes[q / 2];
-        const u32 select = half_of(eight.select, q % 2, table.ones), all = q % 2 ? eight.all >> 16 : eight.all;
+        const u32 select = half_of<TWO>(eight.select, q % 2, table.ones), all = half_of<TWO>(eight.all, q % 2, table.ones);
         const u32 value = look_up<FORMAT>(table.bytes, table.bytes + 2, select, all);
         out[q] = has_signs(FORMAT) ? value ^ signs(eight, q % 2) : value;
     }
@@ -140,12 +142,13 @@ __device__ __forceinline__ void decode_int8(const u32* words, u32 before, const 
 template <int FORMAT, int GROUP>
 __device__ __forceinline__ void decode_half(const u32* words, u32 before, const Table& table, const u32* shared, u32* out) {
     if constexpr (!is_wide(FORMAT)) {
+        constexpr bool TWO = has_two_tables(FORMAT);
         Eight codes[4];
         eights<FORMAT, GROUP>(words, before, codes);
 #pragma unroll
         for (int q = 0; q < 8; q++) {
             const Eight& eight = codes[q / 2];
-            const u32 select = half_of(eight.select, q % 2, table.ones), all = q % 2 ? eight.all >> 16 : eight.all;
+            const u32 select = half_of<TWO>(eight.select, q % 2, table.ones), all = half_of<TWO>(eight.all, q % 2, table.ones);
             const u32 low = look_up<FORMAT>(table.bytes, table.bytes + 4, select, all);
             u32 high = look_up<FORMAT>(table.bytes + 2, table.bytes + 6, select, all);
             if (has_signs(FORMAT)) high ^= signs(eight, q % 2) & 0x80808080u;

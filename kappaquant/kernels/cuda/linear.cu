@@ -14,8 +14,8 @@ struct Linear {
     const int* rows_of;    // output row of each position
 };
 
-// expert: 0 where there are none
-template <int FORMAT, int GROUP, bool HALF, int NT, int TILES, int WARPS, int STAGES, bool ITEMS>
+// expert: 0 where there are none. OFFSETS: see accumulate
+template <int FORMAT, int GROUP, bool HALF, int NT, int TILES, int WARPS, int STAGES, bool ITEMS, bool OFFSETS>
 __device__ __forceinline__ void product(const Linear& p, const Segment& s, int expert, int token0, int tokens, const u32* lut, float* partial) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, r = lane >> 2, t = lane & 3;
     constexpr int SPLITS = WARPS / TILES;                 // warps that share a tile
@@ -25,7 +25,7 @@ __device__ __forceinline__ void product(const Linear& p, const Segment& s, int e
         char* stages = reinterpret_cast<char*>(partial + WARPS * 8 * NT * 33);
         if constexpr (STAGES != 0) stages += warp * STAGES * Staged<FORMAT, GROUP, STAGES>::BYTES;
         const auto sum = [&](const Codes& w) {
-            accumulate<FORMAT, GROUP, HALF, NT, false, STAGES>(w, p.in, lut, tile, token0, tokens, warp / TILES, SPLITS, out, stages);
+            accumulate<FORMAT, GROUP, HALF, NT, false, STAGES, OFFSETS>(w, p.in, lut, tile, token0, tokens, warp / TILES, SPLITS, out, stages);
         };
         if constexpr (ITEMS) sum(expert_of<FORMAT, GROUP>(s.weight, expert, (s.rows + 31) / 32, p.in.k));
         else sum(s.weight);
@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(32 * WARPS, RESIDENT / WARPS) linear(const __g
         const auto multiply = [&](auto token_tiles) {
             constexpr int T = decltype(token_tiles)::value;
             const int tokens = ITEMS ? item.y + item.z : p.tokens;
-            product<F, GROUP, HALF, T, TILES, WARPS, STAGES, ITEMS>(p, s, item.x, item.y, tokens, lut, memory + TABLE_WORDS);
+            constexpr bool OFFSETS = !HALF && (has_signs(F) || NT > 1);  // for all T: no token's sums depend on what its item has besides
+            product<F, GROUP, HALF, T, TILES, WARPS, STAGES, ITEMS, OFFSETS>(p, s, item.x, item.y, tokens, lut, memory + TABLE_WORDS);
         };
         if constexpr (ITEMS && NT > 1) {
             if (item.z <= 8) return multiply(Constant<1>{});

@@ -264,8 +264,9 @@ template <int FORMAT, int GROUP> struct Ahead<FORMAT, GROUP, 0> { typedef OneAhe
 
 // out[pair][n][i]: rows r + 16 * pair + 8 * (i >> 1), token token0 + 8 * n + 2 * t + (i & 1), over units first,
 // first + step, ... of one tile. Tokens that are not there are read as the last; ONE: all are token0, at any place.
-// stages: shared memory of this warp, where STAGES are not 0.
-template <int FORMAT, int GROUP, bool HALF, int NT, bool ONE, int STAGES = 0>
+// stages: shared memory of this warp, where STAGES are not 0. OFFSETS: whether sums of int8 get them, which rounds in another place;
+// of one block of tokens they do only where entries have signs, for units need the registers.
+template <int FORMAT, int GROUP, bool HALF, int NT, bool ONE, int STAGES = 0, bool OFFSETS = !HALF && (has_signs(FORMAT) || NT > 1)>
 __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, const u32* lut, int tile, int token0, int tokens,
                                            int first, int step, float (&out)[2][NT][4], char* stages = nullptr) {
     typedef typename Sum<HALF>::type Acc;
@@ -274,8 +275,6 @@ __device__ __forceinline__ void accumulate(const Codes& w, const Inputs& in, con
     constexpr int SIZE = HALF ? 2 : 1;                    // bytes of an input
     constexpr int WORDS = HALF ? 16 : 8;                  // words of a row's 32 codes, or of a token's inputs
     constexpr int STEPS = WORDS / 2 / GROUPS;             // products of one group
-    // sums of int8 get offsets; those of one block of tokens only where entries have signs, for units need the registers
-    constexpr bool OFFSETS = !HALF && (has_signs(FORMAT) || NT > 1);
     const int lane = threadIdx.x & 31, r = lane >> 2, t = lane & 3, units = in.k / 128;
     const char* x[NT];
 #pragma unroll

@@ -160,6 +160,24 @@ def items(index: torch.Tensor, each: int) -> tuple[torch.Tensor, launches.Items,
     return positions, launches.Items(table, torch.tensor(rows_of, dtype=torch.int32), index.numel()), at
 
 
+@pytest.mark.parametrize("name", ["k3", "t2", "t3", "k4"])
+def test_no_token_of_an_expert_depends_on_how_many_its_item_has(name: str) -> None:
+    """An item of up to 8 takes half the products; where a slot goes among its expert's changes from run to run."""
+    fmt, launch, k = named(name), Launch(2, 1, 4, 16), 640
+    held, _ = weight(fmt, EXPERTS, 70, k)
+    x, index = random(19, k, seed=3).bfloat16(), torch.zeros(19, 1, dtype=torch.int64)
+    positions, work, places = items(index, launch.tokens)
+    assert [int(count) for count in work.work[:, 2]] == [16, 3, 0]
+    both = []
+    for order in (positions, positions.flip(0)):
+        rotated, _ = inputs.rotate(x, fmt, False, positions=order.contiguous(), places=places)
+        rows_of = torch.full_like(work.rows_of, -1)
+        rows_of[order.flatten().long()] = torch.arange(19, dtype=torch.int32)
+        given = launches.Items(work.work, rows_of, work.rows)
+        both += tensor_cores.linear(rotated, [held], torch.float32, launch=launch, items=given)
+    assert torch.equal(*both)
+
+
 @pytest.mark.parametrize("launch", [Launch(1, 4, 4, 16), Launch(2, 1, 4, 16), Launch(2, 4, 4, 16, 3)], ids=str)
 @pytest.mark.parametrize(("name", "group"), [("t3", 128), ("k4", 64), ("t4", 256), ("k3", 32)])
 def test_products_of_experts(name: str, group: int, launch: Launch) -> None:
