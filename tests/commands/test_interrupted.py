@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ def test_generate_stops(tmp_path: Path) -> None:
         sys.executable, "-m", "kappaquant.cli", "generate", str(tmp_path / "out"), "ab", "--max-new-tokens", "100000",
         "--temperature", "1", "--seed", "1",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's jobs in the background ignore it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=default)
     assert process.stdout is not None
     try:
         assert process.stdout.read(20)
